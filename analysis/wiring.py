@@ -1,0 +1,73 @@
+"""Draws who connects to whom in one layer under each wiring.
+
+python -m analysis.wiring --out=docs/wiring.png
+"""
+
+import argparse
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.collections import LineCollection
+
+from nets import connectivity
+
+INPUT_COLOUR, OUTPUT_COLOUR, EDGE_COLOUR = "#33658a", "#f26419", "#8d99ae"
+
+
+def draw(axes: plt.Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
+    """Inputs above, outputs below, a line for each of the edges (E,) of a graph."""
+    x = [np.linspace(0, 1, channels) for channels in shape]
+    i, o = np.divmod(edges, shape[1])
+    ends = np.stack([np.stack([x[0][i], 1 + 0 * i], 1), np.stack([x[1][o], 0 * o], 1)])
+    lines = LineCollection(ends.swapaxes(0, 1), colors=EDGE_COLOUR, linewidths=0.6)
+    axes.add_collection(lines)
+    for y, side, colour in ((1, x[0], INPUT_COLOUR), (0, x[1], OUTPUT_COLOUR)):
+        axes.scatter(side, np.full(len(side), y), s=28, color=colour, zorder=2)
+    degrees = np.bincount(o, minlength=shape[1])
+    axes.set_title(
+        f"{title}\n{len(edges)} of {shape[0] * shape[1]} connections, "
+        f"{degrees.min()} to {degrees.max()} per output",
+        fontsize=10,
+    )
+    axes.set_xlim(-0.05, 1.05)
+    axes.set_ylim(-0.15, 1.15)
+    axes.axis("off")
+
+
+def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> plt.Figure:
+    """Dense, grouped and both expander rules for one layer, at equal degree."""
+    shape = (in_channels, out_channels)
+    graphs = {
+        "dense": np.arange(in_channels * out_channels),
+        "grouped": connectivity.grouped(*shape, groups=in_channels // degree),
+    }
+    for sampling in ("per_output", "per_input"):
+        rng = connectivity.layer_rng(seed, sampling)
+        side = sampling.removeprefix("per_")
+        graphs[f"expander, each {side} draws"] = connectivity.expander(
+            *shape, degree, sampling, rng
+        )
+    canvas, axes = plt.subplots(2, 2, figsize=(10, 5), layout="constrained")
+    for axis, (title, edges) in zip(axes.flat, graphs.items(), strict=True):
+        draw(axis, edges, shape, title)
+    return canvas
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--in_channels", type=int, default=16)
+    parser.add_argument("--out_channels", type=int, default=16)
+    parser.add_argument("--degree", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="docs/wiring.png")
+    options = vars(parser.parse_args())
+    out = options.pop("out")
+    figure(**options).savefig(out, dpi=120)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

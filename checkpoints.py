@@ -1,0 +1,427 @@
+"""Saving and restoring a run: the one file that knows orbax.
+
+A checkpoint is a directory `workdir/checkpoints/<step>` of two orbax items: `arrays`,
+a flat {path: array}, and `table`, our own JSON with the form (dtype and shape) and the
+CRC-32 of every array. Orbax restores a flipped bit as a wrong number and a wrong dtype
+as a cast, both silently; and "does this checkpoint fit this net?" becomes a comparison
+of two flat tables, made before any array is read.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+import metrics
+
+_TABLE_FILE = "table.json"
+_SHOWN_DIFFERENCES = 8
+# Names beside `<step>`: what orbax is writing, what a new save at the same step is
+# about to replace (still readable until that save is committed), what is going.
+_WRITING, _REPLACED, _DELETED = ".orbax-checkpoint-tmp", ".replaced", ".deleted"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, found, read, or that does not fit."""
+
+
+class _DamageError(Exception):
+    """This checkpoint cannot be read back as it was written; another may be."""
+
+
+class Checkpoints:
+    """The checkpoints of a workdir: the last `keep` and the best are kept.
+
+    Best is the highest metrics.SELECTION among those saved with a row, the earliest
+    of equals. Every process of a run creates one and makes the same calls; arrays
+    are replicated, and process 0 writes. Reading changes no file: what a killed run
+    left is cleaned up by the next save.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep must be at least 1, got {keep}")
+        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._keep = keep
+        self._damaged: set[int] = set()  # found by restore: not counted as kept
+        self._pending: int | None = None  # the step being written in the background
+        self._orbax = _checkpointer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            logging.error("%s", failed)  # not in place of the error under way
+
+    def steps(self) -> list[int]:
+        """Committed steps, ascending; damaged ones are among them."""
+        names = os.listdir(self.directory) if self.directory.is_dir() else []
+        found = (re.fullmatch(rf"(\d+)(?:{_REPLACED})?", name) for name in names)
+        return sorted({int(match[1]) for match in found if match})
+
+    def best_step(self) -> int | None:
+        """The step with the best metric, None when no checkpoint carries one."""
+        return next(iter(self._ranked()), None)
+
+    def save(self, step: int, state: Any, row: dict[str, float] | None = None):
+        """Copies `state` (a pytree of arrays) now, writes it in the background.
+
+        `row` holds the metrics of this step, if it was evaluated. The arrays may be
+        donated as soon as this returns. A checkpoint that exists at `step` is
+        replaced once the new one is committed. Raises CheckpointError, also for the
+        previous write when that failed in the background.
+        """
+        self.wait()
+        # Digests and files come from one private copy: on CPU np.asarray would share
+        # memory with an array that the next step may overwrite.
+        arrays = _host_copy(state)
+        table = {
+            "step": int(step),
+            "row": {name: float(value) for name, value in (row or {}).items()},
+            "arrays": {path: _digest(array) for path, array in arrays.items()},
+        }
+        items = ocp.args.Composite(
+            arrays=ocp.args.PyTreeSave(arrays),
+            table=ocp.args.JsonSave({"table": table, "crc32": _seal(table)}),
+        )
+        try:
+            if jax.process_index() == 0:
+                self._make_room(step, sum(array.nbytes for array in arrays.values()))
+            self._pending = step
+            self._orbax.save(self.directory / str(step), args=items)
+        except Exception as error:
+            raise self._write_failed(step, error) from error
+
+    def wait(self):
+        """Waits for the write in the background; raises CheckpointError for it."""
+        if self._pending is None:
+            return
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            raise self._write_failed(self._pending, error) from error
+        self._damaged.discard(self._pending)
+        self._pending = None
+        if jax.process_index() == 0:
+            self._prune()
+        if jax.process_count() > 1:  # all processes see the same directories again
+            multihost_utils.sync_global_devices("checkpoints: pruned")
+
+    def close(self):
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def restore(self, template: Any, which: str | int = "last") -> tuple[Any, int]:
+        """Reads the 'last', the 'best' or a numbered checkpoint: (state, step).
+
+        `template` is a pytree of jax.ShapeDtypeStruct or arrays: the structure and the
+        forms wanted, and where the arrays go (their sharding, else the default device;
+        numpy stays numpy). A damaged checkpoint is named in a warning and the one
+        before it (for 'best' the next best) is taken. Raises CheckpointError when none
+        is left, and at once when an undamaged one does not fit the template.
+        """
+        self.wait()
+        wanted, reasons = _flatten(template), ""
+        for step in self._candidates(which):
+            try:
+                arrays = self._read(step, wanted)
+            except _DamageError as damage:
+                path = self.directory / str(step)
+                logging.warning(
+                    "Checkpoint %s is damaged, passed over: %s", path, damage
+                )
+                reasons += f"\n  {step}: {damage}"
+                self._damaged.add(step)
+                continue
+            leaves = [_place(arrays[path], leaf) for path, leaf in wanted.items()]
+            return jax.tree.unflatten(jax.tree.structure(template), leaves), step
+        raise CheckpointError(
+            f"no readable checkpoint in {self.directory}; damaged:{reasons}\n"
+            "Nothing was deleted. Bring the files back, or use another --workdir."
+        )
+
+    def _candidates(self, which: str | int) -> list[int]:
+        """The steps to try, in order. Raises CheckpointError when there are none."""
+        steps, ranked = self.steps(), self._ranked()
+        if not steps:
+            raise CheckpointError(f"no checkpoint in {self.directory}")
+        if which == "last":
+            return steps[::-1]
+        if which == "best" and ranked:
+            return ranked
+        if str(which).isdecimal() and int(which) in steps:
+            return [int(which)]
+        raise CheckpointError(
+            f"no checkpoint {which!r} in {self.directory}; there are: last, "
+            f"{'best, ' if ranked else ''}{', '.join(map(str, steps))}"
+        )
+
+    def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The arrays of a step, proven to be those that were saved."""
+        stored = _agreed(lambda: self._table(step))["arrays"]
+        _check_fit(stored, wanted, self._path(step))
+        as_numpy = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+        def read():
+            try:
+                arrays = self._orbax.restore(self._path(step), args=items)["arrays"]
+                wrong = [
+                    path for path in stored if _digest(arrays[path]) != stored[path]
+                ]
+            except Exception as error:
+                raise _DamageError(_one_line(error)) from error
+            if wrong:
+                share = f"{len(wrong)} of {len(stored)} arrays"
+                raise _DamageError(f"{share} differ from their digests: {wrong[0]}")
+            return arrays
+
+        return _agreed(read)
+
+    def _table(self, step: int) -> dict[str, Any]:
+        """The table of a step. Read without orbax: orbax waits for other processes."""
+        try:
+            text = (self._path(step) / "table" / _TABLE_FILE).read_bytes()
+            table, seal = (json.loads(text)[key] for key in ("table", "crc32"))
+            if seal != _seal(table) or step != table["step"]:
+                raise ValueError("it differs from its digest")
+        except Exception as error:
+            raise _DamageError(f"{_TABLE_FILE}: {_one_line(error)}") from error
+        return table
+
+    def _ranked(self) -> list[int]:
+        """Steps that carry the metric, the best first, the earliest of equals."""
+        scores = {}
+        for step in self.steps():
+            with contextlib.suppress(_DamageError):
+                score = self._table(step)["row"].get(metrics.SELECTION, math.nan)
+                if math.isfinite(score) and step not in self._damaged:
+                    scores[step] = score
+        return sorted(scores, key=lambda step: (-scores[step], step))
+
+    def _path(self, step: int) -> pathlib.Path:
+        path = self.directory / str(step)
+        replaced = self.directory / f"{step}{_REPLACED}"
+        return replaced if replaced.is_dir() and not path.is_dir() else path
+
+    def _make_room(self, step: int, bytes_wanted: int):
+        """Before a write: sweeps, checks the disk, sets an equal step aside."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        # Found late, a full disk is the same error after a traceback per array,
+        # printed by an event loop that orbax closes under its own writes.
+        bytes_free = shutil.disk_usage(self.directory).free
+        if bytes_free < bytes_wanted:
+            raise OSError(f"disk full: {bytes_wanted:,} bytes, {bytes_free:,} free")
+        path = self.directory / str(step)
+        if path.exists():
+            path.rename(self.directory / f"{step}{_REPLACED}")
+
+    def _sweep(self):
+        """Removes unfinished writes and deletions, undoes unfinished replacements."""
+        for entry in self.directory.iterdir():
+            replaced = entry.name.endswith(_REPLACED)
+            original = entry.with_name(entry.name.removesuffix(_REPLACED))
+            if replaced and not original.exists():
+                entry.rename(original)
+            elif replaced or _WRITING in entry.name or entry.name.endswith(_DELETED):
+                shutil.rmtree(entry)
+
+    def _prune(self):
+        """After a commit: deletes what is neither among the last nor the best."""
+        good = [step for step in self.steps() if step not in self._damaged]
+        keep = {*good[-self._keep :], *self._ranked()[:1]}
+        for step in self.steps():
+            # A damaged step ahead of the run stays until the run has passed it.
+            if step not in keep and step < good[-1]:
+                # Renamed first: a kill halfway must not leave half a checkpoint.
+                self._path(step).rename(self.directory / f"{step}{_DELETED}")
+        self._sweep()
+
+    def _write_failed(self, step: int, error: Exception) -> CheckpointError:
+        self._pending = None
+        # The old one keeps further errors of this write and would raise them later,
+        # even from a restore, where they would look like a damaged checkpoint.
+        self._orbax = _checkpointer()
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # else the next save sweeps again
+                self._sweep()
+        good = [known for known in self.steps() if known not in self._damaged]
+        return CheckpointError(
+            f"checkpoint {self.directory / str(step)} could not be written: "
+            f"{_one_line(error)}; still good: {', '.join(map(str, good)) or 'none'}"
+        )
+
+
+def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict):
+    """Writes config.json, sorted and indented."""
+    write_json(pathlib.Path(workdir) / "config.json", config.to_dict())
+
+
+def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Reads config.json. JSON has no tuples: every list becomes one, as configs do."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def write_json(path: str | os.PathLike, value: Any):
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str):
+    """Writes a file on process 0. A kill leaves the old content or the new."""
+    if jax.process_index() != 0:
+        return
+    path = pathlib.Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else the rename may outlive the content
+        draft.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """{'params/block.0/kernel': array}, in the order of the tree's leaves."""
+    flat = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in flat:
+            raise CheckpointError(f"two leaves of the state have the path {name}")
+        flat[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return flat
+
+
+def _host_copy(tree: Any) -> dict[str, np.ndarray]:
+    flat = _flatten(tree)
+    for path, leaf in flat.items():
+        number = jax.dtypes.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool
+        if not number or not leaf.size:  # orbax refuses empty arrays
+            why = "only numbers can be saved, of a random key its key_data"
+            raise CheckpointError(f"{path} is {_form(leaf)}: {why}")
+        if isinstance(leaf, jax.Array):
+            if not leaf.is_fully_replicated and not leaf.is_fully_addressable:
+                raise CheckpointError(f"{path} is sharded over processes")
+            if not leaf.is_fully_addressable:
+                flat[path] = leaf = leaf.addressable_data(0)
+            leaf.copy_to_host_async()  # all transfers under way before the first wait
+    return {path: np.array(leaf, order="C") for path, leaf in flat.items()}
+
+
+def _form(array: Any) -> str:
+    """As the table and the messages have it: float32[3,3,16,64]."""
+    return f"{array.dtype}{list(array.shape)}".replace(" ", "")
+
+
+def _digest(array: np.ndarray) -> list:
+    """The array's line in the table: form and CRC-32 of the bytes."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return [_form(array), zlib.crc32(flat.view(np.uint8))]
+
+
+def _seal(table: dict[str, Any]) -> int:
+    """A digest of the table itself: a flipped digit must not read as a metric."""
+    return zlib.crc32(json.dumps(table, sort_keys=True).encode())
+
+
+def _place(array: np.ndarray, leaf: Any) -> Any:
+    """`array` where `leaf` of the template lies."""
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return array
+    uncommitted = isinstance(leaf, jax.Array) and not leaf.committed
+    if leaf.sharding is None or uncommitted:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, leaf.sharding, array.__getitem__)
+
+
+def _check_fit(stored: dict[str, list], wanted: dict[str, Any], path: pathlib.Path):
+    """Raises CheckpointError with the first differences between the two tables."""
+    ours = {name: _form(leaf) for name, leaf in wanted.items()}
+    theirs = {name: form for name, (form, _) in stored.items()}
+    differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if not differing:
+        return
+    # What both have says most; a missing part may be a hundred lines of the same.
+    differing.sort(key=lambda name: name not in ours or name not in theirs)
+    first = "".join(
+        f"\n  {name}: {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"
+        for name in differing[:_SHOWN_DIFFERENCES]
+    )
+    raise CheckpointError(
+        f"checkpoint {path} does not fit this config: {len(differing)} arrays differ, "
+        f"the first of them:{first}\nIt was written with "
+        f"{path.parents[1] / 'config.json'}: use that, or another --workdir."
+    )
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+    """`read()`, refused on all processes when it is damaged on one of them."""
+    result, refused = None, False
+    try:
+        result, damage = read(), None
+    except _DamageError as error:
+        damage = error
+    if jax.process_count() > 1:
+        refused = multihost_utils.process_allgather(
+            np.asarray(damage is not None)
+        ).any()
+    if damage or refused:
+        raise damage or _DamageError("another process could not read it")
+    return result
+
+
+def _one_line(error: Exception) -> str:
+    """Cause, type and text, cut: orbax and tensorstore put whole trees into texts."""
+    text = " ".join(str(error).split())
+    code = re.search(r"os_error_code='(\d+)'", text)  # tensorstore: at the very end
+    cause = f"{os.strerror(int(code[1]))}: " if code else ""
+    text = text if len(text) <= 160 else f"{text[:160]}..."
+    return f"{cause}{type(error).__name__}: {text}"
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
+    handlers = {
+        "arrays": ocp.PyTreeCheckpointHandler(),
+        "table": ocp.JsonCheckpointHandler(filename=_TABLE_FILE),
+    }
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _is_not_orbax_chatter(record) -> bool:
+    """Orbax logs some 30 lines per save, and each error that it also raises."""
+    chatter = f"{os.sep}orbax{os.sep}checkpoint{os.sep}" in record.pathname
+    return not chatter or logging.get_verbosity() >= logging.DEBUG

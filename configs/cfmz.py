@@ -1,0 +1,48 @@
+"""cfmz: the CIFAR residual networks of He et al. 2015 as trained on neon 1.2.1.
+
+python main.py --config=configs/cfmz.py --workdir=/tmp/run
+python main.py --config=configs/cfmz.py:56,cifar10 --workdir=/tmp/run
+
+A variant is a depth. The schedule scales: --config.train.epochs=10
+--config.optimizer.drop_epochs='(5.0,7.5)'.
+Deviation: each epoch is a full permutation, where neon shuffled within macrobatches.
+"""
+
+from configs import common
+from configs.common import Published, Variant
+
+SOURCE = "cfmz README: last of 180 epochs, one run"
+
+
+def _variant(depth, parameters, error=None):
+    published = {"cifar10": Published(error, "last", SOURCE)} if error else {}
+    net = {"name": "cfmz_resnet", "depth": depth}
+    return Variant(net, {"cifar10": parameters}, published)
+
+
+VARIANTS = {
+    "20": _variant(20, 269_732, 8.29),
+    "32": _variant(32, 464_164, 7.26),
+    "44": _variant(44, 658_596),  # not in cfmz: the same rule
+    "56": _variant(56, 853_028, 6.31),
+    "110": _variant(110, 1_727_972, 6.00),
+}
+
+
+def get_config(argument: str = ""):
+    variant, data = common.parse(argument, VARIANTS, default="20,cifar10")
+    config = common.base()
+    config.variant = variant
+    with config.unlocked():
+        config.net.depth = 20
+    config.net.update(VARIANTS[variant].net)
+    config.net.num_classes = common.NUM_CLASSES[data]
+    config.data.name = data
+    config.data.border = "mean"
+    config.data.std = (1.0, 1.0, 1.0)  # neon subtracts the mean and does not divide
+    config.train.update(batch_size=128, epochs=180.0)
+    config.optimizer.update(
+        drop_epochs=(90.0, 135.0), nesterov=False, rate_in_velocity=True
+    )
+    config.data.flip = data != "digits"  # a mirrored digit is another one
+    return config

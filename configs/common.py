@@ -1,0 +1,131 @@
+"""Every field of a configuration, with what it means; the families fill in theirs."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A table row of a paper or README, as printed there.
+
+    error: test error in percent; selection: 'best' of all epochs on the test set, or
+    the 'last' epoch. parameters: the printed figure, where there is one.
+    """
+
+    error: float
+    selection: str
+    source: str
+    parameters: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row of a family's VARIANTS: the net's fields, and what was published of it.
+
+    parameters: exact number of existing parameters (specification, or our count where
+    nothing is published), by data set; tests/variants_test.py holds them.
+    """
+
+    net: Mapping[str, Any]
+    parameters: Mapping[str, int]
+    published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
+
+
+def base() -> ConfigDict:
+    """The defaults. Overrides keep the type that a field has here."""
+    config = ConfigDict()
+    config.seed = 0  # initial weights, order of examples, augmentation
+    config.variant = ""  # row of the family's VARIANTS, for the record
+
+    config.net = ConfigDict(
+        dict(
+            name="",  # nets.names()
+            num_classes=10,
+            graph_seed=0,  # expander graphs are a function of it and the layer's path
+            lowering="auto",  # of every convolution: nets/layers/lowerings.py
+            wiring="dense",  # dense, expander, grouped: nets/layers/wiring.py
+            compress=2,  # expander: a sampling channel keeps in // compress partners
+            sampling="smaller_side",  # expander: or per_output, per_input
+            groups=2,  # grouped
+        )
+    )
+    config.data = ConfigDict(
+        dict(
+            name="cifar10",  # a TFDS set, 'digits' (embedded), or a path to an .npz
+            dir="",  # '': $TFDS_DATA_DIR or ~/tensorflow_datasets
+            download=False,  # the network is used only when asked
+            cache_dir="",  # decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache/wirings
+            pipeline="tf.data",  # or 'device': images and augmentation on the device
+            pad=4,  # pixels a side before the random crop; 0: no crop
+            border="zero",  # what fills them: zero, mean (cfmz: augment.py)
+            flip=True,  # horizontally, with probability 1/2
+            mean=(),  # per channel, 0..255; (): the data set's own (input_pipeline.py)
+            std=(),
+        )
+    )
+    config.train = ConfigDict(
+        dict(
+            batch_size=64,  # of all devices together
+            epochs=300.0,  # passes over the training images
+            steps_per_dispatch=1,  # pipeline='device': steps a call of the device makes
+            dtype="float32",  # of the computation; parameters stay float32
+            sync_batch_norm=True,  # statistics over all devices, else per device
+            batch_norm_group=0,  # images that share statistics; 0: all of them
+            log_every_steps=100,  # progress line, TensorBoard
+            tensorboard=True,  # where TensorFlow is installed
+            compilation_cache=True,  # keep compiled programs in the cache directory
+        )
+    )
+    config.optimizer = ConfigDict(
+        dict(
+            learning_rate=0.1,
+            drop_epochs=(150.0, 225.0),  # counted from 0; the rate is multiplied there
+            drop_factor=0.1,
+            min_learning_rate=0.0,
+            momentum=0.9,
+            nesterov=True,
+            rate_in_velocity=False,  # neon: v <- momentum v - rate g (optimizers.py)
+            weight_decay=1e-4,  # L2 on every parameter, as all originals do
+        )
+    )
+    config.eval = ConfigDict(
+        dict(
+            batch_size=250,
+            every_epochs=1.0,  # fractions allowed; a checkpoint follows each
+            checkpoint="best",  # --mode=eval: best, last or a step
+        )
+    )
+    config.checkpoint = ConfigDict(
+        dict(
+            keep=2,  # the newest ones, besides the best
+            every_steps=0,  # besides those after evaluations; 0: none
+        )
+    )
+    return config
+
+
+def parse(argument: str, variants: Mapping[str, Variant], default: str):
+    """'variant,data' of --config=file.py:variant,data -> (variant name, data name)."""
+    variant, _, data = (argument or default).partition(",")
+    variant = variant or default.partition(",")[0]
+    data = data or default.partition(",")[2]
+    if variant not in variants:
+        raise ValueError(_choices("variant", variant, list(variants)))
+    if data not in NUM_CLASSES:
+        raise ValueError(
+            _choices("data set", data, list(NUM_CLASSES))
+            + "; any other is named by --config.data.name and --config.net.num_classes"
+        )
+    return variant, data
+
+
+def _choices(what: str, given: str, choices: list[str]) -> str:
+    nearest = difflib.get_close_matches(given, choices, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {what} {given!r}: choose from {', '.join(choices)}{hint}"

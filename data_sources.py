@@ -1,0 +1,422 @@
+"""Where images come from: every source -> uint8 arrays in memory, decoded only once.
+
+By config.data.name: 'digits' (inside scikit-learn), a TFDS set whose tfrecord or
+array_record files lie in config.data.dir, or the path of an .npz. Nothing here imports
+TensorFlow: with small images its import alone takes longer than decoding 50,000 of them
+with Pillow (11 s against 4 s on 2 cores), and the result is the same to the bit.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import pathlib
+import re
+import struct
+import tempfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from PIL import Image
+
+SPLITS = ("train", "test")
+# Mean and standard deviation per channel, 0..255. cifar*: the constants of X-Nets, which
+# are those of the official images; digits: of its training split.
+STATISTICS = {
+    "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+    "digits": ((0.0,) * 3, (1.0,) * 3),
+}
+PROBE_SECONDS = 10.0
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or does not fit; the message names the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """A split in memory: images (N, H, W, 3) uint8, labels (N,) int32.
+
+    mean, std: per channel on the scale 0..255, as augment.normalize takes them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load(data: ConfigDict, split: str) -> Examples:
+    """The examples of config.data, 'train' or 'test', always in the same order.
+
+    mean and std are those of data, else of STATISTICS, else of the training images.
+    May run in a thread. Raises DataError for what is missing, damaged or misnamed; uses
+    the network only if data.download is set.
+    """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+    images, labels, num_classes = _check(data, split, *_source(data)(data, split))
+    mean, std = tuple(data.mean), tuple(data.std)
+    if not (mean and std):
+        known = STATISTICS.get(data.name.partition(":")[0])
+        if known is None:
+            train = images if split == "train" else _source(data)(data, "train")[0]
+            known = statistics(train)
+        mean, std = mean or known[0], std or known[1]
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise DataError(
+            f"data.mean={mean} and data.std={std} must be 3 numbers, std positive"
+        )
+    return Examples(images, labels, num_classes, mean, std)
+
+
+def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation per channel of (N, H, W, C) uint8."""
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), 1000):
+        for channel, count in enumerate(counts):
+            pixels = images[start : start + 1000, ..., channel]
+            count += np.bincount(pixels.ravel(), minlength=256)
+    weights, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256)
+    mean = weights @ values
+    variance = (weights * (values - mean[:, None]) ** 2).sum(axis=1)
+    return tuple(map(float, mean)), tuple(map(float, np.sqrt(variance)))
+
+
+def _source(data: ConfigDict) -> Callable:
+    """A function (data, split) -> images, labels, number of classes."""
+    if data.name.endswith(".npz"):
+        return _npz
+    return {"digits": _digits}.get(data.name, _tfds)
+
+
+def _check(data, split, images, labels, num_classes):
+    """Refuses what would fail later, deep inside a compiled step."""
+    if not len(images):
+        raise DataError(f"{data.name}: the {split} split is empty")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"{data.name}: {split} labels lie in {low}..{high}, not in "
+            f"0..{num_classes - 1} as {num_classes} classes need"
+        )
+    return images, labels.astype(np.int32), num_classes
+
+
+def _digits(data: ConfigDict, split: str):
+    """1,797 real handwritten digits, 8x8 in 17 grey levels, inside scikit-learn.
+
+    Bilinear to 32x32, the three channels equal, grey 0..16 stretched to 0..255. Every
+    fifth one, from the first, is a test image: 1,437 train, 360 test.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    test = np.arange(len(digits.target)) % 5 == 0
+    chosen = test if split == "test" else ~test
+    small = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    large = [Image.fromarray(x).resize((32, 32), Image.BILINEAR) for x in small]
+    images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
+    return images, digits.target[chosen], 10
+
+
+def _npz(data: ConfigDict, split: str):
+    """x_train, y_train, x_test, y_test of a file; data.dir is where its path starts.
+
+    x: uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); y: integers, (N,) or (N, 1), from
+    0. There are as many classes as the largest label of both splits says, or as the
+    optional number num_classes says.
+    """
+    path = pathlib.Path(data.dir).expanduser() / pathlib.Path(data.name).expanduser()
+    if not path.is_file():
+        raise DataError(f"no file {path.absolute()} (--config.data.name, .dir)")
+    try:
+        with np.load(path) as file:  # without pickle, numpy's default
+            missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
+            if missing:
+                raise DataError(
+                    f"{path} lacks {', '.join(sorted(missing))}; it has "
+                    f"{', '.join(file.files) or 'nothing'}"
+                )
+            images, labels = file[f"x_{split}"], file[f"y_{split}"]
+            other = file["y_test" if split == "train" else "y_train"]
+            num_classes = file["num_classes"] if "num_classes" in file.files else None
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        raise DataError(f"{path} is damaged or no .npz: {error}") from error
+    shape, grey = images.shape, images.ndim == 3 or images.shape[-1:] == (1,)
+    if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and shape[-1] == 3)):
+        raise DataError(
+            f"{path}: x_{split} is {images.dtype} {shape}, not uint8 (N, H, W), "
+            "(N, H, W, 1) or (N, H, W, 3)"
+        )
+    for name, array in ((split, labels), ("other split's", other)):
+        if array.dtype.kind not in "iu" or array.size != len(array):
+            raise DataError(
+                f"{path}: {name} labels are {array.dtype} {array.shape}, not integers (N,)"
+            )
+    if len(labels) != len(images):
+        raise DataError(f"{path}: {len(images)} {split} images, {len(labels)} labels")
+    if grey:
+        images = np.repeat(images.reshape(*shape[:3], 1), 3, axis=-1)
+    if num_classes is None:
+        num_classes = max((int(y.max()) for y in (labels, other) if y.size), default=0)
+        num_classes += 1
+    return images, labels.reshape(-1).astype(np.int64), int(num_classes)
+
+
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def _tfds(data: ConfigDict, split: str):
+    """A TFDS set of constant image size; grey images get three equal channels."""
+    root = pathlib.Path(
+        data.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    ).expanduser()
+    directory = _find(root, data.name)
+    if directory is None:
+        _refuse_unknown(root, data.name)
+        if not data.download:
+            raise DataError(
+                f"{data.name} is not in {root.absolute()}. Ways out: "
+                "--config.data.dir=... (where it is), --config.data.name=digits (needs "
+                "no files), --config.data.download=True (fetches it there)"
+            )
+        _download(root, data.name, array_record=data.pipeline == "device")
+        directory = _find(root, data.name)
+    return _prepared(directory, split, data.cache_dir)
+
+
+def _find(root: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The newest version below root/NAME[/CONFIG][:VERSION], None without one."""
+    name, _, version = name.partition(":")
+    files = list(root.glob(f"{name}/{version or '*'}/dataset_info.json"))
+    files = files or list(root.glob(f"{name}/*/{version or '*'}/dataset_info.json"))
+    found = [x.parent for x in files if re.fullmatch(r"\d+\.\d+\.\d+", x.parent.name)]
+    configs = sorted({x.parent.relative_to(root).as_posix() for x in found})
+    if len(configs) > 1:
+        raise DataError(f"{name} has several forms: choose {' or '.join(configs)}")
+    return max(found, key=lambda x: tuple(map(int, x.name.split("."))), default=None)
+
+
+def _refuse_unknown(root: pathlib.Path, name: str) -> None:
+    import tensorflow_datasets as tfds
+
+    name = re.split("[:/]", name)[0]
+    here = {x.name for x in root.iterdir()} if root.is_dir() else set()
+    known = {"digits", *here, *tfds.list_builders(with_community_datasets=False)}
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3) or sorted(STATISTICS)
+        raise DataError(
+            f"no data set is called {name!r} (nearest: {', '.join(nearest)}); the path "
+            "of a file has to end with .npz"
+        )
+
+
+def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
+    """A split of files that TFDS wrote: images, labels, number of classes."""
+    import tensorflow_datasets as tfds
+
+    with _damage(directory):
+        builder = tfds.builder_from_directory(directory)
+        features, splits = dict(builder.info.features.items()), builder.info.splits
+        keys = builder.info.supervised_keys or ("image", "label")
+    if split not in splits:
+        raise DataError(f"{directory} has no {split} split, only {', '.join(splits)}")
+    image, label = (features.get(key) if isinstance(key, str) else None for key in keys)
+    if not isinstance(image, tfds.features.Image) or not isinstance(
+        label, tfds.features.ClassLabel
+    ):
+        raise DataError(f"{directory} holds no images with one class label: {features}")
+    if None in image.shape or image.shape[-1] not in (1, 3) or image.dtype != np.uint8:
+        raise DataError(
+            f"{directory}: images are {image.dtype} {image.shape}; what is trained from "
+            "memory must be uint8, of one size, with 1 or 3 channels"
+        )
+    paths = [pathlib.Path(path) for path in splits[split].filepaths]
+    with _damage(directory):
+        files = {path.name: path.read_bytes() for path in paths}
+    digest = zlib.crc32("".join(files).encode())
+    for content in files.values():
+        digest = zlib.crc32(content, digest)
+
+    def decode():
+        with _damage(directory):
+            if all(".tfrecord" in name for name in files):
+                records = [x for item in files.items() for x in _tfrecords(*item)]
+            else:
+                records = builder.as_data_source(
+                    split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+                ).__getitems__(range(splits[split].num_examples))
+            if len(records) != splits[split].num_examples:
+                raise ValueError(
+                    f"{len(records)} {split} records, not {splits[split].num_examples}"
+                )
+            return _decode(records, *keys, image, label)
+
+    parts = directory.parts[-3:] if directory.parts[-3:-2] else directory.parts
+    key = f"{'-'.join(parts)}-{split}-{digest:08x}"
+    return *_cached(cache_dir, key, decode), label.num_classes
+
+
+@contextlib.contextmanager
+def _damage(directory: pathlib.Path):
+    """Whatever a reader raises becomes a DataError that names the directory."""
+    try:
+        yield
+    except Exception as error:  # TFDS and array_record raise anything
+        raise DataError(
+            f"{directory} is damaged or incomplete: {error}. Restore it, or delete it "
+            "and fetch it again (--config.data.download=True)"
+        ) from error
+
+
+def _decode(records: list[bytes], image_key, label_key, image, label):
+    """Serialized examples -> images (N, H, W, 3) uint8, labels (N,) int64."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict({image_key: image, label_key: label})
+    # Pillow and an accurate TensorFlow agree to the bit; TensorFlow's default is the
+    # fast DCT, which darkens red and blue by a grey level.
+    skip = {image_key: tfds.decode.SkipDecoding()}
+    height, width, _ = image.shape
+    images = np.empty((len(records), height, width, 3), np.uint8)
+    labels = np.empty(len(records), np.int64)
+
+    def decode(start):
+        for i in range(start, min(start + 500, len(records))):
+            example = features.deserialize_example_np(records[i], decoders=skip)
+            picture = Image.open(io.BytesIO(example[image_key]))
+            if picture.size != (width, height):
+                raise ValueError(f"image {i} is {picture.size}, not {(width, height)}")
+            images[i] = picture.convert("RGB")
+            labels[i] = example[label_key]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(decode, range(0, len(records), 500)))
+    return images, labels
+
+
+def _tfrecords(name: str, content: bytes) -> list[bytes]:
+    """The records of a file: 8 bytes length, 4 its checksum, record, 4 its checksum."""
+    starts, lengths, position = [], [], 0
+    while position < len(content):
+        if position + 12 > len(content):
+            raise ValueError(f"{name} is cut off at byte {position}")
+        (length,) = struct.unpack_from("<Q", content, position)
+        starts.append(position + 12)
+        lengths.append(length)
+        position += length + 16
+    if position > len(content):
+        raise ValueError(f"{name} is cut off after {len(starts) - 1} records")
+    starts, lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
+    content_bytes = np.frombuffer(content, np.uint8)
+    stored = content_bytes[(starts + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
+    crc = _crc32c(content_bytes, starts, lengths)
+    masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+    if (bad := np.flatnonzero(masked != stored)).size:
+        raise ValueError(f"{name}: record {bad[0]} has a wrong checksum")
+    return [content[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist())]
+
+
+def _crc32c(content: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+    """CRC-32C (Castagnoli) of many pieces at once, byte k of all of them in step k."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
+    order = np.argsort(-lengths, kind="stable")  # the longest first: a prefix is active
+    starts, descending = starts[order], -lengths[order]
+    crc = np.full(len(order), 0xFFFFFFFF, np.uint32)
+    for k in range(lengths.max(initial=0)):
+        active = np.searchsorted(descending, -k)
+        part = crc[:active]
+        crc[:active] = table[(part ^ content[starts[:active] + k]) & 255] ^ (part >> 8)
+    result = np.empty_like(crc)
+    result[order] = ~crc
+    return result
+
+
+def _cached(cache_dir: str, key: str, build: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """build() -> images, labels, kept as an .npz, whose own checksums np.load verifies.
+
+    A damaged entry is built again, a directory that cannot be written is only warned of.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = pathlib.Path(cache_dir or pathlib.Path(home, "wirings")).expanduser()
+    path = directory / f"{key}.npz"
+    try:
+        with np.load(path) as file:
+            return file["images"], file["labels"]
+    except FileNotFoundError:
+        pass
+    except _DAMAGE as error:
+        logging.warning("%s is damaged (%s): decoding again", path, error)
+    images, labels = build()
+    temporary = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+            temporary = file.name
+            np.savez(file, images=images, labels=labels)
+        os.replace(temporary, path)  # another process may be reading or writing it
+    except OSError as error:
+        logging.warning("decoded images are not kept in %s: %s", directory, error)
+        if temporary:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+    return images, labels
+
+
+def _download(root: pathlib.Path, name: str, *, array_record: bool) -> None:
+    """Lets TFDS fetch and write a set; array_record can be written without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    try:
+        file_format = "array_record" if array_record else None
+        builder = tfds.builder(name, data_dir=root, file_format=file_format)
+        _probe({urllib.parse.urlsplit(url)[:2] for url in builder.url_infos})
+        builder.download_and_prepare()
+    except Exception as error:
+        raise DataError(
+            f"{name} could not be fetched to {root.absolute()}: {error}. Ways out: "
+            "--config.data.dir=... (where it is), --config.data.name=digits"
+        ) from error
+
+
+def _probe(servers: set[tuple[str, str]]) -> None:
+    """Raises OSError for a server that does not answer; TFDS alone retries for 205 s."""
+    answers: dict = {}
+
+    def ask(server):
+        request = urllib.request.Request(
+            urllib.parse.urlunsplit((*server, "/", "", ""))
+        )
+        request.method = "HEAD"
+        try:
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            answers[server] = None
+        except urllib.error.HTTPError:
+            answers[server] = None  # it refuses this page, but it is there
+        except OSError as error:
+            answers[server] = error
+
+    threads = [threading.Thread(target=ask, args=(x,), daemon=True) for x in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PROBE_SECONDS)  # the timeout above does not cover name resolution
+    for server in servers:
+        if (error := answers.get(server, "no answer")) is not None:
+            raise OSError(f"no connection to {server[1]} ({error})")

@@ -1,0 +1,230 @@
+"""Examples to batches; a training batch is a function of (seed, step), nothing else.
+
+One plan per step, drawn in numpy, says what the batch is made of. Two paths carry it out
+and return the same bits: tf.data on the host (the only one that imports TensorFlow), or
+JAX inside the train step, with the images on the accelerator (pipeline='device').
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import augment
+import data_sources
+from data_sources import DataError, Examples
+
+PIPELINES = ("tf.data", "device")
+_ORDER, _AUGMENTATION = 0, 1  # independent random streams of a seed
+
+
+def load(data: ConfigDict, split: str) -> Examples:
+    """The examples of config.data, 'train' or 'test': see data_sources.load.
+
+    Raises DataError also for an augmentation that does not exist.
+    """
+    for field, choices in (("pipeline", PIPELINES), ("border", augment.BORDERS)):
+        if data[field] not in choices:
+            raise DataError(
+                f"unknown data.{field} {data[field]!r}: choose from {', '.join(choices)}"
+            )
+    if data.pad < 0:
+        raise DataError(f"data.pad={data.pad} must not be negative")
+    return data_sources.load(data, split)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["index", "offset", "flip"],
+    meta_fields=["pad"],
+)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a training batch is made of; a pytree of three arrays.
+
+    index: (B,) int32, which examples; offset: (B, 2) int32, row and column of the crop
+    in the padded image, 0..2 pad; flip: (B,) bool; pad: static, the border's width.
+    """
+
+    index: np.ndarray
+    offset: np.ndarray
+    flip: np.ndarray
+    pad: int
+
+
+def plan(config: ConfigDict, num_examples: int, step: int) -> Plan:
+    """The batch of a step, counted from 0, over all processes.
+
+    The stream of examples is one full permutation per epoch, end to end (as in cfmz): all
+    batches are full, and one may straddle two epochs. Raises DataError for a batch that
+    is larger than the data set.
+    """
+    data, batch_size = config.data, config.train.batch_size
+    if not 0 < batch_size <= num_examples:
+        raise DataError(
+            f"train.batch_size={batch_size} must lie between 1 and the {num_examples} "
+            f"training images of {data.name}"
+        )
+    epoch, start = divmod(step * batch_size, num_examples)
+    index = _permutation(config.seed, num_examples, epoch)[start : start + batch_size]
+    if missing := batch_size - len(index):
+        following = _permutation(config.seed, num_examples, epoch + 1)
+        index = np.concatenate([index, following[:missing]])
+    random = _random(config.seed, _AUGMENTATION, step)
+    flip = random.random(batch_size) < 0.5
+    offset = random.integers(0, 2 * data.pad + 1, (batch_size, 2), dtype=np.int32)
+    return Plan(index, offset, flip & data.flip, data.pad)
+
+
+def plans(config: ConfigDict, num_examples: int, start_step: int = 0) -> Iterator[Plan]:
+    """The plans of start_step, start_step + 1, ... without end."""
+    return (plan(config, num_examples, step) for step in itertools.count(start_step))
+
+
+@functools.lru_cache(maxsize=4)  # threads may be at the end and the start of an epoch
+def _permutation(seed: int, num_examples: int, epoch: int) -> np.ndarray:
+    order = _random(seed, _ORDER, epoch).permutation(num_examples).astype(np.int32)
+    order.setflags(write=False)
+    return order
+
+
+def _random(seed: int, stream: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, stream, number]))
+
+
+def share(whole: Plan, process_index: int, process_count: int) -> Plan:
+    """The rows [p b, (p + 1) b) that process p carries out, b = B / process_count."""
+    size, remainder = divmod(len(whole.index), process_count)
+    if remainder:
+        raise DataError(
+            f"train.batch_size={len(whole.index)} must be a multiple of the "
+            f"{process_count} processes"
+        )
+    rows = slice(process_index * size, (process_index + 1) * size)
+    return jax.tree.map(lambda x: x[rows], whole)
+
+
+def apply_plan(padded_images, labels, plan: Plan) -> dict[str, jax.Array]:
+    """Traceable: image (B, H, W, C) uint8 and label (B,) of images from augment.pad."""
+    image = augment.crop_and_flip(
+        padded_images,
+        plan.index,
+        plan.offset,
+        plan.flip,
+        size=_size(padded_images, plan.pad),
+    )
+    return {"image": image, "label": labels[plan.index]}
+
+
+def _size(padded_images, pad: int) -> tuple[int, int]:
+    _, height, width, _ = padded_images.shape
+    return height - 2 * pad, width - 2 * pad
+
+
+def batches(
+    config: ConfigDict,
+    split: str,
+    start_step: int = 0,
+    *,
+    examples: Examples | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of each batch: image (b, H, W, 3) uint8, label (b,) int32.
+
+    'train': from start_step on, without end. 'test': one pass in fixed order with mask
+    (b,) float32; the last batch is filled up with zeros of mask 0, and eval.batch_size is
+    rounded up to a multiple of the processes. examples: the split, if loaded already.
+    """
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if examples is None:
+        examples = load(config.data, split)
+    if split == "test":
+        return _test_batches(examples, config.eval.batch_size, index, count)
+    data, num_examples = config.data, len(examples.labels)
+
+    def draw(step):
+        return share(plan(config, num_examples, step), index, count)
+
+    draw(start_step)  # raises here what would be raised in a thread of TensorFlow
+    padded = augment.pad(examples.images, data.pad, data.border)
+    carry_out = _tf_batches if data.pipeline == "tf.data" else _device_batches
+    return carry_out(padded, examples.labels, draw, start_step, data.pad)
+
+
+def _test_batches(
+    examples: Examples, batch_size: int, process_index: int, process_count: int
+) -> Iterator[dict[str, np.ndarray]]:
+    if batch_size < 1:
+        raise DataError(f"eval.batch_size={batch_size} must be positive")
+    share = -(-batch_size // process_count)
+    total = len(examples.labels)
+
+    def rows(array, start):
+        part = array[start : start + share]
+        filled = np.zeros((share, *array.shape[1:]), array.dtype)
+        filled[: len(part)] = part
+        return filled
+
+    ones = np.ones(total, np.float32)
+    for batch_start in range(0, total, share * process_count):
+        start = batch_start + process_index * share
+        yield {
+            "image": rows(examples.images, start),
+            "label": rows(examples.labels, start),
+            "mask": rows(ones, start),
+        }
+
+
+def _device_batches(padded, labels, draw, start_step, pad):
+    padded, labels, apply = jax.device_put((padded, labels)) + (jax.jit(apply_plan),)
+    for step in itertools.count(start_step):
+        yield jax.device_get(apply(padded, labels, draw(step)))
+
+
+def _tf_batches(
+    padded: np.ndarray,
+    labels: np.ndarray,
+    draw: Callable[[int], Plan],
+    start_step: int,
+    pad: int,
+    workers: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
+    tf = tensorflow()
+    size = _size(padded, pad)
+    # Captured by the function below, so neither copied into the graph nor per batch.
+    padded, labels = tf.constant(padded), tf.constant(labels)
+
+    def numbers(step):
+        drawn = draw(int(step))
+        return drawn.index, drawn.offset, drawn.flip
+
+    def batch(step):
+        types = (tf.int32, tf.int32, tf.bool)
+        index, offset, flip = tf.numpy_function(numbers, [step], types)
+        index.set_shape([None]), offset.set_shape([None, 2]), flip.set_shape([None])
+        image = augment.crop_and_flip_tf(padded, index, offset, flip, size)
+        return {"image": image, "label": tf.gather(labels, index)}
+
+    steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
+    dataset = steps.map(batch, num_parallel_calls=workers, deterministic=True)
+    return dataset.prefetch(4).as_numpy_iterator()
+
+
+def tensorflow():
+    """The module, kept off the accelerators, whose memory it would take for itself."""
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise DataError(
+            f"data.pipeline='tf.data' needs TensorFlow ({error}); "
+            "--config.data.pipeline=device does not"
+        ) from error
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    return tf

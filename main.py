@@ -1,0 +1,68 @@
+"""Trains or evaluates: python main.py --config=configs/xdensenet.py --workdir=/tmp/run
+
+Flags only; the work is in train.py, which a notebook can call.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+# Before jax is imported: TensorFlow feeds the accelerators, it must not take them.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import preflight
+import train
+
+config_flags.DEFINE_config_file(
+    "config", None, "configs/FAMILY.py or configs/FAMILY.py:VARIANT,DATA"
+)
+flags.DEFINE_string("workdir", None, "where the run lives; an existing one resumes")
+flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint")
+flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first")
+flags.mark_flags_as_required(["config", "workdir"])
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    _log_plainly()
+    config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
+    try:
+        if FLAGS.distributed:
+            jax.distributed.initialize()
+        preflight.use_compilation_cache(config)
+        if FLAGS.mode == "eval":
+            result = train.evaluate_checkpoint(config, workdir)
+        else:
+            result = train.train_and_evaluate(config, workdir)
+    except (ValueError, FloatingPointError, OSError) as error:
+        logging.debug("traceback", exc_info=True)
+        sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
+    except train.Preempted as message:
+        print(message, file=sys.stderr)
+        sys.exit(128 + 15)  # as a shell reports SIGTERM
+    print(json.dumps(result, indent=2))
+
+
+def _log_plainly():
+    """Our progress lines and everybody's warnings, without absl's prefix."""
+    logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+    here, handler = str(pathlib.Path(__file__).parent), logging.get_absl_handler()
+    handler.addFilter(
+        lambda record: (
+            record.levelno >= logging.logging.WARNING
+            or (
+                record.pathname.startswith(here)
+                and "site-packages" not in record.pathname
+            )
+        )
+    )
+    handler.python_handler.setFormatter(logging.logging.Formatter("%(message)s"))
+
+
+if __name__ == "__main__":
+    app.run(main)

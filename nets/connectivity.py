@@ -1,0 +1,89 @@
+"""Who connects to whom: channel graphs as numpy arrays, nothing of JAX.
+
+A graph between I input and O output channels is the sorted vector of its edges,
+each written as the flat index `input * O + output`: the row-major position of
+the connection in a dense (I, O) matrix.
+"""
+
+import zlib
+from typing import Literal, get_args
+
+import numpy as np
+
+Sampling = Literal["smaller_side", "per_output", "per_input"]
+
+
+def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str:
+    """The side, 'input' or 'output', whose every channel draws `degree` partners.
+
+    `smaller_side` is the rule of the published code's head (Deep-Expander-Networks,
+    layers; inputs draw when the sides are equal), `per_output` that of its history
+    and of the paper, `per_input` that of its history's "reverse" convolution.
+    """
+    if sampling not in get_args(Sampling):
+        raise ValueError(
+            f"unknown sampling rule {sampling!r}: choose from {get_args(Sampling)}"
+        )
+    if sampling == "smaller_side":
+        return "output" if in_channels > out_channels else "input"
+    return sampling.removeprefix("per_")
+
+
+def num_edges(
+    in_channels: int, out_channels: int, degree: int, sampling: Sampling
+) -> int:
+    """Connections of an expander graph; refuses a degree that cannot be drawn."""
+    side = sampled_side(in_channels, out_channels, sampling)
+    drawing, partners = in_channels, out_channels
+    if side == "output":
+        drawing, partners = out_channels, in_channels
+    if not 1 <= degree <= partners:
+        raise ValueError(
+            f"expander degree {degree} is impossible: each {side} channel of "
+            f"{in_channels} -> {out_channels} draws from {partners} partners, so the "
+            f"degree must lie in 1..{partners}; change the compression or the widths"
+        )
+    return drawing * degree
+
+
+def expander(
+    in_channels: int, out_channels: int, degree: int, sampling: Sampling, rng
+) -> np.ndarray:
+    """Edges (E,) int32 of a random graph, regular on the sampled side only.
+
+    Each channel of that side, in order, keeps the first `degree` entries of
+    `rng.permutation(partners)`: the originals' drawing order, so that a
+    numpy RandomState reproduces their graphs.
+    """
+    num_edges(in_channels, out_channels, degree, sampling)
+    side = sampled_side(in_channels, out_channels, sampling)
+    if side == "output":
+        inputs = [rng.permutation(in_channels)[:degree] for _ in range(out_channels)]
+        edges = np.stack(inputs) * out_channels + np.arange(out_channels)[:, None]
+    else:
+        outputs = [rng.permutation(out_channels)[:degree] for _ in range(in_channels)]
+        edges = np.arange(in_channels)[:, None] * out_channels + np.stack(outputs)
+    return np.sort(edges.ravel()).astype(np.int32)
+
+
+def mask(edges: np.ndarray, in_channels: int, out_channels: int) -> np.ndarray:
+    """The boolean (I, O) matrix of a graph."""
+    dense = np.zeros(in_channels * out_channels, bool)
+    dense[edges] = True
+    return dense.reshape(in_channels, out_channels)
+
+
+def grouped(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
+    """Edges (E,) of a grouped convolution: block g of the inputs feeds block g."""
+    for side, channels in (("input", in_channels), ("output", out_channels)):
+        if channels % groups:
+            raise ValueError(
+                f"{groups} groups do not divide {channels} {side} channels"
+            )
+    blocks = np.ones((in_channels // groups, out_channels // groups), bool)
+    return np.flatnonzero(np.kron(np.eye(groups, dtype=bool), blocks)).astype(np.int32)
+
+
+def layer_rng(seed: int, path: str) -> np.random.Generator:
+    """The generator of one layer's graph: a function of (seed, layer path) alone."""
+    return np.random.default_rng([seed, zlib.crc32(path.encode())])

@@ -1,0 +1,121 @@
+"""What a run tells while it lives: metrics.csv, best.json, TensorBoard, progress."""
+
+import csv
+import datetime
+import io
+import pathlib
+import time
+
+import jax
+from absl import logging
+
+import metrics
+from checkpoints import write_json, write_text
+
+
+class Reporter:
+    """Rows of evaluations go to metrics.csv, progress to the log and TensorBoard.
+
+    metrics.csv holds only what is a function of config and seed, so an interrupted
+    and resumed run ends with the same bytes; speed goes to the log and TensorBoard.
+    """
+
+    def __init__(self, workdir: pathlib.Path, clock, start: int, tensorboard: bool):
+        """`clock` is the run's train.Clock, `start` the step it goes on from."""
+        self._path = workdir / "metrics.csv"
+        # Rows after the checkpoint come again: the run repeats those steps.
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= start]
+        self._clock = clock
+        self._writer = _summary_writer(workdir) if tensorboard else None
+        self._pending = None
+        self._restart(start)
+
+    def trained(self, step: int, totals: dict) -> None:
+        """Called after each dispatch; reports on every `log_every` steps.
+
+        The totals are still being computed: they are fetched one call later.
+        """
+        self._flush()
+        if step // self._clock.log_every > self._last_step // self._clock.log_every:
+            self._pending = (step, totals)
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (step, totals), self._pending = self._pending, None
+        totals = {k: float(v) for k, v in jax.device_get(totals).items()}
+        interval = {k: v - self._last_totals.get(k, 0.0) for k, v in totals.items()}
+        means, now = metrics.means(interval, "train"), time.perf_counter()
+        rate = interval["examples"] / (now - self._last_time)
+        remaining = (self._clock.total - step) * self._clock.batch_size / rate
+        logging.info(
+            "step %d/%d  epoch %.2f  loss %.4f  %.0f images/s  ETA %s",
+            step,
+            self._clock.total,
+            self._clock.epoch(step),
+            means["train_loss"],
+            rate,
+            datetime.timedelta(seconds=round(remaining)),
+        )
+        self._write(step, means | {"images_per_second": rate})
+        self._last_step, self._last_totals, self._last_time = step, totals, now
+
+    def _restart(self, step: int) -> None:
+        """A new interval: after an evaluation, which is not training time."""
+        self._last_step, self._last_totals = step, {}
+        self._last_time = time.perf_counter()
+
+    def evaluated(self, row: dict[str, float]) -> None:
+        """Adds a row to metrics.csv; best.json holds the first of equal bests."""
+        self._flush()
+        self.rows.append(row)
+        write_text(self._path, as_csv(self.rows))
+        best = max(self.rows, key=lambda row: row[metrics.SELECTION])
+        write_json(self._path.with_name("best.json"), best)
+        logging.info(
+            "step %d/%d  epoch %.2f  %s",
+            row["step"],
+            self._clock.total,
+            row["epoch"],
+            "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("test_")),
+        )
+        self._write(row["step"], row)
+        self._restart(row["step"])
+
+    def close(self) -> None:
+        self._flush()
+        if self._writer:
+            self._writer.close()
+
+    def _write(self, step: int, scalars: dict[str, float]) -> None:
+        if self._writer:
+            self._writer.write_scalars(step, scalars)
+
+
+def as_csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, steps as integers; none when there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"])} for row in rows]
+
+
+def _summary_writer(workdir: pathlib.Path):
+    """CLU's TensorBoard writer, or None where TensorFlow is not installed."""
+    if jax.process_index() != 0:
+        return None
+    try:
+        from clu import metric_writers
+    except ImportError as error:
+        logging.info("no TensorBoard events (%s); metrics.csv has the numbers", error)
+        return None
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
