@@ -2,9 +2,8 @@
 
 A checkpoint is a directory `workdir/checkpoints/<step>` of two orbax items: `arrays`,
 a flat {path: array}, and `table`, our own JSON with the form (dtype and shape) and the
-CRC-32 of every array. Orbax restores a flipped bit as a wrong number and a wrong dtype
-as a cast, both silently; and "does this checkpoint fit this net?" becomes a comparison
-of two flat tables, made before any array is read.
+CRC-32 of every array. Orbax restores a flipped bit as a wrong number and casts a dtype,
+both silently; and whether a checkpoint fits a net is a comparison of two flat tables.
 """
 
 import contextlib
@@ -27,8 +26,11 @@ from jax.experimental import multihost_utils
 
 import metrics
 
+# Orbax logs some 30 lines per save, and each error that it also raises.
+_ORBAX = os.path.dirname(ocp.__file__)
+logging.get_absl_logger().addFilter(lambda log: not log.pathname.startswith(_ORBAX))
+
 _TABLE_FILE = "table.json"
-_SHOWN_DIFFERENCES = 8
 # Names beside `<step>`: what orbax is writing, what a new save at the same step is
 # about to replace (still readable until that save is committed), what is going.
 _WRITING, _REPLACED, _DELETED = ".orbax-checkpoint-tmp", ".replaced", ".deleted"
@@ -47,8 +49,7 @@ class Checkpoints:
 
     Best is the highest metrics.SELECTION among those saved with a row, the earliest
     of equals. Every process of a run creates one and makes the same calls; arrays
-    are replicated, and process 0 writes. Reading changes no file: what a killed run
-    left is cleaned up by the next save.
+    are replicated, process 0 writes. Reading changes no file: only a save cleans up.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
@@ -122,8 +123,8 @@ class Checkpoints:
         self._pending = None
         if jax.process_index() == 0:
             self._prune()
-        if jax.process_count() > 1:  # all processes see the same directories again
-            multihost_utils.sync_global_devices("checkpoints: pruned")
+        # From here on all processes see the same directories again.
+        multihost_utils.sync_global_devices("checkpoints: pruned")
 
     def close(self):
         try:
@@ -146,9 +147,8 @@ class Checkpoints:
             try:
                 arrays = self._read(step, wanted)
             except _DamageError as damage:
-                path = self.directory / str(step)
                 logging.warning(
-                    "Checkpoint %s is damaged, passed over: %s", path, damage
+                    "checkpoint %s is damaged: %s", self._path(step), damage
                 )
                 reasons += f"\n  {step}: {damage}"
                 self._damaged.add(step)
@@ -162,19 +162,16 @@ class Checkpoints:
 
     def _candidates(self, which: str | int) -> list[int]:
         """The steps to try, in order. Raises CheckpointError when there are none."""
-        steps, ranked = self.steps(), self._ranked()
-        if not steps:
-            raise CheckpointError(f"no checkpoint in {self.directory}")
-        if which == "last":
-            return steps[::-1]
-        if which == "best" and ranked:
-            return ranked
-        if str(which).isdecimal() and int(which) in steps:
-            return [int(which)]
-        raise CheckpointError(
-            f"no checkpoint {which!r} in {self.directory}; there are: last, "
-            f"{'best, ' if ranked else ''}{', '.join(map(str, steps))}"
-        )
+        steps = self.steps()
+        orders = {"last": steps[::-1], "best": self._ranked()}
+        orders = {name: order for name, order in orders.items() if order}
+        orders |= {str(step): [step] for step in steps}
+        if str(which) not in orders:
+            raise CheckpointError(
+                f"no checkpoint {which!r} in {self.directory}; there are: "
+                f"{', '.join(orders) or 'none'}"
+            )
+        return orders[str(which)]
 
     def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
         """The arrays of a step, proven to be those that were saved."""
@@ -186,14 +183,11 @@ class Checkpoints:
         def read():
             try:
                 arrays = self._orbax.restore(self._path(step), args=items)["arrays"]
-                wrong = [
-                    path for path in stored if _digest(arrays[path]) != stored[path]
-                ]
+                wrong = [p for p in stored if _digest(arrays[p]) != stored[p]]
             except Exception as error:
                 raise _DamageError(_one_line(error)) from error
             if wrong:
-                share = f"{len(wrong)} of {len(stored)} arrays"
-                raise _DamageError(f"{share} differ from their digests: {wrong[0]}")
+                raise _DamageError(f"{len(wrong)} digests differ, first {wrong[0]}")
             return arrays
 
         return _agreed(read)
@@ -239,13 +233,12 @@ class Checkpoints:
 
     def _sweep(self):
         """Removes unfinished writes and deletions, undoes unfinished replacements."""
-        for entry in self.directory.iterdir():
-            replaced = entry.name.endswith(_REPLACED)
-            original = entry.with_name(entry.name.removesuffix(_REPLACED))
-            if replaced and not original.exists():
-                entry.rename(original)
-            elif replaced or _WRITING in entry.name or entry.name.endswith(_DELETED):
-                shutil.rmtree(entry)
+        for name in os.listdir(self.directory):
+            entry, original = self.directory / name, name.removesuffix(_REPLACED)
+            if name != original and not (self.directory / original).exists():
+                entry.rename(self.directory / original)
+            elif name != original or _WRITING in name or name.endswith(_DELETED):
+                shutil.rmtree(entry, ignore_errors=True)  # what stays goes next time
 
     def _prune(self):
         """After a commit: deletes what is neither among the last nor the best."""
@@ -263,9 +256,8 @@ class Checkpoints:
         # The old one keeps further errors of this write and would raise them later,
         # even from a restore, where they would look like a damaged checkpoint.
         self._orbax = _checkpointer()
-        if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # else the next save sweeps again
-                self._sweep()
+        if jax.process_index() == 0 and self.directory.is_dir():
+            self._sweep()
         good = [known for known in self.steps() if known not in self._damaged]
         return CheckpointError(
             f"checkpoint {self.directory / str(step)} could not be written: "
@@ -332,13 +324,8 @@ def _host_copy(tree: Any) -> dict[str, np.ndarray]:
         if not number or not leaf.size:  # orbax refuses empty arrays
             why = "only numbers can be saved, of a random key its key_data"
             raise CheckpointError(f"{path} is {_form(leaf)}: {why}")
-        if isinstance(leaf, jax.Array):
-            if not leaf.is_fully_replicated and not leaf.is_fully_addressable:
-                raise CheckpointError(f"{path} is sharded over processes")
-            if not leaf.is_fully_addressable:
-                flat[path] = leaf = leaf.addressable_data(0)
-            leaf.copy_to_host_async()  # all transfers under way before the first wait
-    return {path: np.array(leaf, order="C") for path, leaf in flat.items()}
+    host = jax.device_get(flat)  # starts all transfers before it waits for the first
+    return {path: np.array(leaf, order="C") for path, leaf in host.items()}
 
 
 def _form(array: Any) -> str:
@@ -359,10 +346,9 @@ def _seal(table: dict[str, Any]) -> int:
 
 def _place(array: np.ndarray, leaf: Any) -> Any:
     """`array` where `leaf` of the template lies."""
-    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+    if isinstance(leaf, (np.ndarray, np.generic)):
         return array
-    uncommitted = isinstance(leaf, jax.Array) and not leaf.committed
-    if leaf.sharding is None or uncommitted:
+    if leaf.sharding is None or not getattr(leaf, "committed", True):
         return jax.device_put(array)
     return jax.make_array_from_callback(array.shape, leaf.sharding, array.__getitem__)
 
@@ -378,7 +364,7 @@ def _check_fit(stored: dict[str, list], wanted: dict[str, Any], path: pathlib.Pa
     differing.sort(key=lambda name: name not in ours or name not in theirs)
     first = "".join(
         f"\n  {name}: {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"
-        for name in differing[:_SHOWN_DIFFERENCES]
+        for name in differing[:8]
     )
     raise CheckpointError(
         f"checkpoint {path} does not fit this config: {len(differing)} arrays differ, "
@@ -389,16 +375,12 @@ def _check_fit(stored: dict[str, list], wanted: dict[str, Any], path: pathlib.Pa
 
 def _agreed(read: Callable[[], Any]) -> Any:
     """`read()`, refused on all processes when it is damaged on one of them."""
-    result, refused = None, False
+    result = damage = None
     try:
-        result, damage = read(), None
+        result = read()
     except _DamageError as error:
         damage = error
-    if jax.process_count() > 1:
-        refused = multihost_utils.process_allgather(
-            np.asarray(damage is not None)
-        ).any()
-    if damage or refused:
+    if multihost_utils.process_allgather(np.asarray(damage is not None)).any():
         raise damage or _DamageError("another process could not read it")
     return result
 
@@ -413,15 +395,6 @@ def _one_line(error: Exception) -> str:
 
 
 def _checkpointer() -> ocp.AsyncCheckpointer:
-    logging.get_absl_logger().addFilter(_is_not_orbax_chatter)
-    handlers = {
-        "arrays": ocp.PyTreeCheckpointHandler(),
-        "table": ocp.JsonCheckpointHandler(filename=_TABLE_FILE),
-    }
+    table = ocp.JsonCheckpointHandler(filename=_TABLE_FILE)
+    handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "table": table}
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
-
-
-def _is_not_orbax_chatter(record) -> bool:
-    """Orbax logs some 30 lines per save, and each error that it also raises."""
-    chatter = f"{os.sep}orbax{os.sep}checkpoint{os.sep}" in record.pathname
-    return not chatter or logging.get_verbosity() >= logging.DEBUG

@@ -35,7 +35,7 @@ SPLITS = ("train", "test")
 STATISTICS = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
-    "digits": ((0.0,) * 3, (1.0,) * 3),
+    "digits": ((77.9,) * 3, (82.6,) * 3),
 }
 PROBE_SECONDS = 10.0
 
@@ -195,7 +195,7 @@ def _tfds(data: ConfigDict, split: str):
                 "--config.data.dir=... (where it is), --config.data.name=digits (needs "
                 "no files), --config.data.download=True (fetches it there)"
             )
-        _download(root, data.name, array_record=data.pipeline == "device")
+        _download(root, data.name)
         directory = _find(root, data.name)
     return _prepared(directory, split, data.cache_dir)
 
@@ -241,9 +241,13 @@ def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
         label, tfds.features.ClassLabel
     ):
         raise DataError(f"{directory} holds no images with one class label: {features}")
-    if None in image.shape or image.shape[-1] not in (1, 3) or image.dtype != np.uint8:
+    if (
+        None in image.shape
+        or image.shape[-1] not in (1, 3)
+        or image.np_dtype != np.uint8
+    ):
         raise DataError(
-            f"{directory}: images are {image.dtype} {image.shape}; what is trained from "
+            f"{directory}: images are {image.np_dtype} {image.shape}; what is trained from "
             "memory must be uint8, of one size, with 1 or 3 channels"
         )
     paths = [pathlib.Path(path) for path in splits[split].filepaths]
@@ -267,8 +271,7 @@ def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
                 )
             return _decode(records, *keys, image, label)
 
-    parts = directory.parts[-3:] if directory.parts[-3:-2] else directory.parts
-    key = f"{'-'.join(parts)}-{split}-{digest:08x}"
+    key = f"{builder.info.full_name.replace('/', '-')}-{split}-{digest:08x}"
     return *_cached(cache_dir, key, decode), label.num_classes
 
 
@@ -379,13 +382,12 @@ def _cached(cache_dir: str, key: str, build: Callable) -> tuple[np.ndarray, np.n
     return images, labels
 
 
-def _download(root: pathlib.Path, name: str, *, array_record: bool) -> None:
-    """Lets TFDS fetch and write a set; array_record can be written without TensorFlow."""
+def _download(root: pathlib.Path, name: str) -> None:
+    """Lets TFDS fetch a set and write its files, for which it imports TensorFlow."""
     import tensorflow_datasets as tfds
 
     try:
-        file_format = "array_record" if array_record else None
-        builder = tfds.builder(name, data_dir=root, file_format=file_format)
+        builder = tfds.builder(name, data_dir=root)
         _probe({urllib.parse.urlsplit(url)[:2] for url in builder.url_infos})
         builder.download_and_prepare()
     except Exception as error:

@@ -19,6 +19,7 @@ import data_sources
 from data_sources import DataError, Examples
 
 PIPELINES = ("tf.data", "device")
+STEPS_PER_BLOCK = 128
 _ORDER, _AUGMENTATION = 0, 1  # independent random streams of a seed
 
 
@@ -154,7 +155,7 @@ def batches(
     draw(start_step)  # raises here what would be raised in a thread of TensorFlow
     padded = augment.pad(examples.images, data.pad, data.border)
     carry_out = _tf_batches if data.pipeline == "tf.data" else _device_batches
-    return carry_out(padded, examples.labels, draw, start_step, data.pad)
+    return carry_out(padded, examples.labels, draw, start_step)
 
 
 def _test_batches(
@@ -181,8 +182,9 @@ def _test_batches(
         }
 
 
-def _device_batches(padded, labels, draw, start_step, pad):
-    padded, labels, apply = jax.device_put((padded, labels)) + (jax.jit(apply_plan),)
+def _device_batches(padded, labels, draw, start_step):
+    padded, labels = jax.device_put((padded, labels))
+    apply = jax.jit(apply_plan)
     for step in itertools.count(start_step):
         yield jax.device_get(apply(padded, labels, draw(step)))
 
@@ -192,28 +194,35 @@ def _tf_batches(
     labels: np.ndarray,
     draw: Callable[[int], Plan],
     start_step: int,
-    pad: int,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
+    """Plans go in by blocks of steps: a Python function called from inside tf.data costs
+    more, and deadlocks when the interpreter exits while TensorFlow prefetches.
+    """
     tf = tensorflow()
-    size = _size(padded, pad)
-    # Captured by the function below, so neither copied into the graph nor per batch.
+    first = draw(start_step)
+    size = _size(padded, first.pad)
+    # Captured by the function below: one copy, neither in the graph nor per block.
     padded, labels = tf.constant(padded), tf.constant(labels)
+    with tf.device("CPU"):
+        index, offset, flip = (
+            tf.Variable(np.stack([x] * STEPS_PER_BLOCK)) for x in jax.tree.leaves(first)
+        )
 
-    def numbers(step):
-        drawn = draw(int(step))
-        return drawn.index, drawn.offset, drawn.flip
+    def batch(i):
+        image = augment.crop_and_flip_tf(padded, index[i], offset[i], flip[i], size)
+        return {"image": image, "label": tf.gather(labels, index[i])}
 
-    def batch(step):
-        types = (tf.int32, tf.int32, tf.bool)
-        index, offset, flip = tf.numpy_function(numbers, [step], types)
-        index.set_shape([None]), offset.set_shape([None, 2]), flip.set_shape([None])
-        image = augment.crop_and_flip_tf(padded, index, offset, flip, size)
-        return {"image": image, "label": tf.gather(labels, index)}
-
-    steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-    dataset = steps.map(batch, num_parallel_calls=workers, deterministic=True)
-    return dataset.prefetch(4).as_numpy_iterator()
+    steps = tf.data.Dataset.range(STEPS_PER_BLOCK)
+    workers = workers or tf.data.AUTOTUNE
+    block = steps.map(batch, num_parallel_calls=workers, deterministic=True).prefetch(4)
+    for start in itertools.count(start_step, STEPS_PER_BLOCK):
+        drawn = [draw(start + i) for i in range(STEPS_PER_BLOCK)]
+        for variable, *rows in zip(
+            (index, offset, flip), *map(jax.tree.leaves, drawn), strict=True
+        ):
+            variable.assign(np.stack(rows))
+        yield from block.as_numpy_iterator()
 
 
 def tensorflow():

@@ -231,7 +231,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                 row = None
                 if step == next_eval:
                     row = {"step": step, "epoch": clock.epoch(step)}
-                    row["learning_rate"] = float(program.rate(step - 1))
+                    row["learning_rate"] = float(f"{program.rate(step - 1):.6g}")
                     row |= metrics.means(totals, "train")
                     batches = test_batches(config, mesh, test_examples)
                     row |= evaluate.evaluate(

@@ -51,6 +51,12 @@ class Expander(nnx.Module):
             raise ValueError(f"{self.num_edges} edges expected, got {edges.shape}")
         self.edges[...] = jnp.asarray(edges)
 
+    @property
+    def absent_weights(self) -> int:
+        """Weights that the dense twin has and this layer does not (nets/cost.py)."""
+        absent = self.in_channels * self.out_channels - self.num_edges
+        return absent * math.prod(self.kernel.shape[:-1])
+
     def dense(self, values: jax.Array) -> jax.Array:
         """values (..., E) -> (..., in, out), zero where no connection exists."""
         size = self.in_channels * self.out_channels

@@ -1,0 +1,92 @@
+"""The originals' networks and weights: one file per original framework's naming.
+
+    net = importers.build({"system": "xnets", "net": "densenet_cifar", "config": {...}})
+    importers.load(net, tensors)    # original names and layouts, e.g. a state_dict
+
+`system`, `net` and `config` are those of the golden files (golden.py reads them).
+"""
+
+import difflib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+import nets
+from importers import cfmz, xnets
+from importers.sources import Importer, ImportMismatch, assign
+from nets.layers.norm import BatchNorm
+
+__all__ = ["ImportMismatch", "Importer", "NoImporter", "build", "find", "load"]
+
+
+class NoImporter(LookupError):
+    """A reference network that has no importer (yet)."""
+
+
+FAMILIES: dict[str, dict[str, Importer]] = {
+    "cfmz": cfmz.IMPORTERS,
+    "xnets": xnets.IMPORTERS,
+}
+
+
+def find(system: str, net: str) -> Importer:
+    importers = {
+        f"{family}/{name}": importer
+        for family, names in FAMILIES.items()
+        for name, importer in names.items()
+    }
+    wanted = f"{system}/{net}"
+    if wanted in importers:
+        return importers[wanted]
+    nearest = difflib.get_close_matches(wanted, importers, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise NoImporter(
+        f"no importer yet for {wanted}: choose from {', '.join(importers)}{hint}"
+    )
+
+
+def build(reference: Mapping) -> nnx.Module:
+    """The net of a reference configuration: `system`, `net`, `config`.
+
+    Its variables are zeros, waiting for `load`. A given `batch_norm` (eps, keep,
+    running_var) must be what our net has: ValueError if not.
+    """
+    section = find(reference["system"], reference["net"]).section(reference["config"])
+    net = nnx.eval_shape(lambda: nets.create(section, nnx.Rngs(0)))
+    graphdef, state = nnx.split(net)
+    zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), state)
+    net = nnx.merge(graphdef, zeros)
+    for path, module in nnx.iter_modules(net):
+        for field, value in reference.get("batch_norm", {}).items():
+            if isinstance(module, BatchNorm) and getattr(module, field) != value:
+                raise ValueError(
+                    f"{'.'.join(map(str, path))}: {field} is "
+                    f"{getattr(module, field)!r} here and {value!r} in the reference"
+                )
+    return net
+
+
+def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
+    """Fills the net with all tensors of an original, by original names and layouts.
+
+    The naming is the one, of those known for this class of net, that shares most names
+    with the tensors. Raises ImportMismatch naming the tensors that are missing,
+    unexpected or of another shape.
+    """
+    namings = [
+        importer.sources(net)
+        for names in FAMILIES.values()
+        for importer in names.values()
+        if type(net) is importer.net
+    ]
+    if not namings:
+        raise NoImporter(f"no importer yet for {type(net).__name__}")
+
+    def shared(sources):
+        return sum(
+            name in tensors for source in sources.values() for name in source.shapes
+        )
+
+    assign(net, max(namings, key=shared), tensors)
