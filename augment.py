@@ -56,8 +56,8 @@ def crop_and_flip(
 ) -> jax.Array:
     """Crops of chosen images, some of them mirrored; traceable, any dtype.
 
-    images: (N, H, W, C), index: (B,) int, offset: (B, 2) upper left corner (row, column),
-    flip: (B,) bool, size: (h, w), static. Returns (B, h, w, C).
+    images: (N, H, W, C); index: (B,) int; offset: (B, 2) int, row and column of the
+    upper left corner; flip: (B,) bool; size: (h, w), static. Returns (B, h, w, C).
     """
     corners = jnp.stack([index, offset[:, 0], offset[:, 1]], axis=1)
     window = (1, *size, images.shape[-1])

@@ -91,8 +91,8 @@ class Checkpoints:
         previous write when that failed in the background.
         """
         self.wait()
-        # Digests and files come from one private copy: on CPU np.asarray would share
-        # memory with an array that the next step may overwrite.
+        # Digests and files come from one private copy. On CPU np.asarray gives a view,
+        # and jax does not reuse a donated buffer while anyone views it.
         arrays = _host_copy(state)
         table = {
             "step": int(step),

@@ -14,13 +14,11 @@ import io
 import os
 import pathlib
 import re
-import struct
 import tempfile
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
 import zlib
 from collections.abc import Callable
 
@@ -29,15 +27,15 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-SPLITS = ("train", "test")
-# Mean and standard deviation per channel, 0..255. cifar*: the constants of X-Nets, which
-# are those of the official images; digits: of its training split.
+# Mean and standard deviation per channel, 0..255. cifar*: X-Nets' constants, which are
+# those of the official images; digits: of its training split.
 STATISTICS = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "digits": ((77.9,) * 3, (82.6,) * 3),
 }
 PROBE_SECONDS = 10.0
+WAYS_OUT = "--config.data.dir=... (where it lies), --config.data.name=digits (no files)"
 
 
 class DataError(ValueError):
@@ -65,19 +63,18 @@ def load(data: ConfigDict, split: str) -> Examples:
     May run in a thread. Raises DataError for what is missing, damaged or misnamed; uses
     the network only if data.download is set.
     """
-    if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    images, labels, num_classes = _check(data, split, *_source(data)(data, split))
+    if split not in ("train", "test"):
+        raise DataError(f"unknown split {split!r}: choose train or test")
+    images, labels, num_classes = _read(data, split)
     mean, std = tuple(data.mean), tuple(data.std)
     if not (mean and std):
         known = STATISTICS.get(data.name.partition(":")[0])
         if known is None:
-            train = images if split == "train" else _source(data)(data, "train")[0]
-            known = statistics(train)
+            known = statistics(images if split == "train" else _read(data, "train")[0])
         mean, std = mean or known[0], std or known[1]
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise DataError(
-            f"data.mean={mean} and data.std={std} must be 3 numbers, std positive"
+            f"data.mean={mean}, data.std={std}: 3 numbers each, std positive"
         )
     return Examples(images, labels, num_classes, mean, std)
 
@@ -95,15 +92,11 @@ def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(map(float, mean)), tuple(map(float, np.sqrt(variance)))
 
 
-def _source(data: ConfigDict) -> Callable:
-    """A function (data, split) -> images, labels, number of classes."""
-    if data.name.endswith(".npz"):
-        return _npz
-    return {"digits": _digits}.get(data.name, _tfds)
-
-
-def _check(data, split, images, labels, num_classes):
-    """Refuses what would fail later, deep inside a compiled step."""
+def _read(data: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Images, labels and number of classes, checked for what would fail much later."""
+    npz = data.name.endswith(".npz")
+    source = _npz if npz else {"digits": _digits}.get(data.name, _tfds)
+    images, labels, num_classes = source(data, split)
     if not len(images):
         raise DataError(f"{data.name}: the {split} split is empty")
     low, high = int(labels.min()), int(labels.max())
@@ -113,6 +106,18 @@ def _check(data, split, images, labels, num_classes):
             f"0..{num_classes - 1} as {num_classes} classes need"
         )
     return images, labels.astype(np.int32), num_classes
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path):
+    """Whatever a reader raises becomes a DataError that names the path."""
+    try:
+        yield
+    except Exception as error:  # zip files, TFDS, Pillow, array_record raise anything
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"{path} is damaged or incomplete: {reason}. Restore it, or use {WAYS_OUT}"
+        ) from error
 
 
 def _digits(data: ConfigDict, split: str):
@@ -128,57 +133,48 @@ def _digits(data: ConfigDict, split: str):
     chosen = test if split == "test" else ~test
     small = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     large = [Image.fromarray(x).resize((32, 32), Image.BILINEAR) for x in small]
-    images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
-    return images, digits.target[chosen], 10
+    return np.repeat(np.stack(large)[..., None], 3, axis=-1), digits.target[chosen], 10
 
 
 def _npz(data: ConfigDict, split: str):
     """x_train, y_train, x_test, y_test of a file; data.dir is where its path starts.
 
-    x: uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); y: integers, (N,) or (N, 1), from
-    0. There are as many classes as the largest label of both splits says, or as the
-    optional number num_classes says.
+    x: uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); y: integers from 0, (N,) or
+    (N, 1). An optional num_classes; without it the largest label of both splits + 1.
     """
     path = pathlib.Path(data.dir).expanduser() / pathlib.Path(data.name).expanduser()
     if not path.is_file():
         raise DataError(f"no file {path.absolute()} (--config.data.name, .dir)")
-    try:
-        with np.load(path) as file:  # without pickle, numpy's default
-            missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
-            if missing:
-                raise DataError(
-                    f"{path} lacks {', '.join(sorted(missing))}; it has "
-                    f"{', '.join(file.files) or 'nothing'}"
-                )
-            images, labels = file[f"x_{split}"], file[f"y_{split}"]
-            other = file["y_test" if split == "train" else "y_train"]
-            num_classes = file["num_classes"] if "num_classes" in file.files else None
-    except DataError:
-        raise
-    except _DAMAGE as error:
-        raise DataError(f"{path} is damaged or no .npz: {error}") from error
-    shape, grey = images.shape, images.ndim == 3 or images.shape[-1:] == (1,)
-    if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and shape[-1] == 3)):
-        raise DataError(
-            f"{path}: x_{split} is {images.dtype} {shape}, not uint8 (N, H, W), "
-            "(N, H, W, 1) or (N, H, W, 3)"
-        )
-    for name, array in ((split, labels), ("other split's", other)):
-        if array.dtype.kind not in "iu" or array.size != len(array):
-            raise DataError(
-                f"{path}: {name} labels are {array.dtype} {array.shape}, not integers (N,)"
-            )
+    with _reading(path), np.load(path) as file:  # numpy refuses pickles by default
+        missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
+        names = {f"x_{split}", "y_train", "y_test", "num_classes"} & set(file.files)
+        arrays = {name: file[name] for name in names}
+    if missing:
+        raise DataError(f"{path} lacks the arrays {', '.join(sorted(missing))}")
+    images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
     if len(labels) != len(images):
         raise DataError(f"{path}: {len(images)} {split} images, {len(labels)} labels")
+    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
+    if images.dtype != np.uint8 or not (grey or images.shape[3:] == (3,)):
+        raise DataError(
+            f"{path}: x_{split} is {images.dtype} {images.shape}, not uint8 (N, H, W), "
+            "(N, H, W, 1) or (N, H, W, 3)"
+        )
+    for name in ("y_train", "y_test"):
+        array = arrays[name]
+        if array.dtype.kind not in "iu" or array.shape not in (
+            (n := array.size,),
+            (n, 1),
+        ):
+            raise DataError(
+                f"{path}: {name} is {array.dtype} {array.shape}, not integers (N,)"
+            )
     if grey:
-        images = np.repeat(images.reshape(*shape[:3], 1), 3, axis=-1)
-    if num_classes is None:
-        num_classes = max((int(y.max()) for y in (labels, other) if y.size), default=0)
-        num_classes += 1
-    return images, labels.reshape(-1).astype(np.int64), int(num_classes)
-
-
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+        images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=-1)
+    largest = max(arrays[y].max(initial=0) for y in ("y_train", "y_test"))
+    with _reading(path):
+        num_classes = int(arrays.get("num_classes", largest + 1))
+    return images, labels.reshape(-1), num_classes
 
 
 def _tfds(data: ConfigDict, split: str):
@@ -191,9 +187,8 @@ def _tfds(data: ConfigDict, split: str):
         _refuse_unknown(root, data.name)
         if not data.download:
             raise DataError(
-                f"{data.name} is not in {root.absolute()}. Ways out: "
-                "--config.data.dir=... (where it is), --config.data.name=digits (needs "
-                "no files), --config.data.download=True (fetches it there)"
+                f"{data.name} is not in {root.absolute()}. Ways out: {WAYS_OUT}, "
+                "--config.data.download=True (fetches it there)"
             )
         _download(root, data.name)
         directory = _find(root, data.name)
@@ -202,6 +197,8 @@ def _tfds(data: ConfigDict, split: str):
 
 def _find(root: pathlib.Path, name: str) -> pathlib.Path | None:
     """The newest version below root/NAME[/CONFIG][:VERSION], None without one."""
+    if not re.fullmatch(r"\w[\w./-]*(:[\d.]+)?", name):
+        return None  # no pattern or path of another place for glob
     name, _, version = name.partition(":")
     files = list(root.glob(f"{name}/{version or '*'}/dataset_info.json"))
     files = files or list(root.glob(f"{name}/*/{version or '*'}/dataset_info.json"))
@@ -220,71 +217,54 @@ def _refuse_unknown(root: pathlib.Path, name: str) -> None:
     known = {"digits", *here, *tfds.list_builders(with_community_datasets=False)}
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=3) or sorted(STATISTICS)
+        nearest = ", ".join(nearest)
         raise DataError(
-            f"no data set is called {name!r} (nearest: {', '.join(nearest)}); the path "
-            "of a file has to end with .npz"
+            f"no data set is called {name!r}; nearest: {nearest}, or an .npz"
         )
 
 
 def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
-    """A split of files that TFDS wrote: images, labels, number of classes."""
+    """A split of files that TFDS wrote, from the cache if they have not changed."""
     import tensorflow_datasets as tfds
 
-    with _damage(directory):
+    with _reading(directory):
         builder = tfds.builder_from_directory(directory)
         features, splits = dict(builder.info.features.items()), builder.info.splits
         keys = builder.info.supervised_keys or ("image", "label")
     if split not in splits:
         raise DataError(f"{directory} has no {split} split, only {', '.join(splits)}")
-    image, label = (features.get(key) if isinstance(key, str) else None for key in keys)
-    if not isinstance(image, tfds.features.Image) or not isinstance(
-        label, tfds.features.ClassLabel
-    ):
-        raise DataError(f"{directory} holds no images with one class label: {features}")
-    if (
-        None in image.shape
-        or image.shape[-1] not in (1, 3)
-        or image.np_dtype != np.uint8
-    ):
+    pair = [features.get(key) if isinstance(key, str) else None for key in keys]
+    if [*map(type, pair)] != [tfds.features.Image, tfds.features.ClassLabel]:
+        raise DataError(f"{directory} holds no images with one class each: {features}")
+    image, label = pair
+    shape, dtype = image.shape, image.np_dtype
+    if None in shape or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise DataError(
-            f"{directory}: images are {image.np_dtype} {image.shape}; what is trained from "
-            "memory must be uint8, of one size, with 1 or 3 channels"
+            f"{directory}: images are {dtype} {shape}, not uint8, of one size, with 1 "
+            "or 3 channels"
         )
-    paths = [pathlib.Path(path) for path in splits[split].filepaths]
-    with _damage(directory):
+    with _reading(directory):
+        paths = [pathlib.Path(path) for path in splits[split].filepaths]
         files = {path.name: path.read_bytes() for path in paths}
-    digest = zlib.crc32("".join(files).encode())
+    digest = zlib.crc32(repr((image, label, list(files))).encode())
     for content in files.values():
         digest = zlib.crc32(content, digest)
 
     def decode():
-        with _damage(directory):
+        with _reading(directory):
+            expected = splits[split].num_examples
             if all(".tfrecord" in name for name in files):
                 records = [x for item in files.items() for x in _tfrecords(*item)]
             else:
-                records = builder.as_data_source(
-                    split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-                ).__getitems__(range(splits[split].num_examples))
-            if len(records) != splits[split].num_examples:
-                raise ValueError(
-                    f"{len(records)} {split} records, not {splits[split].num_examples}"
-                )
+                raw = tfds.decode.DeserializeMethod.RAW_BYTES
+                source = builder.as_data_source(split, deserialize_method=raw)
+                records = source.__getitems__(range(expected))
+            if len(records) != expected:
+                raise ValueError(f"{len(records)} {split} records, not {expected}")
             return _decode(records, *keys, image, label)
 
     key = f"{builder.info.full_name.replace('/', '-')}-{split}-{digest:08x}"
     return *_cached(cache_dir, key, decode), label.num_classes
-
-
-@contextlib.contextmanager
-def _damage(directory: pathlib.Path):
-    """Whatever a reader raises becomes a DataError that names the directory."""
-    try:
-        yield
-    except Exception as error:  # TFDS and array_record raise anything
-        raise DataError(
-            f"{directory} is damaged or incomplete: {error}. Restore it, or delete it "
-            "and fetch it again (--config.data.download=True)"
-        ) from error
 
 
 def _decode(records: list[bytes], image_key, label_key, image, label):
@@ -319,43 +299,46 @@ def _tfrecords(name: str, content: bytes) -> list[bytes]:
     while position < len(content):
         if position + 12 > len(content):
             raise ValueError(f"{name} is cut off at byte {position}")
-        (length,) = struct.unpack_from("<Q", content, position)
+        length = int.from_bytes(content[position : position + 8], "little")
         starts.append(position + 12)
         lengths.append(length)
         position += length + 16
     if position > len(content):
         raise ValueError(f"{name} is cut off after {len(starts) - 1} records")
     starts, lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
-    content_bytes = np.frombuffer(content, np.uint8)
-    stored = content_bytes[(starts + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
-    crc = _crc32c(content_bytes, starts, lengths)
+    data = np.frombuffer(content, np.uint8)
+    stored = data[(starts + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
+    crc = crc32c(data, starts, lengths)
     masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
     if (bad := np.flatnonzero(masked != stored)).size:
-        raise ValueError(f"{name}: record {bad[0]} has a wrong checksum")
-    return [content[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist())]
+        raise ValueError(f"record {bad[0]} of {name} has a wrong checksum")
+    ends = starts + lengths
+    return [content[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def _crc32c(content: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-    """CRC-32C (Castagnoli) of many pieces at once, byte k of all of them in step k."""
+def crc32c(content: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+    """CRC-32C of each piece content[start : start + length], byte k of all at once.
+
+    content: uint8; starts, lengths: (N,) int64. Returns (N,) uint32.
+    """
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
     order = np.argsort(-lengths, kind="stable")  # the longest first: a prefix is active
     starts, descending = starts[order], -lengths[order]
-    crc = np.full(len(order), 0xFFFFFFFF, np.uint32)
+    crc, result = np.full((2, len(order)), 0xFFFFFFFF, np.uint32)
     for k in range(lengths.max(initial=0)):
         active = np.searchsorted(descending, -k)
         part = crc[:active]
         crc[:active] = table[(part ^ content[starts[:active] + k]) & 255] ^ (part >> 8)
-    result = np.empty_like(crc)
     result[order] = ~crc
     return result
 
 
 def _cached(cache_dir: str, key: str, build: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """build() -> images, labels, kept as an .npz, whose own checksums np.load verifies.
+    """build() -> images, labels, kept as an .npz, whose checksums are verified on load.
 
-    A damaged entry is built again, a directory that cannot be written is only warned of.
+    A damaged entry is built again; a directory that cannot be written is a warning.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = pathlib.Path(cache_dir or pathlib.Path(home, "wirings")).expanduser()
@@ -365,7 +348,7 @@ def _cached(cache_dir: str, key: str, build: Callable) -> tuple[np.ndarray, np.n
             return file["images"], file["labels"]
     except FileNotFoundError:
         pass
-    except _DAMAGE as error:
+    except Exception as error:  # a flipped bit of a zip file can raise anything
         logging.warning("%s is damaged (%s): decoding again", path, error)
     images, labels = build()
     temporary = None
@@ -391,34 +374,27 @@ def _download(root: pathlib.Path, name: str) -> None:
         _probe({urllib.parse.urlsplit(url)[:2] for url in builder.url_infos})
         builder.download_and_prepare()
     except Exception as error:
-        raise DataError(
-            f"{name} could not be fetched to {root.absolute()}: {error}. Ways out: "
-            "--config.data.dir=... (where it is), --config.data.name=digits"
-        ) from error
+        reason = f"{name} could not be fetched to {root.absolute()}: {error}"
+        raise DataError(f"{reason}. Ways out: {WAYS_OUT}") from error
 
 
 def _probe(servers: set[tuple[str, str]]) -> None:
-    """Raises OSError for a server that does not answer; TFDS alone retries for 205 s."""
-    answers: dict = {}
+    """Raises OSError unless all (scheme, host) answer; TFDS would retry for 205 s."""
+    problem = [f"no answer within {PROBE_SECONDS:.0f} s"]
 
-    def ask(server):
-        request = urllib.request.Request(
-            urllib.parse.urlunsplit((*server, "/", "", ""))
-        )
-        request.method = "HEAD"
+    def ask():
         try:
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-            answers[server] = None
-        except urllib.error.HTTPError:
-            answers[server] = None  # it refuses this page, but it is there
-        except OSError as error:
-            answers[server] = error
+            for scheme, host in servers:
+                request = urllib.request.Request(f"{scheme}://{host}/", method="HEAD")
+                with contextlib.suppress(urllib.error.HTTPError):  # it is there
+                    urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            problem.clear()
+        except Exception as error:
+            problem[:] = [f"{host}: {error}"]
 
-    threads = [threading.Thread(target=ask, args=(x,), daemon=True) for x in servers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PROBE_SECONDS)  # the timeout above does not cover name resolution
-    for server in servers:
-        if (error := answers.get(server, "no answer")) is not None:
-            raise OSError(f"no connection to {server[1]} ({error})")
+    # In a thread, because name resolution knows no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    if problem:
+        raise OSError(f"no connection ({problem[0]})")

@@ -1,8 +1,8 @@
 """Examples to batches; a training batch is a function of (seed, step), nothing else.
 
-One plan per step, drawn in numpy, says what the batch is made of. Two paths carry it out
-and return the same bits: tf.data on the host (the only one that imports TensorFlow), or
-JAX inside the train step, with the images on the accelerator (pipeline='device').
+One plan per step, drawn in numpy, says what the batch is made of. Two paths carry it
+out and return the same bits: tf.data on the host (only this imports TensorFlow), or JAX
+inside the train step, with the images on the accelerator (pipeline='device').
 """
 
 import dataclasses
@@ -30,8 +30,9 @@ def load(data: ConfigDict, split: str) -> Examples:
     """
     for field, choices in (("pipeline", PIPELINES), ("border", augment.BORDERS)):
         if data[field] not in choices:
+            choices = ", ".join(choices)
             raise DataError(
-                f"unknown data.{field} {data[field]!r}: choose from {', '.join(choices)}"
+                f"unknown data.{field} {data[field]!r}: choose from {choices}"
             )
     if data.pad < 0:
         raise DataError(f"data.pad={data.pad} must not be negative")
@@ -60,9 +61,9 @@ class Plan:
 def plan(config: ConfigDict, num_examples: int, step: int) -> Plan:
     """The batch of a step, counted from 0, over all processes.
 
-    The stream of examples is one full permutation per epoch, end to end (as in cfmz): all
-    batches are full, and one may straddle two epochs. Raises DataError for a batch that
-    is larger than the data set.
+    The stream of examples is one full permutation per epoch, end to end, as in cfmz:
+    all batches are full, and one may straddle two epochs. Raises DataError for a batch
+    that is larger than the data set.
     """
     data, batch_size = config.data, config.train.batch_size
     if not 0 < batch_size <= num_examples:
@@ -138,7 +139,7 @@ def batches(
     """This process's rows of each batch: image (b, H, W, 3) uint8, label (b,) int32.
 
     'train': from start_step on, without end. 'test': one pass in fixed order with mask
-    (b,) float32; the last batch is filled up with zeros of mask 0, and eval.batch_size is
+    (b,) float32; the last batch is filled up with zeros of mask 0; eval.batch_size is
     rounded up to a multiple of the processes. examples: the split, if loaded already.
     """
     index = jax.process_index() if process_index is None else process_index
@@ -146,23 +147,24 @@ def batches(
     if examples is None:
         examples = load(config.data, split)
     if split == "test":
+        if config.eval.batch_size < 1:
+            raise DataError(f"eval.batch_size={config.eval.batch_size} is not positive")
         return _test_batches(examples, config.eval.batch_size, index, count)
     data, num_examples = config.data, len(examples.labels)
 
     def draw(step):
         return share(plan(config, num_examples, step), index, count)
 
-    draw(start_step)  # raises here what would be raised in a thread of TensorFlow
+    draw(start_step)  # errors come here, and not with the first batch
     padded = augment.pad(examples.images, data.pad, data.border)
-    carry_out = _tf_batches if data.pipeline == "tf.data" else _device_batches
-    return carry_out(padded, examples.labels, draw, start_step)
+    if data.pipeline == "device":
+        return _device_batches(padded, examples.labels, draw, start_step)
+    return _tf_batches(tensorflow(), padded, examples.labels, draw, start_step)
 
 
 def _test_batches(
     examples: Examples, batch_size: int, process_index: int, process_count: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    if batch_size < 1:
-        raise DataError(f"eval.batch_size={batch_size} must be positive")
     share = -(-batch_size // process_count)
     total = len(examples.labels)
 
@@ -190,16 +192,17 @@ def _device_batches(padded, labels, draw, start_step):
 
 
 def _tf_batches(
+    tf,
     padded: np.ndarray,
     labels: np.ndarray,
     draw: Callable[[int], Plan],
     start_step: int,
     workers: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Plans go in by blocks of steps: a Python function called from inside tf.data costs
-    more, and deadlocks when the interpreter exits while TensorFlow prefetches.
+    """Plans go in as blocks of steps; nothing inside the dataset calls Python.
+
+    A Python function there deadlocks the exit of a process that is still prefetching.
     """
-    tf = tensorflow()
     first = draw(start_step)
     size = _size(padded, first.pad)
     # Captured by the function below: one copy, neither in the graph nor per block.

@@ -3,7 +3,6 @@
 Flags only; the work is in train.py, which a notebook can call.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -16,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import preflight
+import reporting
 import train
 
 config_flags.DEFINE_config_file(
@@ -39,13 +39,13 @@ def main(_):
             result = train.evaluate_checkpoint(config, workdir)
         else:
             result = train.train_and_evaluate(config, workdir)
+        print(reporting.conclusion(result, workdir))
     except (ValueError, FloatingPointError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
     except train.Preempted as message:
         print(message, file=sys.stderr)
         sys.exit(128 + 15)  # as a shell reports SIGTERM
-    print(json.dumps(result, indent=2))
 
 
 def _log_plainly():

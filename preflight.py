@@ -92,7 +92,7 @@ def describe(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) 
 def is_complete(
     config: ConfigDict, workdir: pathlib.Path, checkpoints: Checkpoints, total: int
 ) -> bool:
-    if total not in checkpoints.steps() or load_config(workdir) != config:
+    if total not in checkpoints.steps() or _flat(load_config(workdir)) != _flat(config):
         return False
     rows = read_rows(workdir / "metrics.csv")
     return bool(rows) and rows[-1]["step"] == total

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import math
 import pathlib
 import time
 
@@ -28,6 +29,7 @@ class Reporter:
         self._clock = clock
         self._writer = _summary_writer(workdir) if tensorboard else None
         self._pending = None
+        self.finite = True  # the last loss that was fetched
         self._restart(start)
 
     def trained(self, step: int, totals: dict) -> None:
@@ -46,6 +48,7 @@ class Reporter:
         totals = {k: float(v) for k, v in jax.device_get(totals).items()}
         interval = {k: v - self._last_totals.get(k, 0.0) for k, v in totals.items()}
         means, now = metrics.means(interval, "train"), time.perf_counter()
+        self.finite = math.isfinite(means["train_loss"])
         rate = interval["examples"] / (now - self._last_time)
         remaining = (self._clock.total - step) * self._clock.batch_size / rate
         logging.info(
@@ -90,6 +93,25 @@ class Reporter:
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         if self._writer:
             self._writer.write_scalars(step, scalars)
+
+
+def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:
+    """The last words of a command: final and best accuracy, and where the rest lies.
+
+    `result`: of train_and_evaluate, or of evaluate_checkpoint, which has no best.
+    """
+
+    def accuracy(prefix: str) -> str:
+        value = result[f"{prefix}{metrics.SELECTION}"]
+        return f"{value:.2%} (step {result[f'{prefix}step']})"
+
+    if f"best_{metrics.SELECTION}" not in result:
+        loss = result["test_loss"]
+        return f"test accuracy {accuracy('')}, test loss {loss:.4f}, of {workdir}"
+    return (
+        f"test accuracy  final {accuracy('')}  best {accuracy('best_')}\n"
+        f"results        {workdir}: metrics.csv, best.json, config.json, checkpoints/"
+    )
 
 
 def as_csv(rows: list[dict[str, float]]) -> str:

@@ -8,7 +8,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -175,9 +175,12 @@ def _compiled(step: Callable, mesh: Mesh, in_specs: tuple) -> Callable:
     return jax.jit(mapped, donate_argnums=0)
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes on one axis, 'data'."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """These devices, or all of all processes, on one axis, 'data'."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,)
+    )
 
 
 class Preempted(Exception):
@@ -216,10 +219,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         )
         reporter = Reporter(workdir, clock, step, config.train.tensorboard)
         with contextlib.closing(reporter), _sigterm() as terminated:
+            saved, bad_step = step, state.bad_step
             while step < clock.total:
                 next_eval = clock.next_eval(step)
                 stop = min(next_eval, clock.next_save(step))
-                while step < stop and not terminated(step):
+                while step < stop and reporter.finite and not terminated(step):
                     state, totals, bad_step = advance(state, stop - step)
                     if started:
                         jax.block_until_ready(totals)
@@ -241,11 +245,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                     zeros = jax.tree.map(jnp.zeros_like, state.totals)
                     state = dataclasses.replace(state, totals=zeros)
                 # The row is on disk before the checkpoint that counts on it.
-                checkpoints.save(step, state, row)
+                if step > saved:
+                    checkpoints.save(step, state, row)
+                    saved = step
                 if terminated(step) and step < clock.total:
                     checkpoints.wait()
                     raise Preempted(
-                        f"SIGTERM: step {step} is saved in {checkpoints.directory}; "
+                        f"SIGTERM: saved up to step {saved} in {checkpoints.directory}; "
                         "the same command goes on from there"
                     )
         return summary(reporter.rows)

@@ -6,16 +6,16 @@
 `system`, `net` and `config` are those of the golden files (golden.py reads them).
 """
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 from flax import nnx
 
 import nets
 from importers import cfmz, xnets
-from importers.sources import Importer, ImportMismatch, assign
+from importers.sources import Importer, ImportMismatch, assign, empty
 from nets.layers.norm import BatchNorm
 
 __all__ = ["ImportMismatch", "Importer", "NoImporter", "build", "find", "load"]
@@ -54,10 +54,7 @@ def build(reference: Mapping) -> nnx.Module:
     running_var) must be what our net has: ValueError if not.
     """
     section = find(reference["system"], reference["net"]).section(reference["config"])
-    net = nnx.eval_shape(lambda: nets.create(section, nnx.Rngs(0)))
-    graphdef, state = nnx.split(net)
-    zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), state)
-    net = nnx.merge(graphdef, zeros)
+    net = empty(lambda: nets.create(section, nnx.Rngs(0)))
     for path, module in nnx.iter_modules(net):
         for field, value in reference.get("batch_norm", {}).items():
             if isinstance(module, BatchNorm) and getattr(module, field) != value:
@@ -75,14 +72,14 @@ def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     with the tensors. Raises ImportMismatch naming the tensors that are missing,
     unexpected or of another shape.
     """
-    namings = [
-        importer.sources(net)
-        for names in FAMILIES.values()
-        for importer in names.values()
-        if type(net) is importer.net
-    ]
+    namings = []
+    for importer in (i for names in FAMILIES.values() for i in names.values()):
+        if type(net) is importer.net:
+            # A naming may know only some of the forms of a class.
+            with contextlib.suppress(LookupError):
+                namings.append(importer.sources(net))
     if not namings:
-        raise NoImporter(f"no importer yet for {type(net).__name__}")
+        raise NoImporter(f"no importer yet for this {type(net).__name__}")
 
     def shared(sources):
         return sum(

@@ -8,6 +8,7 @@ one stacked kernel may hold the weights of many reference layers.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -46,6 +47,13 @@ class Importer(NamedTuple):
     net: type[nnx.Module]
     section: Callable[[Mapping], dict]
     sources: Callable[[nnx.Module], dict[Path, Source]]
+
+
+def empty(build: Callable[[], nnx.Module]) -> nnx.Module:
+    """The module that `build` makes, with zeros for values; nothing is compiled."""
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), state)
+    return nnx.merge(graphdef, zeros)
 
 
 def by_layer(

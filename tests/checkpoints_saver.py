@@ -1,35 +1,61 @@
-"""A process for checkpoints_test.py to kill: it saves step after step, for ever."""
+"""The states of checkpoints_test.py, and a process for it to kill in mid-save."""
 
+import dataclasses
 import itertools
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import metrics
 from checkpoints import Checkpoints
 
 
-def state_at(step):
-    """Arrays that only this step can have written; 1.3 MB in 60 arrays."""
-    random = np.random.default_rng(step)
-    layers = {f"block.{i}": random.normal(size=(60, 90)) for i in range(58)}
-    return {"params": layers, "step": np.int32(step), "seen": np.int64(step) << 33}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    momentum: tuple
+    wiring: dict
 
 
-def row_at(step):
-    return {metrics.SELECTION: 0.5 + 0.4 * np.sin(step)}
+def make_state(seed=0, channels=16):
+    """One of each: dataclass, dict of dicts, namedtuples, four dtypes, scalars."""
+    random = np.random.default_rng(seed)
+    kernel = random.normal(size=(3, 3, 4, channels)).astype(np.float32)
+    head = random.normal(size=(channels, 10)).astype(jnp.bfloat16)
+    params = {"blocks.0.conv": {"kernel": kernel}, "head": {"kernel": head}}
+    momentum = optax.sgd(0.1, momentum=0.9).init(params)
+    wiring = {"connections": random.integers(0, 99, (4, 7), np.int32)}
+    wiring["frozen"] = np.array(seed % 2 == 0)
+    state = State(np.int32(seed), params, momentum, wiring)
+    return jax.tree.map(jnp.asarray, state)
 
 
-def main(workdir):
-    with Checkpoints(workdir) as checkpoints:
-        last = checkpoints.restore(state_at(0))[1] if checkpoints.steps() else 0
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def assert_same(got, wanted):
+    """Same structure, dtypes and bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save_for_ever(workdir):
+    """Prints the steps that are on disk: a save waits for the one before it."""
+    with Checkpoints(workdir) as saved:
+        last = saved.restore(make_state())[1] if saved.steps() else 0
         for step in itertools.count(last + 1):
-            checkpoints.save(step, state_at(step), row_at(step))
-            if step % 3 == 0:  # replaces the one above
-                checkpoints.save(step, state_at(step), row_at(step))
-            # A save waits for the one before it, so that one is on disk now.
-            print(step if step % 3 == 0 else step - 1, flush=True)
+            for _ in range(1 + step % 2):  # the second save replaces the first
+                saved.save(step, make_state(step), {metrics.SELECTION: np.sin(step)})
+            print(step - 1 + step % 2, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    save_for_ever(sys.argv[1])

@@ -1,5 +1,4 @@
-import dataclasses
-import json
+import contextlib
 import os
 import pathlib
 import random
@@ -15,52 +14,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 import pytest
 from absl import logging
+from checkpoints_saver import abstract, assert_same, make_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import checkpoints
 import metrics
 from checkpoints import CheckpointError, Checkpoints
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class State:
-    step: jax.Array
-    params: dict
-    momentum: tuple
-    wiring: dict
-
-
-def make_state(seed=0, channels=16):
-    """One of each: dataclass, dict of dicts, namedtuples, four dtypes, scalars."""
-    random = np.random.default_rng(seed)
-    kernel = random.normal(size=(3, 3, 4, channels)).astype(np.float32)
-    head = random.normal(size=(channels, 10)).astype(jnp.bfloat16)
-    params = {"blocks.0.conv": {"kernel": kernel}, "head": {"kernel": head}}
-    momentum = optax.sgd(0.1, momentum=0.9).init(params)
-    wiring = {"connections": random.integers(0, 99, (4, 7), np.int32)}
-    wiring["frozen"] = np.array(seed % 2 == 0)
-    state = State(np.int32(seed), params, momentum, wiring)
-    return jax.tree.map(jnp.asarray, state)
-
-
-def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-
-
-def assert_same(got, wanted):
-    """Same structure, dtypes and bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def accuracy(value):
-    return {metrics.SELECTION: value, "test_loss": 1.0}
+# Of several failing reads or writes orbax awaits one; the others find its loop closed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 
 def save_steps(workdir, steps, keep=2):
@@ -81,50 +47,42 @@ def files_below(folder):
 
 def test_any_pytree_comes_back_bit_for_bit(tmp_path):
     state = make_state(4)
+    wide = {"wide": np.arange(3, dtype=np.float64) / 3, "count": np.int64(1 << 40)}
     with Checkpoints(tmp_path) as saved:
         saved.save(4, state)
         got, step = saved.restore(abstract(state))
+        saved.save(5, wide)
+        got_wide, _ = saved.restore(wide)
     assert step == 4
     assert_same(got, state)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(got))
+    assert isinstance(got.step, jax.Array)
+    assert_same(got_wide, wide)  # jax would make 32 bits of it: numpy stays numpy
+    assert isinstance(got_wide["wide"], np.ndarray)
 
 
-def test_template_of_numpy_arrays_gives_numpy_of_64_bits(tmp_path):
-    state = {"wide": np.arange(3, dtype=np.float64) / 3, "count": np.int64(1 << 40)}
-    with Checkpoints(tmp_path) as saved:
-        saved.save(1, state)
-        got, _ = saved.restore(state)
-    assert_same(got, state)
-    assert isinstance(got["wide"], np.ndarray)
-
-
-def test_paths_on_disk_can_be_read(tmp_path):
-    save_steps(tmp_path, [1])
-    table = json.loads((tmp_path / "checkpoints/1/table/table.json").read_text())
-    line = table["table"]["arrays"]["params/blocks.0.conv/kernel"]
-    assert line[0] == "float32[3,3,4,16]"
-
-
-def test_donated_state_is_saved_as_it_was(tmp_path):
-    advance = jax.jit(
-        lambda state: jax.tree.map(lambda x: x * 3 + 1, state), donate_argnums=0
-    )
-    state, seen = {"w": jnp.arange(50_000.0), "n": jnp.int32(1)}, {}
+def test_state_may_be_overwritten_as_soon_as_save_returns(tmp_path):
+    advance = jax.jit(lambda w: w * 3 + 1, donate_argnums=0)
+    state, seen = {"w": jnp.arange(50_000.0), "host": np.zeros(50_000)}, {}
     with Checkpoints(tmp_path, keep=9) as saved:
         for step in range(1, 6):
             seen[step] = jax.tree.map(lambda x: np.array(x, copy=True), state)
             saved.save(step, state)
-            kept, state = state, advance(state)
-            assert kept["w"].is_deleted()
+            given, state["w"] = state["w"], advance(state["w"])
+            assert given.is_deleted()
+            state["host"] += 1
         for step, wanted in seen.items():
             assert_same(saved.restore(wanted, step)[0], wanted)
 
 
-def test_restored_state_can_be_donated_on_many_devices(tmp_path):
-    """Copies of one host array on eight devices must not be eight views of it."""
+def mesh_of_eight():
     if jax.device_count() < 8:
         pytest.skip("needs 8 (simulated) devices")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def test_restored_state_can_be_donated_on_many_devices(tmp_path):
+    """Copies of one host array on eight devices must not be eight views of it."""
+    mesh = mesh_of_eight()
     everywhere = NamedSharding(mesh, PartitionSpec())
     template = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=everywhere)
     with Checkpoints(tmp_path) as saved:
@@ -137,9 +95,7 @@ def test_restored_state_can_be_donated_on_many_devices(tmp_path):
 
 
 def test_moves_between_one_device_and_eight(tmp_path):
-    if jax.device_count() < 8:
-        pytest.skip("needs 8 (simulated) devices")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of_eight()
     values = np.arange(16.0, dtype=np.float32).reshape(8, 2)
     one = jax.device_put(values, jax.devices()[0])
     with Checkpoints(tmp_path, keep=5) as saved:
@@ -161,7 +117,7 @@ def test_keeps_the_last_and_the_best(tmp_path):
     scores = {1: 0.2, 2: 0.9, 3: 0.9, 4: float("nan"), 5: 0.1, 6: None, 7: 0.8}
     with Checkpoints(tmp_path, keep=2) as saved:
         for step, score in scores.items():
-            saved.save(step, make_state(step), score and accuracy(score))
+            saved.save(step, make_state(step), score and {metrics.SELECTION: score})
         saved.wait()
         assert saved.best_step() == 2  # the earliest of equals
         assert saved.steps() == [2, 6, 7]
@@ -182,7 +138,7 @@ def test_what_is_not_there_is_answered_with_what_is(tmp_path, which):
 def test_equal_step_is_replaced(tmp_path):
     with Checkpoints(tmp_path) as saved:
         saved.save(1, make_state(1))
-        saved.save(1, make_state(7), accuracy(0.5))
+        saved.save(1, make_state(7), {metrics.SELECTION: 0.5})
         assert_same(saved.restore(abstract(make_state()))[0], make_state(7))
         assert saved.best_step() == 1
         assert os.listdir(saved.directory) == ["1"]
@@ -262,7 +218,7 @@ def test_flipped_bit_in_an_array_is_named(tmp_path, caplog):
 def test_damaged_best_gives_way_to_the_next_best(tmp_path):
     with Checkpoints(tmp_path, keep=3) as saved:
         for step, score in [(1, 0.7), (2, 0.9), (3, 0.8)]:
-            saved.save(step, make_state(step), accuracy(score))
+            saved.save(step, make_state(step), {metrics.SELECTION: score})
     shutil.rmtree(tmp_path / "checkpoints/2/arrays")
     assert restored(tmp_path, "best")[1] == 3
 
@@ -323,41 +279,41 @@ def test_dtype_is_never_cast(tmp_path):
         restored(tmp_path, template=template)
 
 
-@pytest.mark.parametrize(
-    ("state", "words"),
-    [
-        ({"name": "x"}, "name is <U1"),
-        ({"a": {"b": np.ones(1)}, "a/b": np.ones(1)}, "two leaves .* a/b"),
-        ({"none": np.zeros((0, 3))}, r"none is float64\[0,3\]"),
-    ],
-)
-def test_unstorable_leaves_are_named(tmp_path, state, words):
-    with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError, match=words):
-        saved.save(1, state)
+def test_unstorable_leaves_are_named(tmp_path):
+    cases = {
+        "name is <U1": {"name": "x"},
+        "rng is key<fry>": {"rng": jax.random.key(0)},
+        "none is float64.0,3.": {"none": np.zeros((0, 3))},
+        "two leaves .* a/b": {"a": {"b": np.ones(1)}, "a/b": np.ones(1)},
+    }
+    with Checkpoints(tmp_path) as saved:
+        for words, state in cases.items():
+            with pytest.raises(CheckpointError, match=words):
+                saved.save(1, state)
 
 
-def test_random_key_is_refused_by_name(tmp_path):
-    with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError, match="rng"):
-        saved.save(1, {"rng": jax.random.key(0)})
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """Stands for a full disk: writing on is an OSError, in threads of C++ too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk_is_an_error_and_the_good_ones_stay(tmp_path):
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_full_disk_is_an_error_and_the_good_ones_stay(tmp_path, limit):
     """The write fails in the background, as when the disk fills up meanwhile."""
     save_steps(tmp_path, [1, 2])
     big = {"w": np.random.default_rng(0).normal(size=200_000)}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path) as saved:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        try:
+        with files_no_larger_than(limit):
             saved.save(2, big)  # sets the step 2 that exists aside
             with pytest.raises(CheckpointError) as caught:
                 saved.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         for words in [str(saved.directory / "2"), "File too large", "still good: 1, 2"]:
             assert words in str(caught.value)
         assert len(str(caught.value)) < 600
-        saved.wait()  # reported once
         assert_same(saved.restore(abstract(make_state()))[0], make_state(2))
         saved.save(3, big)
     assert_same(restored(tmp_path, template=big)[0], big)
@@ -385,35 +341,31 @@ def test_error_under_way_is_not_hidden_by_a_failed_write(tmp_path, monkeypatch):
 
 
 def test_killed_at_any_moment_every_checkpoint_is_what_was_saved(tmp_path):
-    """SIGKILL of a process that does nothing but save; three times in one run."""
-    random.seed(0)
+    """SIGKILL of a process that does nothing but save, in one run again and again."""
     command = [sys.executable, checkpoints_saver.__file__, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-    leftovers = 0
-    for _ in range(3):
+    cut_short = kills = 0
+    while kills < 3 or (not cut_short and kills < 9):
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, text=True
         )
-        committed = [process.stdout.readline() for _ in range(3)][-1]
+        printed = [process.stdout.readline() for _ in range(3)]
         time.sleep(random.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
-        committed = ([committed, *process.stdout.read().splitlines()])[-1]
+        printed += process.stdout.read().splitlines()
         process.wait()
+        kills += 1
         with Checkpoints(tmp_path) as saved:
-            steps = saved.steps()
-            names = os.listdir(saved.directory)
-            leftovers += sum(not name.isdecimal() for name in names)
-            assert steps[-1] >= int(committed)
-            for step in steps:
-                got, _ = saved.restore(checkpoints_saver.state_at(0), step)
-                assert_same(got, checkpoints_saver.state_at(step))
-            assert saved.best_step() in steps
-    assert leftovers, "no kill hit a write: the test has lost its meaning"
-    with Checkpoints(tmp_path) as saved:
-        saved.save(steps[-1] + 1, checkpoints_saver.state_at(0))
-        saved.wait()
-        assert len(saved.steps()) <= 3
-        assert all(name.isdecimal() for name in os.listdir(saved.directory))
+            cut_short += not all(map(str.isdecimal, os.listdir(saved.directory)))
+            assert saved.steps()[-1] >= int(printed[-1])
+            for step in saved.steps():
+                got, _ = saved.restore(abstract(make_state()), step)
+                assert_same(got, make_state(step))
+    assert cut_short, "no kill hit a write: this test has lost its meaning"
+    save_steps(tmp_path, [999])
+    names = os.listdir(tmp_path / "checkpoints")
+    assert all(map(str.isdecimal, names))
+    assert len(names) <= 3
 
 
 def test_log_of_a_save_is_empty(tmp_path, caplog):
@@ -443,13 +395,6 @@ def test_config_is_beside_them_sorted_and_comes_back_equal(tmp_path):
 def test_failed_text_leaves_the_old_one(tmp_path):
     path = tmp_path / "metrics.csv"
     checkpoints.write_text(path, "old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with pytest.raises(
-            CheckpointError, match=r"metrics.csv cannot be written: .*large"
-        ):
-            checkpoints.write_text(path, "new" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_no_larger_than(10), pytest.raises(CheckpointError, match=str(path)):
+        checkpoints.write_text(path, "new" * 1000)
     assert path.read_text() == "old"

@@ -1,15 +1,292 @@
-"""How a convolution is computed: several lowerings of one function of (x, kernel)."""
+"""Ways to compute one convolution. All give the same numbers, in different time.
 
+XLA's own convolution is the choice on accelerators. On CPU its kernel gradient is
+several times slower than a matrix product, and its grouped gradients slower still, so
+`auto` goes other ways there. `python -m benchmarks.layers` measures every way.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 from jax import lax
 
+# Rows (pixels) of a chunk's matrix product. From 2,048 to 8,192 the time is flat.
+# Above, the gathered taps leave the cache; below, a product cannot fill the threads.
+CHUNK_ROWS = 4096
 
-def convolution(x, kernel, *, stride=1, padding=0, groups=1, lowering="auto"):
-    """x (N, H, W, in) * kernel (kh, kw, in / groups, out) -> (N, H', W', out)."""
+
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    lowering: str = "auto",
+) -> jax.Array:
+    """Cross-correlates x (N, H, W, in) with kernel (kh, kw, in / groups, out).
+
+    Returns (N, H', W', out) in the dtype of x, H' = (H + 2 padding - kh) // stride + 1.
+    `padding` zeros surround the map. Where the named lowering does not exist for a
+    shape (see `applicable`), `native` takes its place, so one name can serve a whole
+    net. Reverse-mode derivatives of any order; on CPU no forward mode.
+    """
+    if lowering != "auto" and lowering not in LOWERINGS:
+        raise ValueError(
+            f"unknown lowering {lowering!r}: choose from {['auto', *LOWERINGS]}"
+        )
+    shape = Shape.of(x, kernel, stride, padding, groups)
+    if lowering == "auto":
+        lowering = choose(shape, jax.default_backend())
+    elif lowering not in applicable(shape):
+        lowering = "native"
+    return LOWERINGS[lowering].compute(x, kernel.astype(x.dtype), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """All that is static about a convolution. `size` and `window` are (rows, cols)."""
+
+    images: int
+    size: tuple[int, int]
+    in_channels: int
+    out_channels: int
+    window: tuple[int, int]
+    stride: int
+    padding: int
+    groups: int
+
+    @classmethod
+    def of(cls, x, kernel, stride: int, padding: int, groups: int) -> "Shape":
+        """Reads the sizes; raises ValueError on those that cannot work."""
+        images, *size, channels = x.shape
+        *window, depth, out = kernel.shape
+        for side, count in (("input", channels), ("output", out)):
+            if groups < 1 or count % groups:
+                raise ValueError(
+                    f"{groups} groups do not divide {count} {side} channels"
+                )
+        if depth * groups != channels:
+            raise ValueError(
+                f"a kernel with {depth} inputs in each of {groups} groups needs "
+                f"{depth * groups} input channels, got {channels}"
+            )
+        if any(n + 2 * padding < k for n, k in zip(size, window, strict=True)):
+            raise ValueError(
+                f"a map of {size} with padding {padding} is smaller than the "
+                f"{window} kernel"
+            )
+        return cls(
+            images, tuple(size), channels, out, tuple(window), stride, padding, groups
+        )
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        padded = (n + 2 * self.padding for n in self.size)
+        return tuple(
+            (n - k) // self.stride + 1 for n, k in zip(padded, self.window, strict=True)
+        )
+
+    @property
+    def pointwise(self) -> bool:
+        return self.window == (1, 1) and self.padding == 0
+
+
+def choose(shape: Shape, platform: str) -> str:
+    """The rule of `auto`, from benchmarks/results."""
+    if platform != "cpu":
+        return "native"
+    if shape.groups > 1:
+        return "block_dense"
+    if shape.pointwise:
+        return "dot"
+    if shape.in_channels < 8:  # the stem: too few columns for a matrix product
+        return "native"
+    if shape.stride == 1 and 2 * shape.out_channels <= shape.in_channels:
+        return "scattered"
+    return "shifted"
+
+
+def applicable(shape: Shape) -> list[str]:
+    """Names of the lowerings that exist for this shape."""
+    return [name for name, lowering in LOWERINGS.items() if lowering.exists(shape)]
+
+
+def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """XLA's convolution and JAX's derivatives of it."""
     return lax.conv_general_dilated(
         x,
-        kernel.astype(x.dtype),
-        (stride, stride),
-        ((padding, padding), (padding, padding)),
+        kernel,
+        (shape.stride, shape.stride),
+        ((shape.padding, shape.padding), (shape.padding, shape.padding)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
+        feature_group_count=shape.groups,
     )
+
+
+def dot(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """1x1: a matrix product over pixels. A stride only drops pixels beforehand."""
+    return _product(x[:, :: shape.stride, :: shape.stride], kernel[0, 0])
+
+
+def einsum(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """1x1 in groups: a matrix product over pixels for each group."""
+    x = x[:, :: shape.stride, :: shape.stride]
+    depth, groups = shape.in_channels // shape.groups, shape.groups
+    y = jnp.einsum(
+        "pgi,igo->pgo",
+        x.reshape(-1, groups, depth),
+        kernel.reshape(depth, groups, -1),
+    )
+    return y.reshape(*x.shape[:-1], shape.out_channels)
+
+
+def block_dense(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """A dense convolution whose kernel holds the groups on its diagonal.
+
+    `groups` times the arithmetic, in products that are large enough to be fast.
+    """
+    groups, depth = shape.groups, shape.in_channels // shape.groups
+    kernel = kernel.reshape(*shape.window, 1, depth, groups, -1)
+    diagonal = jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
+    kernel = (kernel * diagonal).reshape(
+        *shape.window, shape.in_channels, shape.out_channels
+    )
+    shape = dataclasses.replace(shape, groups=1)
+    return LOWERINGS[choose(shape, "cpu")].compute(x, kernel, shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def shifted(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """Native forward; gradients by `_gradients`."""
+    return native(x, kernel, shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scattered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """Stride 1: one matrix product for all taps, the results shifted and summed.
+
+    For layers that narrow, because the product has taps * out columns. Gradients by
+    `_gradients`.
+    """
+    p, out = shape.padding, shape.out_channels
+    columns = kernel.transpose(2, 0, 1, 3).reshape(shape.in_channels, -1)
+
+    def chunk(x):
+        z = jnp.pad(_product(x, columns), ((0, 0), (p, p), (p, p), (0, 0)))
+        taps = enumerate(_slices(z, shape.window, 1, shape.out_size))
+        return sum(tap[..., i * out : (i + 1) * out] for i, tap in taps), None
+
+    y, _ = _over_chunks(chunk, shape, x)
+    return y
+
+
+def _forward(compute, x, kernel, shape):
+    return compute(x, kernel, shape), (x, kernel)
+
+
+def _gradients(shape: Shape, residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Matrix products over shifted copies of dy, or else of x: the smaller one."""
+    if shape.stride == 1 and shape.out_channels <= shape.in_channels:
+        return _gradients_from_shifted_dy(*residuals, dy, shape)
+    x, kernel = residuals
+    (dx,) = jax.linear_transpose(lambda x: native(x, kernel, shape), x)(dy)
+    return dx, _kernel_gradient_from_shifted_x(x, dy, shape)
+
+
+def _gradients_from_shifted_dy(x, kernel, dy, shape):
+    """Stride 1. Both gradients read the same shifted copies, made once per chunk."""
+    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)  # (kh, kw, out, in)
+    columns = flipped.reshape(-1, shape.in_channels)
+    rows, cols = (k - 1 - shape.padding for k in shape.window)
+    edges = ((0, 0, 0), (rows, rows, 0), (cols, cols, 0), (0, 0, 0))
+
+    def chunk(x, dy):
+        # lax.pad and not jnp.pad: the edges are negative if padding >= kernel size.
+        dy = lax.pad(dy, jnp.zeros((), dy.dtype), edges)
+        copies = jnp.concatenate([*_slices(dy, shape.window, 1, shape.size)], -1)
+        return _product(copies, columns), _product_of_transposed(x, copies)
+
+    dx, dw = _over_chunks(chunk, shape, x, dy)
+    dw = dw.reshape(shape.in_channels, *shape.window, -1)[:, ::-1, ::-1]
+    return dx, dw.transpose(1, 2, 0, 3).astype(kernel.dtype)
+
+
+def _kernel_gradient_from_shifted_x(x, dy, shape):
+    """Any stride."""
+    p = shape.padding
+
+    def chunk(x, dy):
+        x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+        slices = _slices(x, shape.window, shape.stride, shape.out_size)
+        copies = jnp.concatenate([*slices], -1)
+        return None, _product_of_transposed(copies, dy)
+
+    _, dw = _over_chunks(chunk, shape, x, dy)
+    dw = dw.reshape(*shape.window, shape.in_channels, shape.out_channels)
+    return dw.astype(x.dtype)
+
+
+shifted.defvjp(functools.partial(_forward, shifted), _gradients)
+scattered.defvjp(functools.partial(_forward, scattered), _gradients)
+
+
+def _slices(x, window, stride, size):
+    """The pixels that each tap of a window meets, (N, *size, C) per tap."""
+    rows, cols = (stride * (n - 1) + 1 for n in size)
+    for i in range(window[0]):
+        for j in range(window[1]):
+            yield x[:, i : i + rows : stride, j : j + cols : stride]
+
+
+def _product(x, matrix):
+    """(..., a) times (a, b), as one flat matrix product."""
+    y = x.reshape(-1, x.shape[-1]) @ matrix
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _product_of_transposed(x, y):
+    """(..., a) and (..., b) -> (a, b), summed over pixels in float32 at least."""
+    x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def _over_chunks(chunk: Callable, shape: Shape, *arrays: jax.Array):
+    """Calls chunk(*images of each array) -> (per image, sum) until all are done."""
+    most = max(1, CHUNK_ROWS // math.prod(shape.out_size))
+    images = max(d for d in range(1, most + 1) if shape.images % d == 0)
+    if images == shape.images:
+        return chunk(*arrays)
+    pieces = [x.reshape(-1, images, *x.shape[1:]) for x in arrays]
+    _, total = jax.eval_shape(chunk, *(piece[0] for piece in pieces))
+
+    def body(total, pieces):
+        per_image, part = chunk(*pieces)
+        return jax.tree.map(jnp.add, total, part), per_image
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), total)
+    total, per_image = lax.scan(body, zeros, pieces)
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), per_image), total
+
+
+class Lowering(NamedTuple):
+    compute: Callable[[jax.Array, jax.Array, Shape], jax.Array]
+    exists: Callable[[Shape], bool]
+
+
+LOWERINGS = {
+    "native": Lowering(native, lambda shape: True),
+    "dot": Lowering(dot, lambda shape: shape.groups == 1 and shape.pointwise),
+    "shifted": Lowering(shifted, lambda shape: shape.groups == 1),
+    "scattered": Lowering(
+        scattered, lambda shape: shape.groups == 1 and shape.stride == 1
+    ),
+    "block_dense": Lowering(block_dense, lambda shape: shape.groups > 1),
+    "einsum": Lowering(einsum, lambda shape: shape.groups > 1 and shape.pointwise),
+}

@@ -35,7 +35,8 @@ class BatchNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.mean = nnx.BatchStat(jnp.zeros(channels))
-        self.var = nnx.BatchStat(jnp.full(channels, initial_var))
+        # A dtype, as a weakly typed array would have the train step compiled twice.
+        self.var = nnx.BatchStat(jnp.full(channels, initial_var, float))
         self.eps, self.keep, self.running_var = eps, keep, running_var
         self.axis_name: str | None = None
         self.group_size = 0

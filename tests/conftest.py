@@ -1,0 +1,51 @@
+"""Eight CPU devices for every test, and where the reference material lies."""
+
+import os
+import pathlib
+
+import pytest
+
+# Before anything imports jax. Tests of one device use the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of reference material beside the checkout; absent: test skipped."""
+    if not SHARED.is_dir():
+        pytest.skip("reference material ../shared is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> pathlib.Path:
+    """One cache directory for all processes that the tests start, of all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    return (folder.parent if in_worker else folder) / "cache"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder of golden files; default: ../shared/golden if there, tests/golden",
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The largest relative error of each golden file, as compared with the original."""
+    passed = terminalreporter.stats.get("passed", [])
+    rows = [
+        (report.nodeid.partition("[")[2].rstrip("]"), value)
+        for report in sorted(passed, key=lambda report: report.nodeid)
+        for name, value in report.user_properties
+        if name == "golden"
+    ]
+    if rows:
+        terminalreporter.section("golden: largest relative error")
+        for row in rows:
+            terminalreporter.write_line("{:<60} {}".format(*row))

@@ -1,0 +1,130 @@
+"""Counts without compiling: against hand-made arithmetic and the originals' tables."""
+
+import json
+import re
+
+import jax
+import pytest
+from conftest import SHARED
+from flax import nnx
+
+import nets
+from importers.sources import empty
+from nets import cost
+from nets.layers.conv import Conv, Linear
+from nets.layers.expander import ExpanderConv
+from nets.layers.norm import BatchNorm
+
+COUNTS = SHARED / "golden/xnets/counts.json"
+
+
+class Small(nnx.Module):
+    """Attributes in another order than that of computation; `mix` is used twice."""
+
+    def __init__(self, rngs):
+        self.head = Linear(6, 10, rngs=rngs)
+        options = dict(degree=2, sampling="per_output", padding=1, rngs=rngs)
+        self.mix = ExpanderConv(6, 6, 3, **options)
+        self.norm = BatchNorm(6)
+        self.stem = Conv(4, 6, 3, stride=2, padding=1, groups=2, rngs=rngs)
+        self.unused = Linear(5, 7, bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.stem(x))
+        return self.head(self.mix(self.mix(x)).mean((1, 2)))
+
+
+def test_layers_of_a_small_net():
+    net = empty(lambda: Small(nnx.Rngs(0)))
+    layers = cost.layers(net, (5, 8, 8, 4))
+    pixels, stem, mix, dense_mix = 4 * 4, 9 * 2 * 6, 9 * 6 * 2, 9 * 6 * 6
+    assert [(x.path, x.kind, x.output_shape) for x in layers] == [
+        ("stem", "Conv", (5, 4, 4, 6)),
+        ("norm", "BatchNorm", (5, 4, 4, 6)),
+        ("mix", "ExpanderConv", (5, 4, 4, 6)),
+        ("head", "Linear", (5, 10)),
+        ("unused", "Linear", ()),
+    ]
+    assert [(x.parameters, x.dense_parameters) for x in layers] == [
+        (stem, stem),
+        (12, 12),
+        (mix, dense_mix),
+        (70, 70),
+        (35, 35),
+    ]
+    assert [(x.macs, x.dense_macs) for x in layers] == [
+        (stem * pixels, stem * pixels),
+        (0, 0),
+        (2 * mix * pixels, 2 * dense_mix * pixels),
+        (60, 60),
+        (0, 0),
+    ]
+    assert cost.total(layers) == cost.Cost(
+        parameters=stem + 12 + mix + 70 + 35,
+        dense_parameters=stem + 12 + dense_mix + 70 + 35,
+        macs=(stem + 2 * mix) * pixels + 60,
+        dense_macs=(stem + 2 * dense_mix) * pixels + 60,
+    )
+
+
+def test_an_abstract_net_suffices_and_nothing_is_compiled():
+    config = dict(name="densenet", depth=10, growth=4, wiring="expander")
+    compilations = []
+
+    def listen(event, *_, **__):
+        if "compile" in event and "backend" in event:
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1)(1)
+        assert compilations.pop()  # the listener hears
+        compilations.clear()
+        net = nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
+        layers = cost.layers(net, (1, 32, 32, 3))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compilations
+    concrete = cost.layers(nets.create(config, nnx.Rngs(0)), (1, 32, 32, 3))
+    assert layers == concrete
+
+
+def _recorded():
+    """The CIFAR DenseNets of the originals' table; the wide ones are slow to trace."""
+    if not COUNTS.exists():
+        reason = pytest.mark.skip(f"reference material {COUNTS} is not here")
+        return [pytest.param({}, id="counts", marks=reason)]
+    return [
+        pytest.param(
+            entry,
+            id="-".join(
+                filter(None, (entry["name"], entry["rule"], entry["transition"]))
+            ),
+            marks=() if entry["params_trainable"] < 1e6 else pytest.mark.slow,
+        )
+        for entry in json.loads(COUNTS.read_text())["models"]
+        if re.match(r"densenet\w*_cifar", entry["name"])
+    ]
+
+
+@pytest.mark.parametrize("recorded", _recorded())
+def test_counts_of_the_original(recorded):
+    pattern = r"densenet(\w*)_cifar-(\d+)-(\d+)-?(\d+)?-c(\d+)"
+    wiring, *numbers = re.fullmatch(pattern, recorded["name"]).groups()
+    depth, growth, compress, classes = (int(number or 0) for number in numbers)
+    config = dict(name="densenet", depth=depth, growth=growth, num_classes=classes)
+    if wiring == "expander":
+        sampling = {"head": "smaller_side", "output": "per_output"}[recorded["rule"]]
+        config |= dict(wiring="expander", compress=compress, sampling=sampling)
+        config |= dict(wired_transitions=recorded["transition"] == "expander")
+    elif wiring == "grouped":
+        config |= dict(wiring="grouped", groups=2)
+    net = nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
+    size = recorded["input"]
+    total = cost.total(cost.layers(net, (1, size, size, 3)))
+    assert total == cost.Cost(
+        parameters=recorded["params_effective"],
+        dense_parameters=recorded["params_trainable"],
+        macs=recorded["macs_nonzero"],
+        dense_macs=recorded["macs_dense_equivalent"],
+    )

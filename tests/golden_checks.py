@@ -1,0 +1,177 @@
+"""What a recorded network claims, and how ours is compared with it."""
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import importers
+import nets
+import optimizers
+from importers.golden import Golden
+from importers.sources import to_reference
+from nets import cost
+
+EXACT, ROUNDED = 1e-9, 1e-5
+
+
+class Comparison:
+    """Relative errors of named quantities, each beside what is allowed for it."""
+
+    def __init__(self):
+        self._errors = []
+
+    def add(self, group: str, actual, expected, allowed: float | None = None, name=""):
+        """Error relative to the largest expected value.
+
+        Numbers that are all exact in float32 were kept in float32: 1e-5 is allowed.
+        """
+        actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
+        assert actual.shape == expected.shape, (group, name)
+        if allowed is None:
+            rounded = np.array_equal(expected, expected.astype(np.float32))
+            allowed = ROUNDED if rounded else EXACT
+        scale = np.abs(expected).max() or 1.0
+        error = np.abs(actual - expected).max() / scale
+        self._errors.append((group, name, float(error), allowed))
+
+    def summary(self) -> str:
+        worst = {}
+        for group, _, error, _ in self._errors:
+            worst[group] = np.maximum(worst.get(group, 0.0), error)
+        return "  ".join(f"{group} {error:.0e}" for group, error in worst.items())
+
+    def check(self) -> None:
+        wrong = [
+            f"{group} {name}: relative error {error:.2e}, allowed {allowed:.0e}"
+            for group, name, error, allowed in self._errors
+            if not error <= allowed  # true for nan
+        ]
+        assert self._errors
+        assert not wrong, "\n".join(wrong)
+
+
+def cross_entropy(labels):
+    def loss(logits):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
+
+    return loss
+
+
+def network(golden: Golden) -> Comparison:
+    """Counts, logits, loss, gradient norms, running statistics; a trajectory if any."""
+    facts, arrays, comparison = golden.facts, golden.arrays, Comparison()
+    net, tensors = importers.build(facts), golden.tensors()
+    images, loss = golden.images(), cross_entropy(golden.labels())
+
+    counts = cost.total(cost.layers(net, images.shape))
+    assert counts.dense_parameters == facts["trainable_params"]
+    existing = facts["effective_params"] or facts["trainable_params"]
+    assert counts.parameters == existing
+    assert counts.macs == facts["macs"]
+
+    net.eval()
+    importers.load(net, tensors)
+    comparison.add("eval", evaluate(net, images), arrays["logits_eval"])
+
+    net.train()
+    importers.load(net, tensors)
+    sources = importers.find(facts["system"], facts["net"]).sources(net)
+    trained = train(net, sources, images, loss)
+    comparison.add("train", trained["output"], arrays["logits_train"])
+    comparison.add("loss", trained["loss"], arrays["loss_train"])
+
+    norms = dict(zip(facts["grad_names"], arrays["grad_norm"], strict=True))
+    assert set(trained["gradients"]) == set(norms)
+    for name, expected in norms.items():
+        actual = np.linalg.norm(trained["gradients"][name])
+        if name in facts["zero_gradient"]:
+            zero = actual / max(norms.values())
+            comparison.add("zero gradients", zero, 0.0, 1e-10, name)
+        else:
+            comparison.add("gradients", actual, expected, name=name)
+
+    keep = facts["batch_norm"]["keep"]
+    for name, expected in golden.running().items():
+        # What the step added: an importer may start from other statistics.
+        added = trained["statistics"][name] - keep * trained["statistics before"][name]
+        actual = keep * tensors[name] + added
+        comparison.add("statistics", actual, expected, name=name)
+
+    if "sgd_steps" in facts:
+        _sgd_steps(facts["sgd_steps"], net, images, loss, comparison)
+    return comparison
+
+
+def evaluate(net: nnx.Module, x) -> np.ndarray:
+    definition, variables = nets.split(net)
+    return _once(lambda variables, x: definition.apply(variables, x)[0], variables, x)
+
+
+def train(net: nnx.Module, sources, x, loss) -> dict:
+    """One pass in train mode; gradients and statistics by reference name."""
+    definition, variables = nets.split(net)
+
+    def objective(params, x, variables):
+        variables = variables | {"params": params}
+        output, statistics = definition.apply(variables, x, train=True)
+        return loss(output), (output, statistics)
+
+    step = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    params = variables["params"]
+    (value, (output, statistics)), gradients = _once(step, params, x, variables)
+    return {
+        "loss": value,
+        "output": output,
+        "gradients": to_reference(sources, by_path(gradients[0])),
+        "input gradient": gradients[1],
+        "statistics": to_reference(sources, by_path(statistics)),
+        "statistics before": to_reference(sources, by_path(variables["stats"])),
+    }
+
+
+def trajectory(net, images, loss, optimizer, steps):
+    """Steps on one batch -> losses, norms of all parameters afterwards, variables."""
+    definition, variables = nets.split(net)
+
+    def objective(params, variables):
+        variables = variables | {"params": params}
+        output, statistics = definition.apply(variables, images, train=True)
+        return loss(output), statistics
+
+    def step(variables, state):
+        params = variables["params"]
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (value, statistics), gradients = gradient(params, variables)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        variables = variables | {"params": params, "stats": statistics}
+        return variables, state, value, optax.global_norm(params)
+
+    step = jax.jit(step, compiler_options=nets.RUN_ONCE)
+    state, losses, norms = optimizer.init(variables["params"]), [], []
+    for _ in range(steps):
+        variables, state, value, norm = step(variables, state)
+        losses.append(value)
+        norms.append(norm)
+    return losses, norms, variables
+
+
+def _once(function, *arguments):
+    return jax.jit(function, compiler_options=nets.RUN_ONCE)(*arguments)
+
+
+def by_path(tree) -> dict:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def _sgd_steps(facts, net, images, loss, comparison) -> None:
+    assert facts["dampening"] == 0
+    fields = {k: facts[k] for k in ("momentum", "nesterov", "weight_decay")}
+    optimizer = optimizers.sgd(facts["lr"], **fields)
+    steps = len(facts["losses"])
+    losses, norms, _ = trajectory(net, images, loss, optimizer, steps)
+    comparison.add("sgd losses", losses, facts["losses"])
+    comparison.add("sgd norms", norms, facts["param_norm_after"])

@@ -1,0 +1,73 @@
+"""Equality with the original codes: every golden file below a folder.
+
+pytest tests/golden_test.py --golden=DIR
+
+Files are discovered, never listed. Networks (format 2) run through importers.build and
+load; layer, optimizer and trajectory files through the reader that knows their form;
+what has no importer or reader yet is skipped with that reason. All in float64.
+"""
+
+import json
+import pathlib
+
+import golden_checks
+import golden_layers
+import jax
+import pytest
+from conftest import SHARED
+
+import importers
+from importers import golden
+
+OWN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_generate_tests(metafunc):
+    given = metafunc.config.getoption("golden")
+    roots = [given.resolve()] if given else [SHARED / "golden", OWN]
+    # The same bytes in two folders are one fact; our own copy wins, it is never slow.
+    unique = {}
+    for root in roots:
+        for path in sorted([*root.rglob("*.json"), *root.rglob("*.npz")]):
+            unique[path.relative_to(root), path.read_bytes()] = (root, path)
+    networks, others = [], []
+    for root, path in unique.values():
+        facts = json.loads(path.read_text()) if path.suffix == ".json" else {}
+        if isinstance(facts, dict) and facts.get("format") == golden.FORMAT:
+            marks = () if root == OWN else pytest.mark.slow
+            networks.append(_parameter(root, path, marks))
+        elif golden_layers.is_golden(path, facts):
+            others.append(_parameter(root, path))
+    if "network" in metafunc.fixturenames:
+        metafunc.parametrize("network", networks)
+    if "recorded" in metafunc.fixturenames:
+        metafunc.parametrize("recorded", others)
+
+
+def _parameter(root, path, marks=()):
+    name = path.relative_to(root).with_suffix("").as_posix()
+    return pytest.param(path, id=name, marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def test_network(network, record_property):
+    try:
+        comparison = golden_checks.network(golden.Golden.read(network))
+    except importers.NoImporter as error:
+        pytest.skip(str(error).partition(":")[0])
+    record_property("golden", comparison.summary())
+    comparison.check()
+
+
+def test_recorded(recorded, record_property):
+    reader = golden_layers.reader(recorded)
+    if reader is None:
+        pytest.skip(f"no reader yet for {recorded.parent.name}/{recorded.name}")
+    comparison = reader(recorded)
+    record_property("golden", comparison.summary())
+    comparison.check()

@@ -1,0 +1,263 @@
+"""A batch is a function of (seed, step): the same bits on each path, from any start."""
+
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import augment
+import input_pipeline
+from configs import common
+from input_pipeline import DataError, Examples
+
+PIPELINES = input_pipeline.PIPELINES
+
+
+def make_config(batch_size=4, **data):
+    config = common.base()
+    config.train.batch_size, config.data.pad = batch_size, 2
+    config.data.update(data)
+    return config
+
+
+def make_examples(count=10, size=(6, 5)):
+    """Images of noise, so that no two crops are alike; the label is the position."""
+    images = np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
+    labels = np.arange(count, dtype=np.int32)
+    return Examples(images, labels, count, (0.0,) * 3, (1.0,) * 3)
+
+
+def take(config, examples, count, start_step=0, **keywords):
+    batches = input_pipeline.batches(
+        config, "train", start_step, examples=examples, **keywords
+    )
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+            assert batch[key].dtype == other[key].dtype
+
+
+def by_hand(config, examples, steps):
+    """The plan in plain numpy, one image after the other."""
+    data = config.data
+    padded = augment.pad(examples.images, data.pad, data.border)
+    height, width = examples.images.shape[1:3]
+    for step in steps:
+        plan = input_pipeline.plan(config, len(examples.labels), step)
+        images = []
+        for i, (y, x), mirrored in zip(plan.index, plan.offset, plan.flip, strict=True):
+            crop = padded[i, y : y + height, x : x + width]
+            images.append(crop[:, ::-1] if mirrored else crop)
+        yield {"image": np.stack(images), "label": examples.labels[plan.index]}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 10])
+def test_the_stream_is_one_permutation_per_epoch_end_to_end(batch_size):
+    config, steps = make_config(batch_size), 40 // batch_size
+    plans = [input_pipeline.plan(config, 10, step) for step in range(steps)]
+    epochs = np.concatenate([plan.index for plan in plans]).reshape(4, 10)
+    np.testing.assert_array_equal(np.sort(epochs), [range(10)] * 4)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_batch_that_straddles_two_epochs_takes_the_rest_of_one_and_starts_the_next():
+    straddling = input_pipeline.plan(make_config(4), 10, 2).index
+    whole = [input_pipeline.plan(make_config(10), 10, epoch).index for epoch in (0, 1)]
+    np.testing.assert_array_equal(straddling, [*whole[0][8:], *whole[1][:2]])
+
+
+def test_a_plan_is_a_function_of_seed_and_step():
+    config = make_config(8)
+    drawn = list(itertools.islice(input_pipeline.plans(config, 10, 7), 3))
+    for step, plan in enumerate(drawn, 7):
+        again = input_pipeline.plan(config, 10, step)
+        jax.tree.map(np.testing.assert_array_equal, plan, again)
+    assert (drawn[0].offset != drawn[1].offset).any()
+    assert (drawn[0].flip != drawn[1].flip).any()
+    config.seed = 1
+    other = input_pipeline.plan(config, 10, 7)
+    assert (other.index != drawn[0].index).any()
+    assert (other.offset != drawn[0].offset).any()
+
+
+def test_crops_are_uniform_and_half_of_the_images_flipped():
+    config = make_config(1000, pad=4)
+    plans = [input_pipeline.plan(config, 1000, step) for step in range(20)]
+    offsets = np.concatenate([plan.offset for plan in plans])
+    for axis in range(2):
+        share = np.bincount(offsets[:, axis], minlength=9) / 20_000
+        np.testing.assert_allclose(share, 1 / 9, atol=0.01)  # 4.5 sigma
+    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.03
+    assert abs(np.mean([plan.flip for plan in plans]) - 0.5) < 0.016
+
+
+def test_switched_off_augmentations_leave_the_image():
+    config, examples = (
+        make_config(pad=0, flip=False, pipeline="device"),
+        make_examples(),
+    )
+    for batch in take(config, examples, 5):
+        np.testing.assert_array_equal(batch["image"], examples.images[batch["label"]])
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("border", augment.BORDERS)
+def test_both_paths_carry_out_the_same_plan(monkeypatch, pipeline, border):
+    monkeypatch.setattr(input_pipeline, "STEPS_PER_BLOCK", 3)
+    config, examples = make_config(pipeline=pipeline, border=border), make_examples()
+    assert_same(take(config, examples, 8), by_hand(config, examples, range(8)))
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_later_start_gives_the_same_batches(monkeypatch, pipeline):
+    monkeypatch.setattr(input_pipeline, "STEPS_PER_BLOCK", 3)
+    config, examples = make_config(pipeline=pipeline), make_examples()
+    from_start = take(config, examples, 9)
+    for start in (1, 3, 7):  # inside and between the blocks; batch 2 straddles epochs
+        assert_same(take(config, examples, 9 - start, start), from_start[start:])
+    far = 10**9  # costs no more than step 0
+    assert_same(take(config, examples, 1, far), by_hand(config, examples, [far]))
+
+
+def test_the_number_of_workers_changes_nothing():
+    config, examples = make_config(), make_examples()
+    padded = augment.pad(examples.images, 2, "zero")
+    for workers in (1, 5):
+        batches = input_pipeline._tf_batches(
+            input_pipeline.tensorflow(),
+            padded,
+            examples.labels,
+            lambda step: input_pipeline.plan(config, 10, step),
+            start_step=0,
+            workers=workers,
+        )
+        batches = itertools.islice(batches, 50)
+        assert_same(batches, by_hand(config, examples, range(50)))
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_processes_share_a_batch_in_order(pipeline):
+    config, examples = make_config(6, pipeline=pipeline), make_examples()
+    whole = take(config, examples, 4)
+    parts = [
+        take(config, examples, 4, process_index=p, process_count=3) for p in range(3)
+    ]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for key in batch:
+            assert len(shares[0][key]) == 2
+            joined = np.concatenate([share[key] for share in shares])
+            np.testing.assert_array_equal(batch[key], joined)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_every_test_example_comes_once_and_in_order(batch_size, processes):
+    config, examples = make_config(), make_examples()
+    config.eval.batch_size = batch_size
+    parts = [
+        input_pipeline.batches(
+            config, "test", examples=examples, process_index=p, process_count=processes
+        )
+        for p in range(processes)
+    ]
+    seen = []
+    for shares in zip(*parts, strict=True):  # as many batches in every process
+        for batch in shares:
+            present = batch["mask"] == 1
+            assert batch["mask"].dtype == np.float32
+            assert len(present) == -(-batch_size // processes)
+            assert not batch["mask"][~present].any()
+            assert not batch["image"][~present].any()
+            seen += list(batch["label"][present])
+            np.testing.assert_array_equal(
+                batch["image"][present], examples.images[batch["label"][present]]
+            )
+    assert seen == list(range(10))
+
+
+def test_a_plan_is_a_pytree_that_stacks_and_traces():
+    config, examples = make_config(), make_examples()
+    padded = augment.pad(examples.images, 2, "zero")
+    plans = [input_pipeline.plan(config, 10, step) for step in range(3)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *plans)
+
+    @jax.jit
+    def second(images, labels, plans):
+        plan = jax.tree.map(lambda x: x[1], plans)
+        return input_pipeline.apply_plan(images, labels, plan)
+
+    batch = second(padded, examples.labels, stacked)
+    assert_same([jax.device_get(batch)], by_hand(config, examples, [1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.pipeline": "tfdata"}, "'tfdata': choose from tf.data, device"),
+        ({"data.border": "white"}, "'white': choose from zero, mean"),
+        ({"data.pad": -1}, r"data\.pad=-1"),
+        ({"train.batch_size": 1438}, "batch_size=1438 .* 1437 training images"),
+        ({"train.batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_impossible_values_are_refused_at_once(change, message):
+    config = make_config(name="digits", pipeline="device")
+    config.update_from_flattened_dict(change)
+    with pytest.raises(DataError, match=message):
+        input_pipeline.batches(config, "train")
+
+
+def test_batches_that_do_not_divide_are_refused_with_both_numbers():
+    config = make_config(9, pipeline="device")
+    with pytest.raises(DataError, match=r"batch_size=9 .* 2 processes"):
+        input_pipeline.batches(
+            config, "train", examples=make_examples(), process_index=0, process_count=2
+        )
+    config.eval.batch_size = 0
+    with pytest.raises(DataError, match=r"eval\.batch_size=0"):
+        input_pipeline.batches(config, "test", examples=make_examples())
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(DataError, match="'validation': choose train or test"):
+        input_pipeline.load(make_config(name="digits").data, "validation")
+
+
+def test_tensorflow_is_missed_with_the_other_pipeline_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(DataError, match="pipeline=device"):
+        input_pipeline.batches(make_config(), "train", examples=make_examples())
+
+
+STOPS_IN_THE_MIDDLE = """
+import input_pipeline
+from configs import common
+
+config = common.base()
+config.data.name = "digits"
+batches = input_pipeline.batches(config, "train")
+for _ in range(30):
+    next(batches)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_while_tensorflow_prefetches():
+    root = pathlib.Path(__file__).parents[1]
+    for _ in range(3):  # with a Python function inside tf.data one exit in three hung
+        subprocess.run(
+            [sys.executable, "-c", STOPS_IN_THE_MIDDLE],
+            cwd=root,
+            check=True,
+            timeout=120,
+            capture_output=True,
+        )

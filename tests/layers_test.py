@@ -1,0 +1,188 @@
+"""Convolutions with their initialisers, pooling, expander layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from importers.sources import empty
+from nets import connectivity
+from nets.layers import conv
+from nets.layers.conv import Conv, Linear
+from nets.layers.expander import ExpanderConv, ExpanderLinear
+from nets.layers.pooling import average_pool, global_average_pool
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def fill(layer, seed=0):
+    """Values for every parameter of an empty layer."""
+    state = nnx.state(layer, nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    values = [
+        jnp.asarray(normal(*x.shape, seed=seed + i)) for i, x in enumerate(leaves)
+    ]
+    nnx.update(layer, jax.tree.unflatten(tree, values))
+    return layer
+
+
+# Convolution
+
+
+@pytest.mark.parametrize(("size", "stride"), [(6, 1), (6, 2), (5, 2)])
+def test_padding_is_symmetric_whatever_the_stride(size, stride):
+    """Against explicit sums: "SAME" would anchor strided windows elsewhere."""
+    layer = fill(
+        empty(lambda: Conv(2, 3, 3, stride=stride, padding=1, rngs=nnx.Rngs(0)))
+    )
+    x, kernel = normal(2, size, size, 2, seed=9), np.asarray(layer.kernel[...])
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    positions = range(0, size, stride)
+    expected = np.stack(
+        [
+            [
+                np.tensordot(padded[:, i : i + 3, j : j + 3], kernel, 3)
+                for j in positions
+            ]
+            for i in positions
+        ]
+    )
+    np.testing.assert_allclose(layer(x), expected.transpose(2, 0, 1, 3), atol=1e-5)
+
+
+def test_grouped_kernels_see_their_group_only():
+    layer = fill(empty(lambda: Conv(4, 6, 1, groups=2, rngs=nnx.Rngs(0))))
+    x = normal(1, 1, 1, 4)
+    gradient = jax.jacobian(lambda x: layer(x)[0, 0, 0])(x)[:, 0, 0, 0]
+    reached = np.asarray(gradient != 0).T
+    np.testing.assert_array_equal(
+        reached, connectivity.mask(connectivity.grouped(4, 6, 2), 4, 6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "message"),
+    [
+        ((6, 8), 4, "4 groups do not divide 6 input"),
+        ((8, 6), 4, "6 output"),
+        ((4, 4), 0, "0 groups"),
+    ],
+)
+def test_groups_that_do_not_divide_are_refused(channels, groups, message):
+    with pytest.raises(ValueError, match=message):
+        Conv(*channels, 3, groups=groups, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("init", "variance", "bound"),
+    [
+        (conv.he_fan_in, 2 / (9 * 40), np.inf),
+        (conv.he_fan_out, 2 / (9 * 60), np.inf),
+        (conv.torch_uniform, 1 / (3 * 9 * 40), 1 / np.sqrt(9 * 40)),
+    ],
+    ids=["he_fan_in", "he_fan_out", "torch_uniform"],
+)
+def test_initialisers_have_the_variance_of_their_origin(init, variance, bound):
+    values = np.asarray(init(jax.random.key(0), (3, 3, 40, 60), jnp.float32))
+    assert abs(values.mean()) < 4 * np.sqrt(variance / values.size)
+    assert np.var(values) == pytest.approx(variance, rel=0.03)
+    assert np.abs(values).max() <= bound
+
+
+def test_a_linear_layer_starts_without_bias():
+    layer = Linear(4, 3, rngs=nnx.Rngs(0))
+    x = normal(2, 4)
+    np.testing.assert_allclose(layer(x), x @ layer.kernel[...], rtol=1e-5)
+    assert Linear(4, 3, bias=False, rngs=nnx.Rngs(0)).bias is None
+
+
+def test_average_pooling_drops_a_remainder():
+    x = normal(2, 5, 5, 3)
+    windows = x[:, :4, :4].reshape(2, 2, 2, 2, 2, 3)
+    np.testing.assert_allclose(average_pool(x, 2), windows.mean((2, 4)), rtol=1e-5)
+    assert global_average_pool(x.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+# Expanders
+
+EXPANDERS = [
+    (ExpanderConv, (6, 10, 3), dict(stride=2, padding=1), (2, 6, 6, 6)),
+    (ExpanderConv, (10, 6, 1), {}, (2, 3, 3, 10)),
+    (ExpanderLinear, (10, 6), {}, (2, 10)),
+]
+
+
+def expander(kind, sizes, options, sampling="smaller_side"):
+    options = dict(degree=3, sampling=sampling) | options
+    layer = fill(empty(lambda: kind(*sizes, **options, rngs=nnx.Rngs(0))))
+    layer.draw(np.random.default_rng(0))
+    return layer
+
+
+@pytest.mark.parametrize("sampling", ["smaller_side", "per_output", "per_input"])
+@pytest.mark.parametrize(("kind", "sizes", "options", "shape"), EXPANDERS)
+def test_an_expander_is_its_masked_dense_twin(kind, sizes, options, shape, sampling):
+    """Same outputs and gradients; what the mask removes is not even stored."""
+    layer = expander(kind, sizes, options, sampling)
+    twin_kind = {ExpanderConv: Conv, ExpanderLinear: Linear}[kind]
+    bias = {"bias": False} if twin_kind is Linear else {}
+    twin = empty(lambda: twin_kind(*sizes, **options, **bias, rngs=nnx.Rngs(0)))
+    mask = connectivity.mask(np.asarray(layer.edges[...]), *sizes[:2])
+    taps = layer.kernel.shape[:-1]
+    assert layer.kernel.shape == (*taps, mask.sum())
+    weights = normal(*taps, *sizes[:2], seed=5)
+    layer.kernel[...] = weights[..., mask]  # row-major pairs, as the edges are sorted
+    x = normal(*shape, seed=6)
+
+    def results(module, values):
+        graphdef, state = nnx.split(module)
+
+        def loss(values, x):
+            module = nnx.merge(graphdef, state, copy=True)
+            module.kernel[...] = values
+            y = module(x)
+            return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+        gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(gradient)(values, x)
+
+    (_, y), (d_values, d_x) = results(layer, layer.kernel[...])
+    (_, dense_y), (d_dense, dense_d_x) = results(twin, jnp.asarray(weights * mask))
+    np.testing.assert_allclose(y, dense_y, atol=1e-5)
+    np.testing.assert_allclose(d_x, dense_d_x, atol=1e-5)
+    np.testing.assert_allclose(d_values, d_dense[..., mask], rtol=1e-4, atol=1e-4)
+    assert layer.absent_weights == np.prod(taps) * (~mask).sum()
+
+
+def test_channels_that_are_not_connected_do_not_influence():
+    layer = expander(ExpanderLinear, (10, 6), {})
+    gradient = jax.jacobian(lambda x: layer(x[None])[0])(normal(10))
+    mask = connectivity.mask(np.asarray(layer.edges[...]), 10, 6)
+    np.testing.assert_array_equal(np.asarray(gradient != 0).T, mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "fan"),
+    [(ExpanderConv, (60, 40, 3), 9 * 40), (ExpanderLinear, (200, 100), 200)],
+)
+def test_expanders_start_with_the_variance_of_the_dense_fan(kind, sizes, fan):
+    """As the original does: the degree plays no part in it."""
+    options = dict(sampling="per_output", rngs=nnx.Rngs(0))
+    for degree in (10, 30):
+        values = np.asarray(kind(*sizes, degree=degree, **options).kernel[...])
+        assert np.var(values) == pytest.approx(2 / fan, rel=0.1)
+
+
+def test_a_graph_with_another_number_of_edges_is_refused():
+    layer = expander(ExpanderLinear, (10, 6), {})
+    with pytest.raises(ValueError, match=r"18 edges expected, got \(17,\)"):
+        layer.connect(np.arange(17))
+
+
+def test_impossible_expanders_are_refused_at_construction():
+    options = dict(sampling="per_output", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"degree 11 .* 10 partners"):
+        ExpanderConv(10, 6, 3, degree=11, **options)

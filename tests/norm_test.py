@@ -1,0 +1,157 @@
+"""Batch normalisation: whose statistics, which variance, what precision."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import nets
+from nets.layers.norm import BatchNorm
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def batch_norm(channels=5, **options):
+    """With scale, bias and running statistics that are not the initial ones."""
+    layer = BatchNorm(channels, **options)
+    for i, variable in enumerate((layer.scale, layer.bias, layer.mean, layer.var)):
+        variable[...] = jnp.asarray(1 + 0.3 * normal(channels, seed=i))
+    layer.var[...] = jnp.exp(layer.var[...])
+    return layer
+
+
+def test_training_normalises_by_the_batch():
+    layer, x = batch_norm(eps=1e-3), 3 + 2 * normal(4, 3, 3, 5)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = (x - mean) / np.sqrt(var + 1e-3) * layer.scale[...] + layer.bias[...]
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("biased", 1.0), ("unbiased", 36 / 35)])
+def test_running_statistics_keep_a_share_of_the_old(kind, factor):
+    layer, x = batch_norm(keep=0.8, running_var=kind), 3 + 2 * normal(4, 3, 3, 5)
+    mean, var = np.asarray(layer.mean[...]), np.asarray(layer.var[...])
+    layer(x)
+    axes = (0, 1, 2)
+    np.testing.assert_allclose(layer.mean[...], 0.8 * mean + 0.2 * x.mean(axes), 1e-5)
+    expected = 0.8 * var + 0.2 * factor * x.var(axes)
+    np.testing.assert_allclose(layer.var[...], expected, 1e-5)
+
+
+def test_evaluation_uses_the_running_statistics_and_leaves_them():
+    layer, x = batch_norm(eps=1e-3), normal(4, 3, 3, 5)
+    layer.eval()
+    mean, var = layer.mean[...], layer.var[...]
+    expected = (x - mean) / np.sqrt(var + 1e-3) * layer.scale[...] + layer.bias[...]
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(layer.mean[...], mean)
+
+
+def run(layer, x):
+    """(output, running mean and variance, gradients of scale, bias and x)."""
+    definition, variables = nets.split(layer)
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    step = jax.jit(training, static_argnums=0)
+    return step(definition.apply, variables, x, weights)
+
+
+def training(apply, variables, x, weights):
+    def loss(params, x):
+        y, stats = apply(variables | {"params": params}, x, train=True)
+        return (y * weights).sum(), (y, stats)
+
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (d_params, d_x), (y, stats) = gradient(variables["params"], x)
+    return y, stats, d_params, d_x
+
+
+def assert_equal_runs(actual, expected):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("kind", ["biased", "unbiased"])
+def test_synchronised_statistics_are_those_of_the_whole_batch(kind):
+    """Eight devices with two images each, against one device with sixteen."""
+    x = 3 + 2 * normal(16, 3, 3, 5)
+    layer = batch_norm(running_var=kind)
+    expected = run(layer, x)
+    layer.axis_name = "data"
+    definition, variables = nets.split(layer)
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    def shard(variables, x, weights):
+        y, stats, d_params, d_x = training(definition.apply, variables, x, weights)
+        return y, stats, jax.lax.psum(d_params, "data"), d_x
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    data, everywhere = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(everywhere, data, data),
+        out_specs=(data, everywhere, everywhere, data),
+        check_vma=False,
+    )
+    assert_equal_runs(jax.jit(sharded)(variables, x, weights), expected)
+
+
+def test_ghost_groups_are_separate_batches():
+    """Runs of four images are normalised alone; running statistics get their mean."""
+    x = 3 + 2 * normal(12, 3, 3, 5)
+    layer = batch_norm()
+    layer.group_size = 4
+    y, stats, *_ = run(layer, x)
+    runs = [run(batch_norm(), group) for group in np.split(x, 3)]
+    np.testing.assert_allclose(
+        y, np.concatenate([r[0] for r in runs]), rtol=1e-4, atol=1e-5
+    )
+    assert_equal_runs(
+        stats, jax.tree.map(lambda *s: np.mean(s, 0), *(r[1] for r in runs))
+    )
+
+
+def test_ghost_groups_that_do_not_divide_the_batch_are_refused():
+    layer = batch_norm()
+    layer.group_size = 5
+    with pytest.raises(ValueError, match="groups of 5 images do not divide the 12"):
+        layer(normal(12, 3, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("offset", "steps", "tolerance"),
+    [(100, 0, 5e-3), (100, 40, 1e-4), (1000, 120, 1e-3)],
+)
+def test_a_large_mean_costs_few_digits(offset, steps, tolerance):
+    """float32, deviation 1. The fast variance is shifted by the running mean, so it is
+    exact once that has moved; at the first step a mean of 100 costs three digits.
+    """
+    layer = BatchNorm(5)
+    definition, variables = nets.split(layer)
+    x = offset + normal(64, 4, 4, 5)
+    step = jax.jit(functools.partial(definition.apply, train=True))
+    for _ in range(steps):
+        variables["stats"] = step(variables, x)[1]
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean((0, 1, 2))) / exact.std((0, 1, 2))
+    assert np.abs(step(variables, x)[0] - exact).max() < tolerance
+
+
+def test_half_precision_keeps_statistics_in_single():
+    layer = BatchNorm(5)
+    x = jnp.asarray(3 + 2 * normal(64, 4, 4, 5), jnp.bfloat16)
+    y = layer(x)
+    assert y.dtype == jnp.bfloat16
+    assert layer.mean[...].dtype == layer.var[...].dtype == jnp.float32
+    mean = np.asarray(x, np.float64).mean((0, 1, 2))
+    np.testing.assert_allclose(layer.mean[...], 0.1 * mean, rtol=1e-4)
+    layer.eval()
+    assert layer(x).dtype == jnp.bfloat16

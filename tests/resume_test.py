@@ -1,0 +1,202 @@
+"""A run that is killed, stopped or short of disk ends as if nothing had happened."""
+
+import os
+import random
+import resource
+import signal
+import time
+
+import launch
+import pytest
+from launch import TOTAL, arguments, assert_same_end, complete, kill_when, start
+
+import checkpoints
+
+WRITING = checkpoints._WRITING
+
+
+@pytest.fixture(scope="module")
+def reference(cache):
+    """The uninterrupted run."""
+    return launch.once(cache / "whole", lambda at: complete(arguments(at), cache))
+
+
+def kill(workdir, ready, cache, **fields):
+    """A run killed as soon as ready() holds, which must be before its end."""
+    process = start(arguments(workdir, **fields), cache)
+    killed = kill_when(process, ready)
+    _, err = launch.finish(process)[1:]
+    assert killed, err
+
+
+def last(workdir):
+    return max(launch.steps(workdir), default=0)
+
+
+def later(moment):
+    """Holds from some moment after it was first asked."""
+    start = []
+    return lambda: (
+        start.append(time.monotonic()) or time.monotonic() - start[0] > moment
+    )
+
+
+def after_steps(workdir, count):
+    """Holds when checkpoints have come this many steps further."""
+    first = last(workdir)
+    return lambda: last(workdir) >= first + count
+
+
+def drafts(workdir):
+    folder = workdir / "checkpoints"
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {name for name in names if WRITING in name}
+
+
+def while_writing(workdir):
+    """Holds while orbax writes a checkpoint."""
+    old = drafts(workdir)
+    return lambda: bool(drafts(workdir) - old)
+
+
+def after_row(workdir):
+    """Holds just after an evaluation, when its checkpoint is not written yet."""
+
+    def changed():
+        path = workdir / "metrics.csv"
+        return path.stat().st_ino if path.exists() else None
+
+    old = changed()
+    return lambda: changed() != old
+
+
+def test_killed_at_any_moment_it_ends_the_same(tmp_path, cache, reference):
+    workdir, chance = tmp_path / "run", random.Random(2)
+    kill(workdir, later(chance.uniform(0.5, 3)), cache)  # starting up
+    kill(workdir, after_steps(workdir, 6), cache)
+    for _ in range(5):
+        kill(workdir, while_writing(workdir), cache)
+        if drafts(workdir):
+            break
+    assert drafts(workdir), "never killed in the middle of a checkpoint"
+    kill(workdir, after_row(workdir), cache)
+    at, pause = after_steps(workdir, 12), later(chance.uniform(0, 0.3))
+    kill(workdir, lambda: at() and pause(), cache)
+    assert 0 < last(workdir) < TOTAL
+    said = complete(arguments(workdir), cache)
+    assert f"resuming {workdir} from step" in said
+    assert_same_end(workdir, reference)
+    assert not drafts(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_many_times_it_ends_the_same(tmp_path, cache, reference, seed):
+    workdir, chance = tmp_path / "run", random.Random(seed)
+    kills = 0
+    while True:
+        at = after_steps(workdir, chance.randrange(0, 30))
+        pause = later(chance.uniform(0, 0.5))
+        process = start(arguments(workdir), cache)
+        killed = kill_when(process, lambda at=at, pause=pause: at() and pause())
+        code, _, err = launch.finish(process)
+        if not killed or code == 0:
+            break
+        kills += 1
+    assert code == 0, err
+    assert kills >= 5
+    assert_same_end(workdir, reference)
+
+
+def test_several_steps_a_dispatch(tmp_path, cache):
+    fields = dict(train__steps_per_dispatch=4)
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    complete(arguments(whole, **fields), cache)
+    kill(workdir, after_steps(workdir, 18), cache, **fields)
+    complete(arguments(workdir, **fields), cache)
+    assert_same_end(workdir, whole)
+
+
+def test_tf_data_killed_and_resumed(tmp_path, cache):
+    fields = dict(data__pipeline="tf.data", train__tensorboard=True)
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    complete(arguments(whole, **fields), cache)
+    kill(workdir, after_steps(workdir, 18), cache, **fields)
+    complete(arguments(workdir, **fields), cache)
+    assert_same_end(workdir, whole)
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_sigterm_saves_first(tmp_path, cache, reference):
+    workdir = tmp_path / "run"
+    process = start(arguments(workdir, checkpoint__every_steps=0), cache)
+    row = workdir / "metrics.csv"
+    assert kill_when(process, row.exists, number=signal.SIGTERM)
+    code, _, err = launch.finish(process)
+    assert code == 128 + signal.SIGTERM
+    *_, message = err.strip().splitlines()
+    step = last(workdir)
+    assert message.startswith(f"SIGTERM: saved up to step {step} in {workdir}")
+    assert "Traceback" not in err
+    assert 0 < step < TOTAL
+    complete(arguments(workdir), cache)
+    assert_same_end(workdir, reference)
+
+
+def test_complete_run_is_not_repeated(cache, reference):
+    before = {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
+    code, out, err = launch.finish(start(arguments(reference), cache))
+    assert code == 0, err
+    assert f"{reference} holds this run, complete" in err
+    assert f'"step": {TOTAL}' in out
+    assert '"best_test_accuracy"' in out
+    assert {p: p.stat().st_mtime_ns for p in reference.rglob("*")} == before
+
+
+def test_damaged_newest_checkpoint(tmp_path, cache, reference):
+    workdir = tmp_path / "run"
+    kill(workdir, after_steps(workdir, 40), cache)
+    newest = workdir / "checkpoints" / str(last(workdir))
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    said = complete(arguments(workdir), cache)
+    assert f"checkpoint {newest} is damaged" in said
+    assert_same_end(workdir, reference)
+
+
+def test_no_room_for_the_next_checkpoint(tmp_path, cache, reference):
+    workdir = tmp_path / "run"
+    process = start(arguments(workdir), cache)
+    assert kill_when(process, after_steps(workdir, 12), number=signal.SIGSTOP)
+    # From here on it can write no file of more than a kilobyte.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    process.send_signal(signal.SIGCONT)
+    refused_in_one_line(process, workdir)
+    complete(arguments(workdir), cache)
+    assert_same_end(workdir, reference)
+
+
+@pytest.mark.slow
+def test_full_disk(tmp_path, cache, reference):
+    if os.system(f"mount -t tmpfs -o size=300k tmpfs {tmp_path} 2>/dev/null"):
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        workdir = tmp_path / "run"
+        refused_in_one_line(start(arguments(workdir), cache), workdir)
+        os.system(f"mount -o remount,size=9m {tmp_path}")
+        complete(arguments(workdir), cache)
+        assert_same_end(workdir, reference)
+    finally:
+        os.system(f"umount {tmp_path}")
+
+
+def refused_in_one_line(process, workdir):
+    code, _, err = launch.finish(process)
+    assert code == 1, err
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1
+    assert "could not be written" in err
+    assert 0 < last(workdir) < TOTAL
+    assert launch.arrays(workdir)["step"] == last(workdir)  # intact
