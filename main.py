@@ -7,8 +7,10 @@ import os
 import pathlib
 import sys
 
-# Before jax is imported: TensorFlow feeds the accelerators, it must not take them.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import environment
+
+if __name__ == "__main__":
+    environment.settle()  # before jax is imported
 
 import jax
 from absl import app, flags, logging
@@ -18,9 +20,7 @@ import preflight
 import reporting
 import train
 
-config_flags.DEFINE_config_file(
-    "config", None, "configs/FAMILY.py or configs/FAMILY.py:VARIANT,DATA"
-)
+config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py[:VARIANT[,DATA]]")
 flags.DEFINE_string("workdir", None, "where the run lives; an existing one resumes")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint")
 flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first")
@@ -46,23 +46,34 @@ def main(_):
     except train.Preempted as message:
         print(message, file=sys.stderr)
         sys.exit(128 + 15)  # as a shell reports SIGTERM
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
 def _log_plainly():
     """Our progress lines and everybody's warnings, without absl's prefix."""
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     here, handler = str(pathlib.Path(__file__).parent), logging.get_absl_handler()
-    handler.addFilter(
-        lambda record: (
-            record.levelno >= logging.logging.WARNING
-            or (
-                record.pathname.startswith(here)
-                and "site-packages" not in record.pathname
-            )
-        )
-    )
+
+    def wanted(record):
+        ours = os.path.dirname(record.pathname) == here
+        return ours or record.levelno >= logging.logging.WARNING
+
+    handler.addFilter(wanted)
     handler.python_handler.setFormatter(logging.logging.Formatter("%(message)s"))
 
 
+def _parse(argv):
+    """The flags; what is wrong with them in one line, where absl prints a page."""
+    try:
+        unused = FLAGS(argv)[1:]
+        FLAGS.config.to_dict()  # a file that was not found is an error only here
+    except Exception as error:
+        sys.exit(f"error: {preflight.flag_error(error, argv)}")
+    if unused:
+        sys.exit(f"error: {unused[0]!r} belongs to no flag")
+    return argv[:1]
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

@@ -1,10 +1,13 @@
 """Before the first step: what is refused, what is announced, what has been done."""
 
+import math
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 
 import jax
-from absl import logging
+from absl import flags, logging
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -14,6 +17,54 @@ import nets
 from checkpoints import Checkpoints, load_config
 from nets import cost
 from reporting import read_rows
+
+
+POSITIVE = (
+    "train.batch_size",
+    "train.epochs",
+    "train.steps_per_dispatch",
+    "train.log_every_steps",
+    "eval.batch_size",
+    "eval.every_epochs",
+    "checkpoint.keep",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "train.batch_norm_group",
+    "checkpoint.every_steps",
+    "optimizer.learning_rate",
+    "optimizer.min_learning_rate",
+    "optimizer.drop_factor",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+)
+
+
+def flag_error(error: Exception, argv: Sequence[str]) -> str:
+    """What is wrong with the command line, in one line; raises what it cannot explain.
+
+    config_flags quotes stack traces, and raises bare KeyErrors for unknown fields.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    root = causes[-1]
+    if missing := re.search("No such file or directory: '(.*)'", str(root)):
+        here = pathlib.Path(__file__).parent
+        files = sorted(x.name for x in here.glob("configs/*.py") if x.stem != "common")
+        return f"--config: no file {missing[1]}; configs/ has {', '.join(files)}"
+    if isinstance(root, KeyError):
+        field = str(root.args[0])
+        given = [x.partition("=")[0] for x in argv]
+        given = [x for x in given if field in x.split(".")]
+        if not given:
+            raise error
+        near = re.search(r'Did you mean "(\w+)"', " ".join(map(str, causes)))
+        hint = f"did you mean {near[1]!r}?" if near else "all are in configs/common.py"
+        return f"{given[0]}: there is no field {field!r}; {hint}"
+    if not isinstance(error, (flags.Error, ValueError, TypeError)):
+        raise error
+    return str(root if "parsing config file" in str(error) else error)
 
 
 def use_compilation_cache(config: ConfigDict) -> None:
@@ -29,18 +80,13 @@ def use_compilation_cache(config: ConfigDict) -> None:
 
 def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> None:
     """Refuses, with a ValueError, values that no run can have."""
-    for section, field in (
-        ("train", "batch_size"),
-        ("train", "epochs"),
-        ("train", "steps_per_dispatch"),
-        ("train", "log_every_steps"),
-        ("eval", "batch_size"),
-        ("eval", "every_epochs"),
-    ):
-        if config[section][field] <= 0:
-            raise ValueError(
-                f"{section}.{field} must be positive, got {config[section][field]}"
-            )
+    fields = _flat(config)
+    for field in POSITIVE:
+        if not 0 < fields[field] < math.inf:
+            raise ValueError(f"{field} must be positive, got {fields[field]}")
+    for field in NOT_NEGATIVE:
+        if not 0 <= fields[field] < math.inf:
+            raise ValueError(f"{field} must not be negative, got {fields[field]}")
     if config.train.dtype not in ("float32", "bfloat16"):
         raise ValueError(
             f"train.dtype must be float32 or bfloat16, got {config.train.dtype!r}"
@@ -49,6 +95,16 @@ def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> 
         raise ValueError(
             f"train.batch_size {config.train.batch_size} does not divide among "
             f"{mesh.size} devices: choose a multiple of {mesh.size}"
+        )
+    if config.train.batch_size > len(examples.labels):
+        raise ValueError(
+            f"train.batch_size {config.train.batch_size} is larger than the "
+            f"{len(examples.labels)} training images of {config.data.name}"
+        )
+    if config.train.steps_per_dispatch > 1 and config.data.pipeline != "device":
+        raise ValueError(
+            f"train.steps_per_dispatch={config.train.steps_per_dispatch} needs "
+            "--config.data.pipeline=device: other batches come one by one"
         )
     if config.net.num_classes != examples.num_classes:
         raise ValueError(

@@ -1,5 +1,6 @@
 """What a run tells while it lives: metrics.csv, best.json, TensorBoard, progress."""
 
+import concurrent.futures
 import csv
 import datetime
 import io
@@ -10,6 +11,7 @@ import time
 import jax
 from absl import logging
 
+import input_pipeline
 import metrics
 from checkpoints import write_json, write_text
 
@@ -27,7 +29,11 @@ class Reporter:
         # Rows after the checkpoint come again: the run repeats those steps.
         self.rows = [row for row in read_rows(self._path) if row["step"] <= start]
         self._clock = clock
-        self._writer = _summary_writer(workdir) if tensorboard else None
+        # In a thread: importing TensorFlow may take longer than compiling the step.
+        self._writer = None
+        if tensorboard and jax.process_index() == 0:
+            thread = concurrent.futures.ThreadPoolExecutor(1)
+            self._writer = thread.submit(_summary_writer, workdir)
         self._pending = None
         self.finite = True  # the last loss that was fetched
         self._restart(start)
@@ -87,12 +93,12 @@ class Reporter:
 
     def close(self) -> None:
         self._flush()
-        if self._writer:
-            self._writer.close()
+        if self._writer and (writer := self._writer.result()):
+            writer.close()
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
-        if self._writer:
-            self._writer.write_scalars(step, scalars)
+        if self._writer and (writer := self._writer.result()):
+            writer.write_scalars(step, scalars)
 
 
 def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:
@@ -133,11 +139,11 @@ def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
 
 def _summary_writer(workdir: pathlib.Path):
     """CLU's TensorBoard writer, or None where TensorFlow is not installed."""
-    if jax.process_index() != 0:
-        return None
     try:
+        input_pipeline.tensorflow()  # first of all, to keep it off the accelerators
         from clu import metric_writers
-    except ImportError as error:
-        logging.info("no TensorBoard events (%s); metrics.csv has the numbers", error)
+    except (ImportError, input_pipeline.DataError) as error:
+        cause = error.__cause__ or error
+        logging.info("no TensorBoard events (%s); metrics.csv has the numbers", cause)
         return None
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

@@ -85,7 +85,7 @@ def create_train_state(
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         **variables,
-        opt_state=optimizer.init(variables["params"]),
+        opt_state=jax.jit(optimizer.init)(variables["params"]),  # one compilation
         totals=metrics.zeros(),
         bad_step=jnp.full((), -1, jnp.int32),
     )
@@ -213,11 +213,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
             preflight.warn_of_changes(config, workdir)
             logging.info("resuming %s from step %d", workdir, step)
         save_config(workdir, config)
+        reporter = Reporter(workdir, clock, step, config.train.tensorboard)
         advance = make_advance(config, program, mesh, examples, state, step)
         eval_step = evaluate.make_eval_step(
             program.definition, mesh, program.normalization
         )
-        reporter = Reporter(workdir, clock, step, config.train.tensorboard)
         with contextlib.closing(reporter), _sigterm() as terminated:
             saved, bad_step = step, state.bad_step
             while step < clock.total:
@@ -251,7 +251,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                 if terminated(step) and step < clock.total:
                     checkpoints.wait()
                     raise Preempted(
-                        f"SIGTERM: saved up to step {saved} in {checkpoints.directory}; "
+                        f"SIGTERM: saved up to step {saved} in {workdir}; "
                         "the same command goes on from there"
                     )
         return summary(reporter.rows)

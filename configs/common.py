@@ -65,7 +65,7 @@ def base() -> ConfigDict:
             pad=4,  # pixels a side before the random crop; 0: no crop
             border="zero",  # what fills them: zero, mean (cfmz: augment.py)
             flip=True,  # horizontally, with probability 1/2
-            mean=(),  # per channel, 0..255; (): the data set's own (input_pipeline.py)
+            mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
             std=(),
         )
     )

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+from compiling import run_once
 from flax import nnx
 
 import importers
@@ -106,7 +107,7 @@ def network(golden: Golden) -> Comparison:
 
 def evaluate(net: nnx.Module, x) -> np.ndarray:
     definition, variables = nets.split(net)
-    return _once(lambda variables, x: definition.apply(variables, x)[0], variables, x)
+    return run_once(definition.apply)(variables, x)[0]
 
 
 def train(net: nnx.Module, sources, x, loss) -> dict:
@@ -120,7 +121,7 @@ def train(net: nnx.Module, sources, x, loss) -> dict:
 
     step = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     params = variables["params"]
-    (value, (output, statistics)), gradients = _once(step, params, x, variables)
+    (value, (output, statistics)), gradients = run_once(step)(params, x, variables)
     return {
         "loss": value,
         "output": output,
@@ -149,7 +150,7 @@ def trajectory(net, images, loss, optimizer, steps):
         variables = variables | {"params": params, "stats": statistics}
         return variables, state, value, optax.global_norm(params)
 
-    step = jax.jit(step, compiler_options=nets.RUN_ONCE)
+    step = run_once(step)
     state, losses, norms = optimizer.init(variables["params"]), [], []
     for _ in range(steps):
         variables, state, value, norm = step(variables, state)
@@ -158,17 +159,18 @@ def trajectory(net, images, loss, optimizer, steps):
     return losses, norms, variables
 
 
-def _once(function, *arguments):
-    return jax.jit(function, compiler_options=nets.RUN_ONCE)(*arguments)
-
-
 def by_path(tree) -> dict:
     leaves = jax.tree.leaves_with_path(tree)
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def _sgd_steps(facts, net, images, loss, comparison) -> None:
-    assert facts["dampening"] == 0
+    """Steps on the same batch. A second spelling has its recipe, the same, in prose."""
+    if "steps" in facts:
+        facts = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4) | {
+            "losses": [step["loss_before"] for step in facts["steps"]],
+            "param_norm_after": [step["param_l2_after"] for step in facts["steps"]],
+        }
     fields = {k: facts[k] for k in ("momentum", "nesterov", "weight_decay")}
     optimizer = optimizers.sgd(facts["lr"], **fields)
     steps = len(facts["losses"])

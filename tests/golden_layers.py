@@ -50,7 +50,7 @@ def reader(path: pathlib.Path):
         return xnets_expander_layer
     if all(key.startswith("cfmz_") for key in facts):
         return cfmz_layers
-    if "rate" in facts.get("update", "") or "losses_f64" in facts:
+    if "losses_f64" in facts:
         return cfmz_trajectory
     return None
 

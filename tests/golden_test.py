@@ -24,6 +24,8 @@ OWN = pathlib.Path(__file__).parent / "golden"
 
 def pytest_generate_tests(metafunc):
     given = metafunc.config.getoption("golden")
+    if given and not given.is_dir():
+        raise pytest.UsageError(f"--golden={given}: there is no such folder")
     roots = [given.resolve()] if given else [SHARED / "golden", OWN]
     # The same bytes in two folders are one fact; our own copy wins, it is never slow.
     unique = {}
@@ -34,14 +36,21 @@ def pytest_generate_tests(metafunc):
     for root, path in unique.values():
         facts = json.loads(path.read_text()) if path.suffix == ".json" else {}
         if isinstance(facts, dict) and facts.get("format") == golden.FORMAT:
-            marks = () if root == OWN else pytest.mark.slow
-            networks.append(_parameter(root, path, marks))
+            networks.append(_parameter(root, path, _marks(root, facts)))
         elif golden_layers.is_golden(path, facts):
             others.append(_parameter(root, path))
     if "network" in metafunc.fixturenames:
         metafunc.parametrize("network", networks)
     if "recorded" in metafunc.fixturenames:
         metafunc.parametrize("recorded", others)
+
+
+def _marks(root, facts):
+    try:
+        importers.find(facts["system"], facts["net"])
+    except importers.NoImporter as error:
+        return pytest.mark.skip(str(error).partition(":")[0])
+    return () if root == OWN else pytest.mark.slow
 
 
 def _parameter(root, path, marks=()):
@@ -56,10 +65,7 @@ def double_precision():
 
 
 def test_network(network, record_property):
-    try:
-        comparison = golden_checks.network(golden.Golden.read(network))
-    except importers.NoImporter as error:
-        pytest.skip(str(error).partition(":")[0])
+    comparison = golden_checks.network(golden.Golden.read(network))
     record_property("golden", comparison.summary())
     comparison.check()
 
@@ -67,7 +73,7 @@ def test_network(network, record_property):
 def test_recorded(recorded, record_property):
     reader = golden_layers.reader(recorded)
     if reader is None:
-        pytest.skip(f"no reader yet for {recorded.parent.name}/{recorded.name}")
+        pytest.skip(f"no reader yet for {'/'.join(recorded.parts[-3:])}")
     comparison = reader(recorded)
     record_property("golden", comparison.summary())
     comparison.check()

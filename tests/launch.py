@@ -87,6 +87,11 @@ def once(folder: pathlib.Path, make) -> pathlib.Path:
     return folder
 
 
+def reference(cache: pathlib.Path) -> pathlib.Path:
+    """The workdir of one uninterrupted run, for everybody: copy it to change it."""
+    return once(cache / "whole", lambda folder: complete(arguments(folder), cache))
+
+
 def steps(workdir: pathlib.Path) -> list[int]:
     """Committed checkpoints, without opening them."""
     folder = workdir / "checkpoints"

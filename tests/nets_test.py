@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import run_once
 from flax import nnx
 
 import nets
@@ -47,10 +48,6 @@ def forward(name, train=False):
     """x -> logits, compiled once for all tests."""
     definition, variables = nets.split(create(name))
     return run_once(functools.partial(definition.apply, variables, train=train))
-
-
-def run_once(function):
-    return jax.jit(function, compiler_options=nets.RUN_ONCE)
 
 
 def expanders(net):

@@ -1,0 +1,156 @@
+"""Importing by original names: complete, compact, and clear about what does not fit."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import importers
+import nets
+from importers.golden import Golden, GoldenError, graph
+from importers.sources import to_reference
+from nets.layers.expander import Expander
+
+EXPANDER = {
+    "system": "xnets",
+    "net": "densenet_cifar",
+    "config": dict(
+        depth=10, growth=4, num_classes=10, wiring="expander", expander_transitions=True
+    ),
+    "batch_norm": {"eps": 1e-5, "keep": 0.9, "running_var": "unbiased"},
+}
+
+
+def state_dict(net, seed=0):
+    """Random tensors of every original name and shape, masks as the net can hold."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for source in importers.find("xnets", "densenet_cifar").sources(net).values():
+        for name, shape in source.shapes.items():
+            tensors[name] = rng.standard_normal(shape).astype(np.float32)
+    drawn = nets.create(
+        dict(name="densenet", depth=10, growth=4, wiring="expander", graph_seed=seed),
+        nnx.Rngs(0),
+    )
+    sources = importers.find("xnets", "densenet_cifar").sources(drawn)
+    edges = {
+        (*path, "edges"): np.asarray(module.edges[...])
+        for path, module in nnx.iter_modules(drawn)
+        if isinstance(module, Expander)
+    }
+    return tensors | to_reference(sources, edges)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return state_dict(importers.build(EXPANDER))
+
+
+def test_a_loaded_net_gives_the_tensors_back(tensors):
+    """Except for the weights of connections that do not exist: those are zero."""
+    net = importers.build(EXPANDER)
+    importers.load(net, tensors)
+    values = {
+        path: np.asarray(variable[...])
+        for path, variable in nnx.to_flat_state(nnx.state(net))
+    }
+    sources = importers.find("xnets", "densenet_cifar").sources(net)
+    returned = to_reference(sources, values)
+    assert set(returned) == set(tensors)
+    for name, tensor in tensors.items():
+        mask = tensors.get(name.removesuffix("fpWeight") + "mask", 1)
+        expected = tensor * mask if name.endswith("fpWeight") else tensor
+        np.testing.assert_array_equal(returned[name], expected, err_msg=name)
+
+
+def test_names_and_layouts_are_the_originals(tensors):
+    weight, mask = (tensors[f"block2.layer.0.conv2.{x}"] for x in ("fpWeight", "mask"))
+    assert weight.shape == mask.shape == (4, 16, 3, 3)
+    net = importers.build(EXPANDER)
+    importers.load(net, tensors)
+    layer = net.blocks[1][0].conv2
+    dense = np.asarray(layer.dense(layer.kernel[...]))
+    np.testing.assert_array_equal(dense, (weight * mask).transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(
+        net.classifier.kernel[...], tensors["fc.weight"].transpose()
+    )
+
+
+def test_variables_take_the_precision_of_the_tensors(tensors):
+    for precision in (np.float16, np.float32, np.float64):
+        with jax.enable_x64(True):
+            net = importers.build(EXPANDER)
+            importers.load(net, {k: v.astype(precision) for k, v in tensors.items()})
+            kinds = {x.dtype for x in jax.tree.leaves(nnx.state(net, nnx.Param))}
+            edges = net.blocks[0][0].conv1.edges[...]
+        assert kinds == {np.promote_types(precision, np.float32)}
+        assert edges.dtype == np.int32
+
+
+def test_tensors_that_do_not_fit_are_all_named(tensors):
+    wrong = dict(tensors)
+    del wrong["conv1.weight"], wrong["block1.layer.0.conv1.mask"]
+    wrong["fc.weight"] = wrong["fc.weight"].T
+    wrong["extra.weight"] = np.zeros(3)
+    with pytest.raises(importers.ImportMismatch) as error:
+        importers.load(importers.build(EXPANDER), wrong)
+    _, *lines = str(error.value).split("\n")
+    assert list(map(str.strip, lines)) == [
+        "missing: block1.layer.0.conv1.mask, conv1.weight",
+        "unexpected: extra.weight",
+        "misshaped: fc.weight (9, 10), expected (10, 9)",
+    ]
+
+
+def test_a_refused_import_leaves_the_net_as_it_was(tensors):
+    net = importers.build(EXPANDER)
+    wrong = tensors | {"trans2.conv1.mask": np.ones_like(tensors["trans2.conv1.mask"])}
+    with pytest.raises(importers.ImportMismatch, match=r"trans2\.conv1\.mask: 50 conn"):
+        importers.load(net, wrong)
+    assert not any(np.any(x) for x in jax.tree.leaves(nnx.state(net)))
+
+
+def test_a_mask_that_differs_between_taps_is_refused(tensors):
+    name = "block1.layer.0.conv2.mask"
+    mask = tensors[name].copy()
+    mask[0, :, 0, 0] ^= True
+    with pytest.raises(importers.ImportMismatch, match=f"{name}: .*kernel taps"):
+        importers.load(importers.build(EXPANDER), tensors | {name: mask})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("eps", 1e-3), ("keep", 0.99), ("running_var", "biased")]
+)
+def test_other_conventions_of_batch_norm_are_refused(field, value):
+    reference = EXPANDER | {"batch_norm": EXPANDER["batch_norm"] | {field: value}}
+    with pytest.raises(ValueError, match=f"{field} is .* here and '?{value}'? in"):
+        importers.build(reference)
+
+
+def test_an_unknown_reference_is_answered_with_the_nearest():
+    with pytest.raises(
+        importers.NoImporter, match=r"xnets/densenet_cifr.*did you mean"
+    ):
+        importers.build(EXPANDER | {"net": "densenet_cifr"})
+    with pytest.raises(importers.NoImporter, match="no importer yet for this Linear"):
+        importers.load(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {})
+
+
+def test_an_unknown_field_of_a_reference_is_refused():
+    config = EXPANDER["config"] | {"mystery": 1}
+    with pytest.raises(ValueError, match=r"no field .*mystery"):
+        importers.build(EXPANDER | {"config": config})
+
+
+def test_a_graph_that_is_not_the_recorded_one_is_refused():
+    facts = dict(sampled_side="output", degree=2, nonzeros=8, mask_crc32=0)
+    with pytest.raises(GoldenError, match=r"drew \(nonzeros, crc32\) .* recorded"):
+        graph("model/name", (4, 6), facts)
+
+
+def test_another_format_is_refused(tmp_path: pathlib.Path):
+    path = tmp_path / "old.json"
+    path.write_text('{"format": 1}')
+    with pytest.raises(GoldenError, match=r"old.json: format 2 expected, got 1"):
+        Golden.read(path)
