@@ -18,7 +18,6 @@ from checkpoints import Checkpoints, load_config
 from nets import cost
 from reporting import read_rows
 
-
 POSITIVE = (
     "train.batch_size",
     "train.epochs",
@@ -62,6 +61,8 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
         near = re.search(r'Did you mean "(\w+)"', " ".join(map(str, causes)))
         hint = f"did you mean {near[1]!r}?" if near else "all are in configs/common.py"
         return f"{given[0]}: there is no field {field!r}; {hint}"
+    if missing := re.search("Flag (--.*) must have a value other than None", str(root)):
+        return f"{missing[1]} is missing; {argv[0]} --help lists the flags"
     if not isinstance(error, (flags.Error, ValueError, TypeError)):
         raise error
     return str(root if "parsing config file" in str(error) else error)
@@ -148,23 +149,22 @@ def describe(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) 
 def is_complete(
     config: ConfigDict, workdir: pathlib.Path, checkpoints: Checkpoints, total: int
 ) -> bool:
-    if total not in checkpoints.steps() or _flat(load_config(workdir)) != _flat(config):
+    if total not in checkpoints.steps() or changes(config, workdir):
         return False
     rows = read_rows(workdir / "metrics.csv")
     return bool(rows) and rows[-1]["step"] == total
 
 
-def warn_of_changes(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """A changed configuration may resume, but never unnoticed."""
+def changes(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """What differs between a configuration and that of the workdir, if it has one."""
+    if not (workdir / "config.json").exists():
+        return []
     old, new = _flat(load_config(workdir)), _flat(config)
-    for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field):
-            logging.warning(
-                "this run was started with %s = %s, it goes on with %s",
-                field,
-                old.get(field),
-                new.get(field),
-            )
+    return [
+        f"this run was started with {x} = {old.get(x)}, it goes on with {new.get(x)}"
+        for x in sorted(old.keys() | new.keys())
+        if old.get(x) != new.get(x)
+    ]
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> dict:

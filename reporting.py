@@ -133,8 +133,12 @@ def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    return [row | {"step": int(row["step"])} for row in rows]
+        rows = list(csv.DictReader(file))
+    try:
+        rows = [{k: float(v) for k, v in row.items()} for row in rows]
+        return [row | {"step": int(row["step"])} for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged; delete it to go on: {error!r}") from error
 
 
 def _summary_writer(workdir: pathlib.Path):

@@ -210,7 +210,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         state, step = jax.device_put(state, NamedSharding(mesh, REPLICATED)), 0
         if checkpoints.steps():
             state, step = checkpoints.restore(state, "last")
-            preflight.warn_of_changes(config, workdir)
+            for change in preflight.changes(config, workdir):
+                logging.warning(change)
             logging.info("resuming %s from step %d", workdir, step)
         save_config(workdir, config)
         reporter = Reporter(workdir, clock, step, config.train.tensorboard)
@@ -276,6 +277,11 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
 
 def summary(rows: list[dict]) -> dict:
     """The last row, and beside it the best: its step and its test metrics."""
+    if not rows:
+        raise ValueError(
+            "all steps are done, but metrics.csv has lost its rows; "
+            "--mode=eval evaluates the checkpoints"
+        )
     best = max(rows, key=lambda row: row[metrics.SELECTION])
     kept = {k: v for k, v in best.items() if k == "step" or k.startswith("test_")}
     return rows[-1] | {f"best_{k}": v for k, v in kept.items()}

@@ -60,7 +60,7 @@ def base() -> ConfigDict:
             name="cifar10",  # a TFDS set, 'digits' (embedded), or a path to an .npz
             dir="",  # '': $TFDS_DATA_DIR or ~/tensorflow_datasets
             download=False,  # the network is used only when asked
-            cache_dir="",  # decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache/wirings
+            cache_dir="",  # decoded images; '': wirings in $XDG_CACHE_HOME, ~/.cache
             pipeline="tf.data",  # or 'device': images and augmentation on the device
             pad=4,  # pixels a side before the random crop; 0: no crop
             border="zero",  # what fills them: zero, mean (cfmz: augment.py)

@@ -14,69 +14,49 @@ README = "Deep-Expander-Networks README: best of 300 epochs on the test set"
 LOG = "Deep-Expander-Networks training log"
 
 
-def _variant(depth, growth, parameters, published, compress=0, wired=True):
-    """The networks of the published logs: output-side sampling (specs 9.3).
-
-    Their transitions are dense in 40-24-2 and 40-36-2, expanders in the wider two.
-    """
-    net = {"name": "densenet", "depth": depth, "growth": growth}
-    if compress:
-        net |= {"wiring": "expander", "compress": compress, "sampling": "per_output"}
-        net |= {"wired_transitions": wired}
-    return Variant(net, parameters, published)
-
-
-def _expander(error10, error100, printed):
-    return {
-        "cifar10": Published(error10, "best", README, printed),
-        "cifar100": Published(error100, "best", README, printed),
+def _variant(net, parameters, errors, source=README, printed=""):
+    """parameters, errors: for CIFAR-10 and CIFAR-100; None where nothing is known."""
+    data = ("cifar10", "cifar100")
+    published = {
+        name: Published(error, "best", source, printed)
+        for name, error in zip(data, errors, strict=True)
+        if error is not None
     }
+    return Variant(net, dict(zip(data, parameters, strict=True)), published)
 
 
-def _dense(best10, best100=None):
-    published = {"cifar10": Published(best10, "best", LOG)}
-    if best100 is not None:
-        published["cifar100"] = Published(best100, "best", LOG)
-    return published
+def _dense(growth):
+    return {"depth": 40, "growth": growth}
+
+
+def _expander(growth, wired_transitions):
+    """As the published logs print them, with output-side sampling (their history)."""
+    net = {"wiring": "expander", "compress": 2, "sampling": "per_output"}
+    return _dense(growth) | net | {"wired_transitions": wired_transitions}
 
 
 VARIANTS = {
     "40-24-2": _variant(
-        40,
-        24,
-        {"cifar10": 375_850, "cifar100": 399_700},
-        _expander(5.17, 25.63, "0.4M"),
-        compress=2,
-        wired=False,
+        _expander(24, False), (375_850, 399_700), (5.17, 25.63), printed="0.4M"
     ),
     "40-36-2": _variant(
-        40,
-        36,
-        {"cifar10": 835_066, "cifar100": 870_796},
-        _expander(5.02, 23.31, "0.75M"),
-        compress=2,
-        wired=False,
+        _expander(36, False), (835_066, 870_796), (5.02, 23.31), printed="0.75M"
     ),
     "40-48-2": _variant(
-        40,
-        48,
-        {"cifar10": 1_380_682, "cifar100": 1_428_292},
-        _expander(4.52, 22.3, "1.4M"),
-        compress=2,
+        _expander(48, True), (1_380_682, 1_428_292), (4.52, 22.3), printed="1.4M"
     ),
     "40-60-2": _variant(
-        40,
-        60,
-        {"cifar10": 2_148_490, "cifar100": 2_207_980},
-        _expander(4.29, 21.47, "2.15M"),
-        compress=2,
+        _expander(60, True), (2_148_490, 2_207_980), (4.29, 21.47), printed="2.15M"
     ),
-    "40-24": _variant(40, 24, {"cifar10": 690_346, "cifar100": 714_196}, _dense(5.21)),
-    "40-36": _variant(40, 36, {"cifar10": 1_542_682, "cifar100": 1_578_412}, _dense(4.74, 22.16)),
-    "40-48": _variant(40, 48, {"cifar10": 2_733_130, "cifar100": 2_780_740}, _dense(4.36, 20.97)),
-    "40-60": _variant(40, 60, {"cifar10": 4_261_690, "cifar100": 4_321_180}, _dense(4.09, 20.13)),
+    "40-24": _variant(_dense(24), (690_346, 714_196), (5.21, None), LOG),
+    "40-36": _variant(_dense(36), (1_542_682, 1_578_412), (4.74, 22.16), LOG),
+    "40-48": _variant(_dense(48), (2_733_130, 2_780_740), (4.36, 20.97), LOG),
+    "40-60": _variant(_dense(60), (4_261_690, 4_321_180), (4.09, 20.13), LOG),
     # Ours: what `make run` trains, a few minutes on two cores.
-    "22-8-2": _variant(22, 8, {"digits": 17_418}, {}, compress=2),
+    "22-8-2": Variant(
+        {"depth": 22, "growth": 8, "wiring": "expander", "sampling": "per_output"},
+        {"digits": 17_418},
+    ),
 }
 
 
@@ -85,6 +65,7 @@ def get_config(argument: str = ""):
     config = common.base()
     config.variant = variant
     with config.unlocked():
+        config.net.name = "densenet"
         config.net.depth = 40
         config.net.growth = 24
         config.net.reduction = 0.5  # share of the maps that a transition keeps

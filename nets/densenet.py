@@ -100,9 +100,7 @@ class DenseNet(nnx.Module):
         for block in range(3):
             if block:
                 reduced = int(channels * reduction)
-                transitions.append(
-                    Transition(channels, reduced, **transition_options)
-                )
+                transitions.append(Transition(channels, reduced, **transition_options))
                 channels = reduced
             layers = []
             for _ in range((depth - 4) // convolutions):

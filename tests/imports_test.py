@@ -1,115 +1,110 @@
-"""The rooms of the house: who may import whom, and how long a file may be."""
+"""The house of docs/design.md: which room may enter which, read from the syntax trees."""
 
 import ast
 import pathlib
 import subprocess
 import sys
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = ("analysis", "benchmarks", "configs", "importers", "nets", "tests")
 FILES = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if not {".venv", "runs", ".git"} & set(path.relative_to(ROOT).parts)
+    path.relative_to(ROOT)
+    for folder in (".", *ROOMS)
+    for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
 )
-LEAVES = {"augment", "data_sources", "metrics", "optimizers", "environment"}
-# Our own modules that each module may import. A name stands for all below it.
-ALLOWED = {
-    "main": {"environment", "preflight", "reporting", "train"},
-    "train": {"evaluate", "input_pipeline", "preflight", "reporting", "checkpoints"}
-    | {"augment", "metrics", "nets", "optimizers"},
-    "evaluate": {"augment", "metrics", "nets", "input_pipeline"},
+OURS = {path.stem for path in FILES if len(path.parts) == 1} | set(ROOMS)
+
+# What a module at the top may import of ours; the other rooms have rules below.
+MAY_IMPORT = {
+    "main": {"environment", "evaluate", "preflight", "reporting", "train"},
+    "train": {
+        *("augment", "checkpoints", "evaluate", "input_pipeline", "metrics"),
+        *("nets", "optimizers", "preflight", "reporting"),
+    },
     "preflight": {"checkpoints", "input_pipeline", "nets", "reporting"},
     "reporting": {"checkpoints", "input_pipeline", "metrics"},
+    "evaluate": {"augment", "metrics", "nets"},
     "checkpoints": {"metrics"},
     "input_pipeline": {"augment", "data_sources"},
-    "configs": {"configs.common"},
-    "nets.layers": {"nets.layers", "nets.connectivity"},
-    "nets.connectivity": set(),
-    "nets.cost": set(),
-    "nets": {"nets"},
-    **{leaf: set() for leaf in LEAVES},
+    "augment": set(),
+    "data_sources": set(),
+    "environment": set(),
+    "metrics": set(),
+    "optimizers": set(),
 }
-# These may import everything; nothing but themselves and tests imports them.
-OUTER = ("analysis", "benchmarks", "importers", "tests")
+TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu"}
 
 
-def name_of(path: pathlib.Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-NAMES = {name_of(path) for path in FILES} - {""}
-TOPS = {name.partition(".")[0] for name in NAMES}
-
-
-def within(name: str, room: str) -> bool:
-    return name == room or name.startswith(room + ".")
-
-
-def imports(tree: ast.AST):
-    for node in ast.walk(tree):
+def imported(path: pathlib.Path, anywhere=True) -> set[str]:
+    """Dotted names of the modules that a file imports; or only when it is imported."""
+    nodes = [ast.parse((ROOT / path).read_text())]
+    names = set()
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the room"
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                yield full if full in NAMES else node.module
+            assert not node.level, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if anywhere or not inside:
+            nodes += ast.iter_child_nodes(node)
+    return names
 
 
-def violations(name: str, source: str) -> list[str]:
-    ours = [x for x in imports(ast.parse(source)) if x.partition(".")[0] in TOPS]
-    if name.partition(".")[0] in OUTER:
-        return []
-    room = max((room for room in ALLOWED if within(name, room)), key=len, default=None)
-    assert room, f"{name} has no room: give it one in the design and in this test"
-    allowed = ALLOWED[room]
-    return [x for x in ours if not any(within(x, room) for room in allowed)]
+def ours(path: pathlib.Path) -> set[str]:
+    return {name for name in imported(path) if name.partition(".")[0] in OURS}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    assert not violations(name_of(path), path.read_text())
+def within(name: str, *packages: str) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("nets.densenet", "import train"),
-        ("nets.layers.conv", "from nets import densenet"),
-        ("nets.connectivity", "from nets.layers.conv import Conv"),
-        ("configs.cfmz", "from nets.layers import norm"),
-        ("metrics", "from configs import common"),
-        ("train", "from importers import cfmz"),
-        ("evaluate", "from train import TrainState"),
-    ],
-)
-def test_wrong_directions_are_seen(name, source):
-    assert violations(name, source)
+def allowed(path: pathlib.Path, name: str) -> bool:
+    room, first = path.parts[0], name.partition(".")[0]
+    if len(path.parts) == 1:
+        return first in MAY_IMPORT[path.stem]
+    if room == "configs":
+        return within(name, "configs.common") and path.stem != "common"
+    if path == pathlib.Path("nets/connectivity.py"):
+        return False
+    if path.parts[:2] == ("nets", "layers"):
+        return within(name, "nets.layers", "nets.connectivity")
+    if path in (pathlib.Path("nets/__init__.py"), pathlib.Path("nets/cost.py")):
+        return within(name, "nets")
+    if room == "nets":
+        return within(name, "nets.layers")
+    return room == "tests" or first in {room, "configs", "nets", *MAY_IMPORT} - {"main"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 400
-    relative = path.relative_to(ROOT)
-    assert len(relative.parts) <= 3, "two levels of folders, nets/layers the only third"
+def test_imports_go_one_way():
+    refused = [(str(p), x) for p in FILES for x in ours(p) if not allowed(p, x)]
+    assert not refused
 
 
-def test_main_holds_flags_only():
-    assert len((ROOT / "main.py").read_text().splitlines()) < 80
+def test_every_module_has_its_rules():
+    assert {path.stem for path in FILES if len(path.parts) == 1} == MAY_IMPORT.keys()
 
 
-def test_training_and_nets_import_without_tensorflow():
-    code = """
+def test_tensorflow_is_imported_late():
+    at_once = [(str(p), x) for p in FILES for x in imported(p, anywhere=False)]
+    assert [(p, x) for p, x in at_once if within(x, *TENSORFLOW)] == []
+
+
+def test_files_stay_small():
+    lines = {str(p): len((ROOT / p).read_text().splitlines()) for p in FILES}
+    assert {name: n for name, n in lines.items() if n > 400} == {}
+    assert lines["main.py"] < 80
+    assert max(len(path.parts) for path in FILES) == 3
+
+
+def test_a_run_is_importable_without_tensorflow():
+    code = f"""
 import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in ('tensorflow', 'tensorboard'):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import main, analysis.wiring, configs.xdensenet, nets.cost
-assert 'tensorflow' not in sys.modules
+for name in {sorted(TENSORFLOW)}:
+    sys.modules[name] = None  # what imports it fails
+import train
+assert not any(name.partition(".")[0] in {TENSORFLOW} for name in sys.modules
+               if sys.modules[name] is not None)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,13 +1,14 @@
 """What a user reads who asks for the impossible: one line that helps, exit code 1."""
 
 import json
-import os
 import shutil
-import time
+from subprocess import PIPE
 
 import launch
 import pytest
-from launch import TOTAL, arguments
+from launch import arguments
+
+from reporting import read_rows
 
 DIGITS = "configs/xdensenet.py:22-8-2,digits"
 CIFAR = "configs/xdensenet.py"
@@ -47,9 +48,9 @@ REFUSED = {
     "group": (DIGITS, {"train.batch_norm_group": 5}, "5 16"),
     "depth": (DIGITS, {"net.depth": 23}, "23 6 n + 4"),
     "cfmz depth": ("configs/cfmz.py:20,digits", {"net.depth": 21}, "21 6 n + 2"),
-    "growth": (DIGITS, {"net.growth": 0}, "groups 0"),
-    "compress": (DIGITS, {"net.compress": 99}, "99 8"),
-    "groups": (DIGITS, {"net.wiring": "grouped", "net.groups": 3}, "3 8"),
+    "growth": (DIGITS, {"net.growth": 0}, "0 output channels"),
+    "compress": (DIGITS, {"net.compress": 99}, "compress 99 16"),
+    "groups": (DIGITS, {"net.wiring": "grouped", "net.groups": 3}, "3 16"),
     "wiring": (DIGITS, {"net.wiring": "expandr"}, "'expandr' expander"),
     "lowering": (DIGITS, {"net.lowering": "fast"}, "'fast' auto"),
     "net": (DIGITS, {"net.name": "densnet"}, "'densnet' 'densenet'"),
@@ -62,11 +63,24 @@ REFUSED = {
     "data name": (CIFAR, {"data.name": "cifar11", "data.dir": "/nowhere"}, "cifar10"),
     "no such mode": (DIGITS, {"--mode": "test"}, "mode test train eval"),
     "stray word": (DIGITS, {"again": None}, "'again'"),
-    "no config": (None, {}, "config"),
+    "no config": (None, {}, "--config --help"),
+}
+# The same of runs in a workdir that is there already.
+REFUSED_THERE = {
+    "damaged config": "damaged/config.json delete",
+    "other net": "other/checkpoints/180 other/config.json params/blocks/0/0/conv1",
+    "lost rows": "metrics.csv --mode=eval",
+    "damaged rows": "metrics.csv delete",
+    "eval 181": "'181' last best 144 180 whole/checkpoints",
+    "eval first": "'first' last best 144 180 whole/checkpoints",
+    "eval nothing": "'best' nothing/checkpoints none",
 }
 
 
 def line(config, workdir, fields):
+    if config == DIGITS:
+        quick = {"data.pipeline": "device", "train.batch_size": 16, "train.epochs": 0.1}
+        fields = quick | fields
     flags = [f"--config={config}"] if config else []
     for field, value in fields.items():
         name = field if field.startswith("--") or value is None else "--config." + field
@@ -84,32 +98,31 @@ def results(cache, tmp_path_factory):
 
     def make(folder):
         folder.mkdir()
-        quick = {"data.pipeline": "device", "train.batch_size": 16, "train.epochs": 0.1}
         runs = {
-            name: line(config, folder / name, (quick if config == DIGITS else {}) | fields)
+            name: line(config, folder / name, fields)
             for name, (config, fields, _) in REFUSED.items()
         }
-        damaged, other, lost = copy("damaged"), copy("other"), copy("lost")
+        damaged, lost, cut = copy("damaged"), copy("lost"), copy("cut")
         (damaged / "config.json").write_text("{")
         (lost / "metrics.csv").unlink()
-        runs["damaged config"] = arguments(damaged, train__log_every_steps=9)
-        runs["other net"] = arguments(other, net__growth=6)
+        (cut / "metrics.csv").write_text("step,epoch\n36,")
+        runs["damaged config"] = arguments(damaged)
+        runs["other net"] = arguments(copy("other"), net__growth=6)
         runs["lost rows"] = arguments(lost)
-        evaluate = {"data__dir": "", "data__pipeline": "device"}
-        for which in ("last", "best", TOTAL, TOTAL + 1, "first"):
-            fields = evaluate | {"eval__checkpoint": which}
-            flags = arguments(reference, DIGITS, "--mode=eval", **fields)
-            runs[f"eval {which}"] = flags
-        empty = arguments(folder / "nothing", DIGITS, "--mode=eval")
-        runs["eval nothing"] = empty
-        process = launch.start(
-            [], cache, command=["tests/forked.py"], stdin=launch.subprocess.PIPE
-        )
-        out, err = process.communicate(json.dumps(runs), timeout=300)
+        runs["damaged rows"] = arguments(cut)
+        runs["changed"] = arguments(copy("changed"), train__log_every_steps=9)
+        for which in ("last", "best", 180, 181, "first"):
+            flags = ["--mode=eval", f"--config.eval.checkpoint={which}"]
+            runs[f"eval {which}"] = arguments(reference, DIGITS, *flags)
+        nothing = folder / "nothing"
+        runs["eval nothing"] = arguments(nothing, DIGITS, "--mode=eval")
+        process = launch.start([], cache, ["tests/forked.py"], stdin=PIPE)
+        out, err = process.communicate(json.dumps(runs), timeout=500)
         assert process.returncode == 0, err
         (folder / "results.json").write_text(out)
 
-    return json.loads((launch.once(cache / "refused", make) / "results.json").read_text())
+    folder = launch.once(cache / "refused", make)
+    return json.loads((folder / "results.json").read_text())
 
 
 def refused(result, words):
@@ -119,10 +132,79 @@ def refused(result, words):
     assert said.count("error: ") == 1, said
     message = said[said.index("error: ") :]
     assert [word for word in words.split() if word not in message] == []
-    assert len(message) < 700
-    return message
+    assert len(message) < 1200
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_one_line_that_helps(results, name):
     refused(results[name], REFUSED[name][2])
+
+
+@pytest.mark.parametrize("name", REFUSED_THERE)
+def test_one_line_about_a_workdir(results, name):
+    refused(results[name], REFUSED_THERE[name])
+
+
+def test_missing_data_is_told_at_once(results):
+    assert results["no data"]["seconds"] < 30
+
+
+def test_refused_runs_leave_no_trace(results, cache):
+    reference = launch.reference(cache)
+    for name in ("damaged", "other"):
+        names = {x.relative_to(cache / name) for x in (cache / name).rglob("*")}
+        assert names == {x.relative_to(reference) for x in reference.rglob("*")}
+    kept = (cache / "other" / "config.json").read_text()
+    assert kept == (reference / "config.json").read_text()
+    assert not (cache / "refused" / "no batch").exists()
+    assert not (cache / "refused" / "nothing").exists()
+
+
+def test_a_changed_field_is_told(results):
+    said = results["changed"]["err"]
+    assert "started with train.log_every_steps = 10, it goes on with 9" in said
+    assert results["changed"]["code"] == 0
+
+
+def test_eval_takes_the_checkpoint_that_is_asked_for(results, cache):
+    rows = read_rows(launch.reference(cache) / "metrics.csv")
+    best = max(rows, key=lambda row: row["test_accuracy"])
+    for name, row in {"last": rows[-1], "180": rows[-1], "best": best}.items():
+        result = results[f"eval {name}"]
+        assert result["code"] == 0
+        said = f"{row['test_accuracy']:.2%} (step {row['step']})"
+        assert said in result["out"]
+        assert f"{row['test_loss']:.4f}" in result["out"]
+
+
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tensorflow", "tensorboard"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+sys.argv[0] = "main.py"
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def test_a_machine_without_tensorflow(tmp_path, cache):
+    command = ["-c", WITHOUT_TENSORFLOW]
+    short = dict(train__tensorboard=True, train__epochs=0.4, eval__every_epochs=0.2)
+    flags = arguments(tmp_path / "run", **short)
+    said = launch.complete(flags, cache, command=command)
+    assert "no TensorBoard events" in said
+    rows = read_rows(tmp_path / "run" / "metrics.csv")
+    assert [row["step"] for row in rows] == [18, 36]
+    code, out, err = launch.finish(
+        launch.start([*flags, "--mode=eval"], cache, command=command)
+    )
+    assert code == 0, err
+    best = max(row["test_accuracy"] for row in rows)
+    assert f"{best:.2%}" in out
+    flags = arguments(tmp_path / "other", data__pipeline="tf.data")
+    code, out, err = launch.finish(launch.start(flags, cache, command=command))
+    refused({"code": code, "out": out, "err": err}, "TensorFlow pipeline=device")

@@ -5,64 +5,81 @@ import pytest
 
 import metrics
 
-
-def mean(logits, labels, mask=None):
-    logits = jnp.asarray(logits, jnp.float32)
-    return metrics.means(metrics.sums(logits, jnp.asarray(labels), mask), "test")
-
-
-def test_loss_is_the_mean_negative_log_probability():
-    logits = np.random.default_rng(0).normal(size=(7, 10)).astype(np.float32)
-    labels = np.arange(7)
-    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    expected = -np.log(probabilities[np.arange(7), labels]).mean()
-    assert mean(logits, labels)["test_loss"] == pytest.approx(expected, rel=1e-6)
+LOGITS = jnp.asarray(
+    [
+        [0.1, 0.9, 0.3, 0.2, 0.0, -1.0],
+        [2.0, 2.0, 1.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [6.0, 5.0, 4.0, 3.0, 2.0, 1.0],
+    ]
+)
 
 
-def test_accuracy_counts_the_class_that_argmax_names():
-    logits = np.random.default_rng(1).integers(0, 3, size=(200, 10))  # many ties
-    labels = np.random.default_rng(2).integers(0, 10, size=200)
-    expected = (logits.argmax(1) == labels).mean()
-    assert mean(logits, labels)["test_accuracy"] == pytest.approx(expected)
+def correct(labels, name, logits=LOGITS):
+    """Which examples count, one by one."""
+    mask = np.eye(len(labels), dtype=np.float32)
+    one = lambda m: metrics.sums(logits, jnp.asarray(labels), jnp.asarray(m))[name]
+    return [int(one(row)) for row in mask]
 
 
-def test_top5_counts_the_five_largest():
-    logits = np.random.default_rng(3).normal(size=(100, 10))
-    labels = np.random.default_rng(4).integers(0, 10, size=100)
-    expected = np.mean(
-        [y in np.argsort(-x)[:5] for x, y in zip(logits, labels, strict=True)]
-    )
-    assert mean(logits, labels)["test_top5"] == pytest.approx(expected)
+def test_accuracy_is_that_of_argmax_with_ties_to_the_lower_class():
+    assert np.argmax(LOGITS, -1).tolist() == [1, 0, 0, 0]
+    assert correct([1, 0, 0, 0], "accuracy") == [1, 1, 1, 1]
+    assert correct([0, 1, 1, 1], "accuracy") == [0, 0, 0, 0]
 
 
-def test_equal_logits_are_no_knowledge():
-    result = mean(np.zeros((10, 10)), np.arange(10))
-    assert result["test_accuracy"] == pytest.approx(0.1)
-    assert result["test_top5"] == pytest.approx(0.5)
+def test_top5_counts_the_five_best():
+    assert correct([5, 5, 4, 4], "top5") == [0, 0, 1, 1]
+    assert correct([4, 4, 5, 5], "top5") == [1, 1, 0, 0]
 
 
-def test_logits_that_are_not_numbers_are_wrong():
-    result = mean(np.full((4, 10), np.nan), np.zeros(4, int))
-    assert result["test_accuracy"] == result["test_top5"] == 0
-    assert np.isnan(result["test_loss"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite(bad):
+    """A NaN is never right, alone or in a row of its kind; infinities compare."""
+    logits = jnp.full((1, 6), bad)
+    ties = int(not np.isnan(bad))
+    assert correct([0], "accuracy", logits) == [ties]
+    assert correct([5], "top5", logits) == [0]
+    one = LOGITS[:1].at[0, 1].set(bad)
+    assert correct([1], "accuracy", one) == [int(bad == np.inf)]
 
 
-def test_masked_examples_do_not_count_even_when_they_are_not_numbers():
-    logits = np.random.default_rng(5).normal(size=(6, 10))
-    alone = mean(logits, np.arange(6))
-    padded = np.concatenate([logits, np.full((2, 10), np.nan)])
-    mask = jnp.array([1.0] * 6 + [0.0] * 2)
-    assert mean(padded, np.arange(8) % 10, mask) == alone
+def test_loss_is_the_cross_entropy():
+    labels = np.array([1, 1, 3, 5])
+    exp = np.exp(np.asarray(LOGITS, np.float64))
+    wanted = -np.log((exp / exp.sum(-1, keepdims=True))[np.arange(4), labels])
+    loss = metrics.cross_entropy(LOGITS, jnp.asarray(labels))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    huge = metrics.cross_entropy(LOGITS * 1e30, jnp.asarray(labels))
+    assert np.isfinite(huge).all()
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole():
-    logits = jnp.asarray(np.random.default_rng(6).normal(size=(9, 10)), jnp.float32)
-    labels = jnp.arange(9)
-    whole = metrics.sums(logits, labels)
-    parts = [metrics.sums(logits[i : i + 4], labels[i : i + 4]) for i in (0, 4, 8)]
-    added = metrics.zeros()
-    for part in parts:
-        added = jax.tree.map(jnp.add, added, part)
-    for name in whole:
-        assert added[name] == pytest.approx(float(whole[name]), rel=1e-6)
-    assert whole["examples"] == 9
+    """Whatever the batches: a mean of means would not be."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(23, 10)).astype(np.float32)
+    labels = random.integers(0, 10, 23)
+    whole = metrics.means(metrics.sums(jnp.asarray(logits), jnp.asarray(labels)), "x")
+    totals = metrics.zeros()
+    for start in range(0, 23, 5):
+        rows = slice(start, start + 5)
+        part = metrics.sums(jnp.asarray(logits[rows]), jnp.asarray(labels[rows]))
+        totals = jax.tree.map(jnp.add, totals, part)
+    assert totals["examples"] == 23
+    parts = metrics.means(totals, "x")
+    assert parts.keys() == {"x_loss", "x_accuracy", "x_top5"}
+    assert parts["x_accuracy"] == whole["x_accuracy"]
+    assert parts["x_loss"] == pytest.approx(whole["x_loss"], rel=1e-6)
+
+
+def test_what_is_masked_counts_nothing_whatever_it_holds():
+    labels = jnp.asarray([1, 0, 0, 0])
+    spoiled = LOGITS.at[2:].set(jnp.nan)
+    sums = metrics.sums(spoiled, labels, jnp.asarray([1.0, 1.0, 0.0, 0.0]))
+    assert sums == metrics.sums(LOGITS[:2], labels[:2])
+
+
+def test_the_best_is_chosen_by_a_metric_that_exists():
+    assert metrics.SELECTION in metrics.means(
+        metrics.sums(LOGITS, jnp.zeros(4, int)), "test"
+    )

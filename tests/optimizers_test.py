@@ -1,5 +1,3 @@
-import itertools
-
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -10,104 +8,138 @@ from configs import cfmz, xdensenet
 from optimizers import Clock, step_of_epoch
 
 
-def test_cfmz_has_70313_steps_and_drops_after_35157_and_52735():
+def run(optimizer, gradients, start=1.0):
+    """Parameter values after each step, for given gradients."""
+    parameter = jnp.asarray(start)
+    state, values = optimizer.init(parameter), []
+    for gradient in gradients:
+        updates, state = optimizer.update(jnp.asarray(gradient), state, parameter)
+        parameter = optax.apply_updates(parameter, updates)
+        values.append(float(parameter))
+    return values
+
+
+def drop_at(step, before=0.1, after=0.01):
+    return lambda count: jnp.where(count < step, before, after)
+
+
+def test_torch_form_is_its_own_recurrence():
+    gradients, p, v, wanted = [0.5, -1.0, 2.0, 0.25], 1.0, 0.0, []
+    for i, g in enumerate(gradients):
+        v = 0.9 * v + (g + 0.1 * p)
+        p -= (0.1 if i < 2 else 0.01) * v
+        wanted.append(p)
+    torch = optimizers.sgd(drop_at(2), momentum=0.9, weight_decay=0.1)
+    np.testing.assert_allclose(run(torch, gradients), wanted, rtol=1e-6)
+
+
+def test_nesterov_form_is_its_own_recurrence():
+    gradients, p, v, wanted = [0.5, -1.0, 2.0, 0.25], 1.0, 0.0, []
+    for g in gradients:
+        g += 0.1 * p
+        v = 0.9 * v + g
+        p -= 0.1 * (g + 0.9 * v)
+        wanted.append(p)
+    form = optimizers.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)
+    np.testing.assert_allclose(run(form, gradients), wanted, rtol=1e-6)
+
+
+def test_neon_form_is_its_own_recurrence():
+    gradients, p, v, wanted = [0.5, -1.0, 2.0, 0.25], 1.0, 0.0, []
+    for i, g in enumerate(gradients):
+        v = 0.9 * v - (0.1 if i < 2 else 0.01) * (g + 0.1 * p)
+        p += v
+        wanted.append(p)
+    options = dict(momentum=0.9, weight_decay=0.1, rate_in_velocity=True)
+    neon = optimizers.sgd(drop_at(2), **options)
+    np.testing.assert_allclose(run(neon, gradients), wanted, rtol=1e-6)
+
+
+def test_the_forms_differ_after_a_drop_of_the_rate_only():
+    gradients = [1.0, -0.5, 0.25, 1.0]
+    forms = [
+        run(optimizers.sgd(drop_at(2), momentum=0.9, rate_in_velocity=x), gradients)
+        for x in (False, True)
+    ]
+    np.testing.assert_allclose(forms[0][:2], forms[1][:2], rtol=1e-6)
+    # The old velocity lives on at its old size: a difference of a step, not of bits.
+    assert abs(forms[0][2] - forms[1][2]) > 0.01
+    constant = [
+        run(optimizers.sgd(0.1, momentum=0.9, rate_in_velocity=x), gradients)
+        for x in (False, True)
+    ]
+    np.testing.assert_allclose(constant[0], constant[1], rtol=1e-6)
+
+
+def test_cfmz_takes_the_steps_of_the_original():
     config = cfmz.get_config()
     clock = Clock.of(config, 50_000)
     assert clock.total == 70_313
-    rate = optimizers.schedule(config.optimizer, 50_000, 128)
-    rates = [float(rate(step)) for step in (0, 35_156, 35_157, 52_734, 52_735, 70_312)]
-    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+    rate = optimizers.schedule(config.optimizer, 50_000, config.train.batch_size)
+    rates = {step: float(rate(step)) for step in (0, 35_156, 35_157, 52_734, 52_735)}
+    np.testing.assert_allclose(list(rates.values()), [0.1, 0.1, 0.01, 0.01, 0.001])
+    assert float(rate(70_312)) == pytest.approx(0.001)
 
 
-def test_the_rate_stays_above_its_minimum():
-    config = xdensenet.get_config()
-    rate = optimizers.schedule(config.optimizer, 50_000, 64)
-    last = step_of_epoch(299, 50_000, 64)
-    assert float(rate(last)) == pytest.approx(0.001)
-    config.optimizer.min_learning_rate = 0.005
-    rate = optimizers.schedule(config.optimizer, 50_000, 64)
-    assert float(rate(last)) == pytest.approx(0.005)
-
-
-def test_drops_that_fall_on_one_step_are_refused():
-    config = cfmz.get_config()
-    config.optimizer.drop_epochs = (0.001, 0.002)
-    with pytest.raises(ValueError, match=r"\(0.001, 0.002\).*\[1, 1\].*increase"):
-        optimizers.schedule(config.optimizer, 50_000, 128)
-
-
-@pytest.mark.parametrize("every", [0.3, 1.0, 2.5])
-def test_evaluations_end_their_intervals_and_the_run(every):
-    config = cfmz.get_config()
-    config.train.update(batch_size=7, epochs=5.0)
-    config.eval.every_epochs = every
-    clock = Clock.of(config, 100)
-    stops = [0]
-    while stops[-1] < clock.total:
-        stops.append(clock.next_eval(stops[-1]))
-    count = int(5 / every + 1e-9)
-    expected = {step_of_epoch(i * every, 100, 7) for i in range(1, count + 1)}
-    assert stops[1:] == sorted(expected | {clock.total})
-    # Wherever a run resumes, it stops at the same steps.
-    for before, after in itertools.pairwise(stops):
-        assert {clock.next_eval(step) for step in range(before, after)} == {after}
-
-
-def run(transform, gradients, p=1.0):
-    p = jnp.asarray(p)
-    state = transform.init(p)
-    path = []
-    for g in gradients:
-        update, state = transform.update(jnp.asarray(g), state, p)
-        p = optax.apply_updates(p, update)
-        path.append(float(p))
-    return path
-
-
-def by_hand(rates, gradients, momentum, decay, *, nesterov=False, inside=False, p=1.0):
-    """The update rules as the originals' documents write them."""
-    v, path = 0.0, []
-    for rate, g in zip(rates, gradients, strict=True):
-        g = g + decay * p
-        if inside:  # neon
-            v = momentum * v - rate * g
-            p = p + v
-        else:  # torch
-            v = momentum * v + g
-            p = p - rate * (g + momentum * v if nesterov else v)
-        path.append(p)
-    return path
-
-
-RATES, GRADIENTS = [0.1, 0.1, 0.01, 0.01], [1.0, -0.5, 0.25, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("nesterov", "inside"), [(False, False), (True, False), (False, True)]
-)
-def test_sgd_follows_its_original_through_a_drop_of_the_rate(nesterov, inside):
-    rate = optax.piecewise_constant_schedule(0.1, {2: 0.1})
-    transform = optimizers.sgd(
-        rate,
-        momentum=0.9,
-        nesterov=nesterov,
-        rate_in_velocity=inside,
-        weight_decay=0.01,
+def test_xnets_never_go_below_the_least_rate():
+    config = xdensenet.get_config().optimizer
+    config.drop_epochs = (1.0, 2.0, 3.0)
+    rate = optimizers.schedule(config, 640, 64)
+    np.testing.assert_allclose(
+        [rate(s) for s in (9, 10, 20, 30)], [0.1, 0.01, 0.001, 5e-4]
     )
-    expected = by_hand(RATES, GRADIENTS, 0.9, 0.01, nesterov=nesterov, inside=inside)
-    np.testing.assert_allclose(run(transform, GRADIENTS), expected, rtol=1e-6)
 
 
-def test_the_two_velocities_differ_only_when_the_rate_changes():
-    inside, outside = (
-        by_hand(RATES, GRADIENTS, 0.9, 0.01, inside=inside) for inside in (True, False)
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 128, 1000])
+def test_an_epoch_begins_with_its_first_image(batch_size):
+    """In the stream of images, with no gap between the passes."""
+    for epoch in (0, 1, 2.5, 7, 90):
+        step = step_of_epoch(epoch, 1000, batch_size)
+        assert step * batch_size >= epoch * 1000
+        assert (step - 1) * batch_size < epoch * 1000
+
+
+def clock(**fields):
+    config = xdensenet.get_config("22-8-2,digits")
+    config.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in fields.items()}
     )
-    np.testing.assert_allclose(inside[:2], outside[:2])
-    assert abs(inside[2] - outside[2]) > 1e-3
+    return Clock.of(config, 1437)
 
 
-def test_nesterov_with_the_rate_inside_is_refused():
-    config = cfmz.get_config()
-    config.optimizer.nesterov = True
-    with pytest.raises(ValueError, match="no original has both"):
-        optimizers.create(config.optimizer, 0.1)
+def stops(next_stop, total):
+    step, found = 0, []
+    while step < total:
+        step = next_stop(step)
+        found.append(step)
+    return found
+
+
+def test_evaluations_come_on_time_and_once_at_the_end():
+    times = clock(train__epochs=3.0, eval__every_epochs=1.0)
+    assert stops(times.next_eval, times.total) == [45, 90, times.total]
+    assert [times.epoch(s) >= n for n, s in enumerate((45, 90, 135), 1)] == [True] * 3
+    uneven = clock(train__epochs=1.0, eval__every_epochs=0.4)
+    assert stops(uneven.next_eval, uneven.total) == [18, 36, 45]
+    rare = clock(train__epochs=1.0, eval__every_epochs=50.0)
+    assert stops(rare.next_eval, rare.total) == [45]
+    crowded = clock(train__epochs=0.1, eval__every_epochs=0.001)
+    assert stops(crowded.next_eval, crowded.total) == [1, 2, 3, 4, 5]
+
+
+def test_where_a_run_stops_does_not_depend_on_where_it_resumes():
+    times = clock(train__epochs=3.0, eval__every_epochs=0.35, checkpoint__every_steps=7)
+    for next_stop in (times.next_eval, times.next_save):
+        planned = stops(next_stop, times.total)
+        for step in range(times.total):
+            assert next_stop(step) == next(x for x in planned if x > step)
+
+
+def test_impossible_recipes_are_refused():
+    config = xdensenet.get_config().optimizer
+    config.drop_epochs = (225.0, 150.0)
+    with pytest.raises(ValueError, match=r"225\.0, 150\.0.*must increase"):
+        optimizers.schedule(config, 50_000, 64)
+    config.rate_in_velocity = True
+    with pytest.raises(ValueError, match="nesterov"):
+        optimizers.create(config, lambda step: 0.1)

@@ -33,7 +33,9 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         for side, channels in (("input", in_channels), ("output", out_channels)):
-            if groups < 1 or channels < 1 or channels % groups:
+            if channels < 1:
+                raise ValueError(f"a convolution with {channels} {side} channels")
+            if groups < 1 or channels % groups:
                 raise ValueError(
                     f"{groups} groups do not divide {channels} {side} channels"
                 )

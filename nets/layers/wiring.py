@@ -53,7 +53,11 @@ class Wiring:
         geometry = dict(stride=stride, padding=padding, rngs=rngs)
         shape = (in_channels, out_channels, kernel_size)
         if self.kind == "expander":
-            degree = in_channels // self.compress if degree is None else degree
+            if degree is None and not (degree := in_channels // self.compress):
+                raise ValueError(
+                    f"compress {self.compress} leaves no connection to a convolution "
+                    f"of {in_channels} input channels: choose at most {in_channels}"
+                )
             sampling = self.sampling
             return ExpanderConv(*shape, degree=degree, sampling=sampling, **geometry)
         groups = self.groups if self.kind == "grouped" else 1

@@ -1,0 +1,230 @@
+"""Speed and memory of whole training steps, beside the dense twin and PyTorch.
+
+python -m benchmarks.models --peer
+
+Each contestant lives in a process of its own, so that its peak memory means something,
+and all of a table take turns, round after round, because machines are shared and noisy:
+compare ratios, which are medians over rounds. --peer needs PyTorch and pytorchcv.
+"""
+
+import argparse
+import csv
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+PEERS = {  # of pytorchcv, in its order of names
+    "cfmz:20": "resnet20_cifar10",
+    "xdensenet:40-24": "densenet40_k24_bc_cifar10",
+    "xdensenet:40-24-2": "xdensenet40_2_k24_bc_cifar10",
+}
+PEER_INSTALL = (
+    "pip install torch==2.13.0 && pip install --no-deps pytorchcv==0.0.67 (--no-deps: "
+    "later needs are for other things)"
+)
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", default=list(PEERS))
+    parser.add_argument("--lowerings", nargs="+", default=["auto", "native"])
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="per round")
+    parser.add_argument("--threads", type=int, default=2, help="on CPU")
+    parser.add_argument("--peer", action="store_true", help="PyTorch in the same run")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contestant:
+        compete(*json.loads(options.contestant), options)
+        return
+    if options.peer and not importlib.util.find_spec("pytorchcv"):
+        sys.exit(f"error: --peer needs PyTorch and pytorchcv: {PEER_INSTALL}")
+    rows = [row for variant in options.variants for row in table(variant, options)]
+    name = rows[0]["device"].lower().replace(" ", "-")
+    if name == "cpu":
+        name = f"{platform.machine()}-{options.threads}cores"
+    path = RESULTS / f"models-{name}-jax{rows[0]['jax']}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+
+
+def table(variant: str, options: argparse.Namespace) -> list[dict]:
+    """One variant under each lowering, and the peer: rows of the result file."""
+    contestants = [("ours", variant, lowering) for lowering in options.lowerings]
+    if options.peer and variant in PEERS:
+        contestants.append(("pytorch", variant, PEERS[variant]))
+    players = [Player(contestant, options) for contestant in contestants]
+    for _ in range(options.rounds):
+        for player in players:
+            player.play()
+    rows = []
+    for player in players:
+        row = player.finish() | {"batch_size": options.batch_size}
+        against = players[-1] if contestants[-1][0] == "pytorch" else None
+        pairs = zip(player.speeds, against.speeds, strict=True) if against else ()
+        ratios = [ours / theirs for ours, theirs in pairs]
+        row["of_pytorch"] = round(statistics.median(ratios), 3) if ratios else ""
+        rows.append(row)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+class Player:
+    """A contestant's process; play() lets it train one round."""
+
+    def __init__(self, contestant: tuple, options: argparse.Namespace):
+        self.contestant, self.speeds = contestant, []
+        # The environment that main.py gives a run; PyTorch gets the same.
+        tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        self._images = options.batch_size * options.steps
+        command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
+        self._process = subprocess.Popen(
+            [*command, "--contestant", json.dumps(contestant)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=tunables | os.environ,
+        )
+        self.facts = self._answer()
+
+    def play(self) -> None:
+        self._process.stdin.write("play\n")
+        self._process.stdin.flush()
+        self.speeds.append(self._images / self._answer()["seconds"])
+
+    def finish(self) -> dict:
+        self._process.stdin.close()
+        rest = self._answer()
+        self._process.wait()
+        framework, variant, name = self.contestant
+        return {
+            "variant": variant,
+            "framework": framework,
+            "lowering": name,
+            "images_per_second": round(statistics.median(self.speeds), 1),
+            "slowest": round(min(self.speeds), 1),
+            "fastest": round(max(self.speeds), 1),
+            **self.facts,
+            **rest,
+        }
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"error: {self.contestant} ended with {self._process.wait()}")
+        return json.loads(line)
+
+
+def compete(framework: str, variant: str, name: str, options) -> None:
+    """The contestant's side: facts, then a time per line of stdin, then memory."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[: options.threads]
+        os.sched_setaffinity(0, cores)
+    make = ours if framework == "ours" else pytorch
+    step, facts, memory = make(variant, name, options)
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(options.steps - 1):
+            step(wait=False)
+        step(wait=True)
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+    print(json.dumps({"peak_memory_mb": round(memory())}))
+
+
+def ours(variant: str, lowering: str, options):
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    import evaluate
+    import input_pipeline
+    import train
+
+    family, _, row = variant.partition(":")
+    config = importlib.import_module(f"configs.{family}").get_config(row)
+    config.net.lowering = lowering
+    config.train.update(batch_size=options.batch_size, dtype=options.dtype)
+    rng, size = np.random.default_rng(0), options.batch_size
+    image = rng.integers(0, 256, (size, 32, 32, 3), np.uint8)
+    label = rng.integers(0, config.net.num_classes, size).astype(np.int32)
+    statistics = ((125.0,) * 3, (60.0,) * 3)
+    # Only the number of examples matters here, for the schedule.
+    examples = input_pipeline.Examples(image, np.zeros(50_000), 10, *statistics)
+    mesh = train.make_mesh(jax.devices()[:1])
+    program, state = train.create_train_state(config, examples)
+    state = jax.device_put(state, NamedSharding(mesh, train.REPLICATED))
+    batch = evaluate.shard({"image": image, "label": label}, mesh)
+    start = time.perf_counter()
+    compiled = train.make_train_step(program, mesh).lower(state, batch).compile()
+    seconds = time.perf_counter() - start
+
+    def step(wait: bool) -> None:
+        nonlocal state
+        state, totals, _ = compiled(state, batch)
+        if wait:
+            jax.block_until_ready(totals)
+
+    def memory() -> float:
+        stats = jax.devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use", 0) / 2**20 or resident_memory()
+
+    step(wait=True)
+    kind = jax.devices()[0].device_kind
+    facts = {"compile_seconds": round(seconds, 1), "device": kind}
+    return step, facts | {"jax": jax.__version__}, memory
+
+
+def pytorch(variant: str, name: str, options):
+    import torch
+    from pytorchcv.model_provider import get_model
+    from torch.nn.functional import cross_entropy
+
+    torch.set_num_threads(options.threads)
+    cuda = torch.cuda.is_available()
+    to = functools.partial(torch.Tensor.to, device="cuda" if cuda else "cpu")
+    layout = {"memory_format": torch.channels_last}  # the faster one
+    net = get_model(name, pretrained=False).to(**layout).train()
+    net = net.cuda() if cuda else net
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    x = to(torch.randn(options.batch_size, 3, 32, 32)).to(**layout)
+    y = to(torch.randint(0, 10, (options.batch_size,)))
+
+    def step(wait: bool) -> None:
+        optimizer.zero_grad()
+        cross_entropy(net(x), y).backward()
+        optimizer.step()
+        if wait and cuda:
+            torch.cuda.synchronize()
+
+    def memory() -> float:
+        return torch.cuda.max_memory_allocated() / 2**20 if cuda else resident_memory()
+
+    step(wait=True)
+    kind = torch.cuda.get_device_name() if cuda else "cpu"
+    facts = {"compile_seconds": "", "device": kind, "jax": ""}
+    return step, facts, memory
+
+
+def resident_memory() -> float:
+    """The process's peak, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
