@@ -12,7 +12,6 @@ import environment
 if __name__ == "__main__":
     environment.settle()  # before jax is imported
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -23,7 +22,7 @@ import train
 config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py[:VARIANT[,DATA]]")
 flags.DEFINE_string("workdir", None, "where the run lives; an existing one resumes")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint")
-flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first")
+flags.DEFINE_bool("distributed", False, "one of several processes: preflight.py")
 flags.mark_flags_as_required(["config", "workdir"])
 FLAGS = flags.FLAGS
 
@@ -33,13 +32,14 @@ def main(_):
     config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
     try:
         if FLAGS.distributed:
-            jax.distributed.initialize()
+            preflight.join_processes()
         preflight.use_compilation_cache(config)
         if FLAGS.mode == "eval":
             result = train.evaluate_checkpoint(config, workdir)
         else:
             result = train.train_and_evaluate(config, workdir)
-        print(reporting.conclusion(result, workdir))
+        if logging.level_info():  # not in the other processes of several
+            print(reporting.conclusion(result, workdir))
     except (ValueError, FloatingPointError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")

@@ -68,6 +68,26 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
     return str(root if "parsing config file" in str(error) else error)
 
 
+def join_processes() -> None:
+    """Makes this process one of several; before anything touches a device.
+
+    Slurm, Open MPI, Kubernetes and TPU pods are recognised. Elsewhere the environment
+    says JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, and on CPUs JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo.
+    """
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    count, index = (int(os.environ[x]) if x in os.environ else None for x in names)
+    try:
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed: {error} Set JAX_COORDINATOR_ADDRESS=host:port, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID where no cluster manager does."
+        ) from error
+    if jax.process_index() != 0:
+        logging.set_verbosity(logging.WARNING)  # process 0 tells it all
+
+
 def use_compilation_cache(config: ConfigDict) -> None:
     """Keeps compiled programs in the user's cache directory and says where."""
     if not config.train.compilation_cache:

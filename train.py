@@ -5,8 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,7 +14,6 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -30,6 +27,7 @@ import preflight
 from checkpoints import Checkpoints, save_config
 from nets.layers.norm import BatchNorm
 from optimizers import Clock
+from preemption import Preempted, sigterm
 from reporting import Reporter, read_rows
 
 REPLICATED, SHARDED = evaluate.REPLICATED, evaluate.SHARDED
@@ -183,10 +181,6 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     )
 
 
-class Preempted(Exception):
-    """SIGTERM came; the message says where the run was saved and how it goes on."""
-
-
 def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     """Trains to config.train.epochs, resuming what the workdir holds.
 
@@ -219,12 +213,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         eval_step = evaluate.make_eval_step(
             program.definition, mesh, program.normalization
         )
-        with contextlib.closing(reporter), _sigterm() as terminated:
+        with contextlib.closing(reporter), sigterm() as terminated:
             saved, bad_step = step, state.bad_step
             while step < clock.total:
                 next_eval = clock.next_eval(step)
                 stop = min(next_eval, clock.next_save(step))
-                while step < stop and reporter.finite and not terminated(step):
+                while step < stop and reporter.finite and not terminated():
                     state, totals, bad_step = advance(state, stop - step)
                     if started:
                         jax.block_until_ready(totals)
@@ -249,7 +243,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                 if step > saved:
                     checkpoints.save(step, state, row)
                     saved = step
-                if terminated(step) and step < clock.total:
+                if terminated() and step < clock.total:
                     checkpoints.wait()
                     raise Preempted(
                         f"SIGTERM: saved up to step {saved} in {workdir}; "
@@ -367,20 +361,3 @@ def _refuse(bad_step: jax.Array, checkpoints: Checkpoints) -> None:
         )
         + "; a lower --config.optimizer.learning_rate may help"
     )
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that tells whether to save and stop."""
-    if jax.process_count() > 1:
-        # All processes must stop at the same step: the distributed service agrees.
-        yield multihost_utils.reached_preemption_sync_point
-    elif threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # a notebook's thread gets no signals
-    else:
-        received = threading.Event()
-        previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
-        try:
-            yield lambda step: received.is_set()
-        finally:
-            signal.signal(signal.SIGTERM, previous)

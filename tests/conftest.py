@@ -27,6 +27,15 @@ def cache(tmp_path_factory) -> pathlib.Path:
     return (folder.parent if in_worker else folder) / "cache"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(cache) -> None:
+    """Tests compile the same small programs again and again: now once a session."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--golden",

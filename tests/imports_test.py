@@ -1,4 +1,4 @@
-"""The house of docs/design.md: which room may enter which, read from the syntax trees."""
+"""Which room of the house may enter which, read from the syntax trees."""
 
 import ast
 import pathlib
@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "main": {"environment", "evaluate", "preflight", "reporting", "train"},
     "train": {
         *("augment", "checkpoints", "evaluate", "input_pipeline", "metrics"),
-        *("nets", "optimizers", "preflight", "reporting"),
+        *("nets", "optimizers", "preemption", "preflight", "reporting"),
     },
     "preflight": {"checkpoints", "input_pipeline", "nets", "reporting"},
     "reporting": {"checkpoints", "input_pipeline", "metrics"},
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "environment": set(),
     "metrics": set(),
     "optimizers": set(),
+    "preemption": set(),
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu"}
 

@@ -1,98 +1,142 @@
 import json
+import logging
 
+import jax.numpy as jnp
 import pytest
 
 import reporting
+from configs import xdensenet
 from optimizers import Clock
-from reporting import Reporter
+from reporting import Reporter, as_csv, read_rows
 
-CLOCK = Clock(
-    num_examples=100,
-    batch_size=10,
-    total=40,
-    steps_per_dispatch=1,
-    log_every=2,
-    eval_every_epochs=1.0,
-    save_every=0,
-)
+CONFIG = xdensenet.get_config("22-8-2,digits")
+CONFIG.train.update(batch_size=16, epochs=4.0, log_every_steps=10)
+CLOCK = Clock.of(CONFIG, 1600)  # 100 steps an epoch
 
 
 def row(step, accuracy):
-    # A third and a tenth have no short binary form: their digits must survive.
     return {
         "step": step,
-        "epoch": step / 30,
-        "test_loss": 0.1,
+        "epoch": step / 100,
         "test_accuracy": accuracy,
+        "test_loss": 1.0,
     }
 
 
-def write(folder, rows, start=0):
-    reporter = Reporter(folder, CLOCK, start, tensorboard=False)
-    for each in rows:
-        reporter.evaluated(each)
-    reporter.close()
-    return reporter
+def reporter(workdir, start=0):
+    return Reporter(workdir, CLOCK, start, tensorboard=False)
+
+
+def totals(steps, loss=2.0):
+    examples = 16.0 * steps
+    sums = dict(loss=loss * examples, accuracy=examples / 2, top5=examples)
+    return {k: jnp.float32(v) for k, v in (sums | {"examples": examples}).items()}
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+    """What was told, line by line."""
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+    caplog.set_level(logging.INFO, "absl")
+    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def test_rows_come_back_as_they_were(tmp_path):
-    rows = [row(10, 1 / 3), row(20, 2 / 3)]
-    write(tmp_path, rows)
-    assert reporting.read_rows(tmp_path / "metrics.csv") == rows
+    rows = [row(100, 0.1), row(200, 1 / 3)]
+    (tmp_path / "metrics.csv").write_text(as_csv(rows))
+    assert read_rows(tmp_path / "metrics.csv") == rows
+    assert isinstance(read_rows(tmp_path / "metrics.csv")[0]["step"], int)
+    assert read_rows(tmp_path / "absent.csv") == []
 
 
-def test_a_resumed_run_repeats_the_rows_after_its_checkpoint(tmp_path):
-    write(tmp_path / "whole", [row(10, 0.1), row(20, 0.3), row(30, 0.2)])
-    write(tmp_path / "parts", [row(10, 0.1), row(20, 0.3)])
-    write(tmp_path / "parts", [row(20, 0.3), row(30, 0.2)], start=10)
-    for name in ("metrics.csv", "best.json"):
-        whole, parts = (tmp_path / run / name for run in ("whole", "parts"))
-        assert whole.read_bytes() == parts.read_bytes()
+@pytest.mark.parametrize(
+    "text", ["step,loss\n1,", "loss\n1.0\n", "step,loss\n1\n", "\0\n1"]
+)
+def test_damaged_rows_are_named(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.csv is damaged"):
+        read_rows(tmp_path / "metrics.csv")
+
+
+def test_rows_that_will_come_again_are_dropped(tmp_path):
+    """A run resumed at 250 repeats the evaluation of step 300."""
+    first = reporter(tmp_path)
+    for step in (100, 200, 300):
+        first.evaluated(row(step, 0.5))
+    again = reporter(tmp_path, start=250)
+    assert [r["step"] for r in again.rows] == [100, 200]
+    again.evaluated(row(300, 0.5))
+    assert [r["step"] for r in read_rows(tmp_path / "metrics.csv")] == [100, 200, 300]
 
 
 def test_best_is_the_first_of_equals(tmp_path):
-    write(tmp_path, [row(10, 0.5), row(20, 0.7), row(30, 0.7), row(40, 0.6)])
-    assert json.loads((tmp_path / "best.json").read_text())["step"] == 20
+    writer = reporter(tmp_path)
+    for step, accuracy in ((100, 0.5), (200, 0.7), (300, 0.7), (400, 0.6)):
+        writer.evaluated(row(step, accuracy))
+    assert json.loads((tmp_path / "best.json").read_text()) == row(200, 0.7)
 
 
-def test_progress_tells_the_mean_of_its_interval(tmp_path, caplog):
-    caplog.set_level("INFO")
-    reporter = Reporter(tmp_path, CLOCK, 0, tensorboard=False)
-
-    def totals(loss, examples):
-        return {"loss": loss, "accuracy": 0, "top5": 0, "examples": examples}
-
-    reporter.trained(1, totals(30, 10))
-    reporter.trained(2, totals(40, 20))
-    assert not caplog.messages  # fetched when the next step is under way
-    reporter.trained(3, totals(45, 30))
-    reporter.trained(4, totals(50, 40))
-    reporter.trained(5, totals(55, 50))
-    lines = [message for message in caplog.messages if message.startswith("step")]
-    assert len(lines) == 2
-    assert lines[0].startswith("step 2/40  epoch 0.20  loss 2.0000")
-    assert lines[1].startswith("step 4/40  epoch 0.40  loss 0.5000")
-    assert all("images/s" in line and "ETA" in line for line in lines)
+def test_best_comes_back_after_a_resume(tmp_path):
+    """best.json of a killed run may know a row that the resumed one has not yet."""
+    reporter(tmp_path).evaluated(row(300, 0.9))
+    reporter(tmp_path, start=100).evaluated(row(200, 0.2))
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 200
 
 
-def test_tensorboard_gets_the_numbers_of_the_row(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing import event_accumulator
-    from tensorboard.util import tensor_util
+def test_progress_tells_of_the_last_interval(tmp_path, lines):
+    """Not of the whole epoch, whose sums the totals hold."""
+    writer = reporter(tmp_path)
+    for step in range(1, 10):
+        writer.trained(step, totals(step))
+    assert not lines()
+    writer.trained(10, totals(10))
+    assert not lines()  # still being computed
+    later = {k: totals(10)[k] + v for k, v in totals(10, loss=1.0).items()}
+    writer.trained(20, later)
+    writer.close()
+    first, second = lines()
+    assert first.startswith("step 10/400  epoch 0.10  loss 2.0000")
+    assert second.startswith("step 20/400  epoch 0.20  loss 1.0000")
+    assert "images/s" in first
+    assert "ETA" in first
 
-    reporter = Reporter(tmp_path, CLOCK, 0, tensorboard=True)
-    reporter.evaluated(row(10, 0.25))
-    reporter.close()
-    events = event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0})
-    events.Reload()
-    (event,) = events.Tensors("test_accuracy")
-    assert event.step == 10
-    assert tensor_util.make_ndarray(event.tensor_proto) == pytest.approx(0.25)
+
+def test_sums_start_over_after_an_evaluation(tmp_path, lines):
+    writer = reporter(tmp_path)
+    writer.trained(100, totals(100))
+    writer.evaluated(row(100, 0.5))
+    writer.trained(110, totals(10, loss=1.5))
+    writer.close()
+    assert lines()[-1].startswith("step 110/400  epoch 1.10  loss 1.5000")
 
 
-def test_conclusion_names_final_best_and_place(tmp_path):
-    final = {"step": 40, "test_accuracy": 0.5, "best_step": 20}
-    text = reporting.conclusion(final | {"best_test_accuracy": 0.75}, tmp_path)
-    assert "final 50.00% (step 40)" in text
-    assert "best 75.00% (step 20)" in text
-    assert str(tmp_path) in text
+def test_several_steps_a_dispatch_do_not_skip_a_line(tmp_path, lines):
+    writer = reporter(tmp_path)
+    for step in (8, 16, 24, 32, 40):
+        writer.trained(step, totals(step))
+    writer.close()
+    assert [line.split("/")[0] for line in lines()] == [
+        "step 16",
+        "step 24",
+        "step 32",
+        "step 40",
+    ]
+
+
+def test_it_notices_a_loss_that_is_not_finite(tmp_path):
+    writer = reporter(tmp_path)
+    writer.trained(10, totals(10))
+    writer.trained(11, totals(11, loss=float("nan")))
+    assert writer.finite
+    writer.trained(20, totals(20, loss=float("nan")))
+    writer.trained(21, totals(21, loss=float("nan")))
+    assert not writer.finite
+
+
+def test_last_words(tmp_path):
+    result = row(400, 0.875) | {"best_step": 300, "best_test_accuracy": 0.9}
+    said = reporting.conclusion(result, tmp_path)
+    for word in ("87.50%", "step 400", "90.00%", "step 300", str(tmp_path)):
+        assert word in said
+    said = reporting.conclusion(row(400, 0.875), tmp_path)
+    assert "87.50% (step 400)" in said

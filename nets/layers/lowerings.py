@@ -191,45 +191,44 @@ def _forward(compute, x, kernel, shape):
 
 
 def _gradients(shape: Shape, residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Matrix products over shifted copies of dy, or else of x: the smaller one."""
-    if shape.stride == 1 and shape.out_channels <= shape.in_channels:
-        return _gradients_from_shifted_dy(*residuals, dy, shape)
+    """XLA's input gradient; the kernel's as matrix products over shifted copies.
+
+    Copies of dy or of x, whichever is narrower; a stride leaves only x.
+    """
     x, kernel = residuals
     (dx,) = jax.linear_transpose(lambda x: native(x, kernel, shape), x)(dy)
-    return dx, _kernel_gradient_from_shifted_x(x, dy, shape)
+    if shape.stride == 1 and shape.out_channels <= shape.in_channels:
+        return dx, _kernel_gradient_from_copies_of_dy(x, dy, shape)
+    return dx, _kernel_gradient_from_copies_of_x(x, dy, shape)
 
 
-def _gradients_from_shifted_dy(x, kernel, dy, shape):
-    """Stride 1. Both gradients read the same shifted copies, made once per chunk."""
-    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)  # (kh, kw, out, in)
-    columns = flipped.reshape(-1, shape.in_channels)
-    rows, cols = (k - 1 - shape.padding for k in shape.window)
-    edges = ((0, 0, 0), (rows, rows, 0), (cols, cols, 0), (0, 0, 0))
-
-    def chunk(x, dy):
-        # lax.pad and not jnp.pad: the edges are negative if padding >= kernel size.
-        dy = lax.pad(dy, jnp.zeros((), dy.dtype), edges)
-        copies = jnp.concatenate([*_slices(dy, shape.window, 1, shape.size)], -1)
-        return _product(copies, columns), _product_of_transposed(x, copies)
-
-    dx, dw = _over_chunks(chunk, shape, x, dy)
-    dw = dw.reshape(shape.in_channels, *shape.window, -1)[:, ::-1, ::-1]
-    return dx, dw.transpose(1, 2, 0, 3).astype(kernel.dtype)
-
-
-def _kernel_gradient_from_shifted_x(x, dy, shape):
-    """Any stride."""
+def _kernel_gradient_from_copies_of_x(x, dy, shape):
     p = shape.padding
 
     def chunk(x, dy):
         x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-        slices = _slices(x, shape.window, shape.stride, shape.out_size)
-        copies = jnp.concatenate([*slices], -1)
-        return None, _product_of_transposed(copies, dy)
+        taps = _slices(x, shape.window, shape.stride, shape.out_size)
+        return None, _product_of_transposed(jnp.concatenate([*taps], -1), dy)
 
     _, dw = _over_chunks(chunk, shape, x, dy)
     dw = dw.reshape(*shape.window, shape.in_channels, shape.out_channels)
     return dw.astype(x.dtype)
+
+
+def _kernel_gradient_from_copies_of_dy(x, dy, shape):
+    # dw[i, j] = sum over pixels of x[h, w] dy[h + p - i, w + p - j]
+    rows, cols = (k - 1 - shape.padding for k in shape.window)
+    edges = ((0, 0, 0), (rows, rows, 0), (cols, cols, 0), (0, 0, 0))
+
+    def chunk(x, dy):
+        # lax.pad and not jnp.pad: a padding beyond the window makes edges negative.
+        dy = lax.pad(dy, jnp.zeros((), dy.dtype), edges)
+        taps = _slices(dy, shape.window, 1, shape.size)
+        return None, _product_of_transposed(x, jnp.concatenate([*taps], -1))
+
+    _, dw = _over_chunks(chunk, shape, x, dy)
+    dw = dw.reshape(shape.in_channels, *shape.window, -1)[:, ::-1, ::-1]
+    return dw.transpose(1, 2, 0, 3).astype(x.dtype)
 
 
 shifted.defvjp(functools.partial(_forward, shifted), _gradients)
@@ -258,21 +257,32 @@ def _product_of_transposed(x, y):
 
 
 def _over_chunks(chunk: Callable, shape: Shape, *arrays: jax.Array):
-    """Calls chunk(*images of each array) -> (per image, sum) until all are done."""
+    """Calls chunk(*some images of each array) -> (per image, sum) until all are done."""
     most = max(1, CHUNK_ROWS // math.prod(shape.out_size))
-    images = max(d for d in range(1, most + 1) if shape.images % d == 0)
-    if images == shape.images:
+    size = max(n for n in range(1, most + 1) if shape.images % n == 0)
+    if size == shape.images:
         return chunk(*arrays)
-    pieces = [x.reshape(-1, images, *x.shape[1:]) for x in arrays]
-    _, total = jax.eval_shape(chunk, *(piece[0] for piece in pieces))
 
-    def body(total, pieces):
-        per_image, part = chunk(*pieces)
-        return jax.tree.map(jnp.add, total, part), per_image
+    # Slices of whole arrays, not lax.scan over reshaped ones: XLA would compute what
+    # feeds the reshape a second time.
+    def body(i, carry):
+        whole, total = carry
+        pieces = (lax.dynamic_slice_in_dim(x, i * size, size) for x in arrays)
+        piece, part = chunk(*pieces)
+        insert = functools.partial(
+            lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0
+        )
+        return jax.tree.map(insert, whole, piece), jax.tree.map(jnp.add, total, part)
 
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), total)
-    total, per_image = lax.scan(body, zeros, pieces)
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), per_image), total
+    piece, part = jax.eval_shape(chunk, *(x[:size] for x in arrays))
+    whole, total = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype),
+        (
+            jax.tree.map(lambda a: a.update(shape=(shape.images, *a.shape[1:])), piece),
+            part,
+        ),
+    )
+    return lax.fori_loop(0, shape.images // size, body, (whole, total))
 
 
 class Lowering(NamedTuple):

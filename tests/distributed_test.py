@@ -1,0 +1,93 @@
+"""Two real processes, one device each, and gloo between them: one run."""
+
+import signal
+import socket
+
+import launch
+import numpy as np
+import pytest
+from launch import CONFIG, TOTAL, arguments, finish, kill_when, start
+
+from reporting import read_rows
+
+pytestmark = pytest.mark.slow
+
+
+def start_both(workdir, cache, **fields):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = arguments(workdir, CONFIG, "--distributed", **fields)
+    processes = []
+    for index in range(2):
+        env = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        }
+        processes.append(start(flags, cache, env=env))
+    return processes
+
+
+def finish_both(processes):
+    results = [finish(process) for process in processes]
+    return [code for code, _, _ in results], [err for _, _, err in results]
+
+
+def complete(workdir, cache, **fields):
+    codes, said = finish_both(start_both(workdir, cache, **fields))
+    assert codes == [0, 0], said
+    return said
+
+
+@pytest.fixture(scope="module")
+def together(cache):
+    """The uninterrupted run of two processes."""
+    return launch.once(cache / "together", lambda folder: complete(folder, cache))
+
+
+@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
+def test_two_processes_compute_what_one_does(tmp_path, cache, pipeline):
+    short = dict(train__epochs=0.4, eval__every_epochs=0.2, data__pipeline=pipeline)
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch.complete(arguments(one, **short), cache)
+    quiet = complete(two, cache, **short)[1]
+    assert "step" not in quiet  # one of them tells it all
+    for ours, wanted in zip(
+        *(read_rows(x / "metrics.csv") for x in (two, one)), strict=True
+    ):
+        assert ours.keys() == wanted.keys()
+        np.testing.assert_allclose(ours["train_loss"], wanted["train_loss"], rtol=1e-4)
+        np.testing.assert_allclose(ours["test_loss"], wanted["test_loss"], rtol=1e-2)
+
+
+def test_killed_they_resume_to_the_same_end(tmp_path, cache, together):
+    processes = start_both(tmp_path, cache)
+    assert kill_when(processes[0], lambda: max(launch.steps(tmp_path), default=0) >= 40)
+    processes[1].kill()
+    finish_both(processes)
+    assert max(launch.steps(tmp_path)) < TOTAL
+    complete(tmp_path, cache)
+    launch.assert_same_end(tmp_path, together)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_of_one_stops_both(tmp_path, cache, together, told):
+    processes = start_both(tmp_path, cache)
+    row = tmp_path / "metrics.csv"
+    killed = kill_when(processes[told], row.exists, number=signal.SIGTERM)
+    codes, said = finish_both(processes)
+    assert killed, said
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    assert f"SIGTERM: saved up to step {max(launch.steps(tmp_path))}" in said[0]
+    complete(tmp_path, cache)
+    launch.assert_same_end(tmp_path, together)
+
+
+def test_what_is_missing_is_named(tmp_path, cache):
+    flags = arguments(tmp_path, CONFIG, "--distributed")
+    code, _, err = finish(start(flags, cache))
+    assert code == 1
+    assert "Traceback" not in err
+    assert "JAX_COORDINATOR_ADDRESS" in err

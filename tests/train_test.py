@@ -1,0 +1,324 @@
+"""The step on one device and on many, and the loop around it."""
+
+import concurrent.futures
+import itertools
+import json
+import logging
+import re
+
+import compiling
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from nets_test import TINY
+
+import evaluate
+import input_pipeline
+import nets
+import train
+from configs import cfmz, xdensenet
+from nets.layers.wiring import KINDS
+from reporting import read_rows
+
+BATCH = 16
+FAMILIES = {"cfmz_resnet": cfmz, "densenet": xdensenet}
+EVERY_NET = pytest.mark.parametrize("name", nets.names())
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """Small images of two classes that differ in brightness."""
+    random, arrays = np.random.default_rng(0), {}
+    for split, count in (("train", 100), ("test", 30)):
+        labels = np.arange(count) % 2
+        noise = random.integers(0, 128, (count, 8, 8, 3))
+        arrays[f"x_{split}"] = (noise + 100 * labels[:, None, None, None]).astype(
+            "uint8"
+        )
+        arrays[f"y_{split}"] = labels
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def configured(npz, name="densenet", **fields):
+    """A tiny run: 2 epochs of 6.25 steps, an evaluation after each."""
+    config = FAMILIES[name].get_config()
+    with config.net.unlocked():
+        config.net.update(TINY[name] | {"num_classes": 2, "wiring": "expander"})
+    config.data.update(name=str(npz), pad=1, pipeline="device")
+    config.train.update(batch_size=BATCH, epochs=2.0, log_every_steps=3)
+    config.train.update(tensorboard=False, compilation_cache=False)
+    config.optimizer.update(drop_epochs=(1.5,), learning_rate=0.01)
+    config.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in fields.items()}
+    )
+    return config
+
+
+class Steps:
+    """The steps of a configuration, one by one, over the first `devices`."""
+
+    def __init__(self, config, devices, images=None):
+        examples = input_pipeline.load(config.data, "train")
+        self.mesh = train.make_mesh(jax.devices()[:devices])
+        self.program, state = train.create_train_state(config, examples)
+        self.state = jax.device_put(state, NamedSharding(self.mesh, train.REPLICATED))
+        self.batches = input_pipeline.batches(config, "train", examples=examples)
+        self.seen = 0.0
+        batch = evaluate.shard(next(input_pipeline.batches(config, "train")), self.mesh)
+        step = train.make_train_step(self.program, self.mesh)
+        options = compiling._options()
+        self.compiled = step.lower(self.state, batch).compile(compiler_options=options)
+
+    def loss(self):
+        """That of the next step."""
+        batch = evaluate.shard(next(self.batches), self.mesh)
+        self.state, totals, _ = self.compiled(self.state, batch)
+        before, self.seen = self.seen, float(totals["loss"])
+        return (self.seen - before) / BATCH
+
+    def losses(self, count=4):
+        return [self.loss() for _ in range(count)]
+
+
+def assert_close(trees, rtol):
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+@EVERY_NET
+def test_eight_devices_compute_what_one_does(npz, name):
+    one, eight = (Steps(configured(npz, name), n) for n in (1, 8))
+    np.testing.assert_allclose(one.losses(), eight.losses(), rtol=1e-4)
+    variables = one.state.variables(), eight.state.variables()
+    assert_close(variables, rtol=1e-3)
+
+
+@EVERY_NET
+def test_statistics_per_device_are_those_of_groups(npz, name):
+    """Each device alone normalises as one device does that has groups of as many."""
+    alone = Steps(configured(npz, name, train__sync_batch_norm=False), 4)
+    groups = Steps(configured(npz, name, train__batch_norm_group=BATCH // 4), 1)
+    together = Steps(configured(npz, name), 1)
+    losses = alone.losses()
+    np.testing.assert_allclose(losses, groups.losses(), rtol=1e-4)
+    assert_close((alone.state.variables(), groups.state.variables()), rtol=1e-3)
+    assert not np.allclose(losses, together.losses(), rtol=1e-3)
+
+
+def collectives(compiled):
+    """How often each kind of collective stands in a compiled program."""
+    kinds = r"(all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)"
+    found = re.findall(rf" {kinds}(?:-start)?\(", compiled.as_text())
+    return {kind: found.count(kind) for kind in set(found)}
+
+
+@EVERY_NET
+@pytest.mark.parametrize("wiring", KINDS)
+def test_devices_exchange_nothing_but_sums(npz, name, wiring):
+    lowering = "native" if wiring == "grouped" else "auto"
+    fields = dict(net__wiring=wiring, net__lowering=lowering)
+    config = configured(npz, name, train__sync_batch_norm=False, **fields)
+    found = collectives(Steps(config, 8).compiled)
+    assert found.keys() == {"all-reduce"}
+    assert found["all-reduce"] <= 3
+
+
+@EVERY_NET
+def test_synchronised_statistics_cost_two_sums_a_layer(npz, name):
+    steps = Steps(configured(npz, name), 8)
+    layers = len(jax.tree.leaves(steps.state.stats)) // 2
+    assert collectives(steps.compiled).keys() == {"all-reduce"}
+    assert collectives(steps.compiled)["all-reduce"] <= 2 * layers + 3
+
+
+def test_plans_are_carried_out_where_the_images_are(npz):
+    config = configured(npz, train__steps_per_dispatch=3, train__sync_batch_norm=False)
+    examples = input_pipeline.load(config.data, "train")
+    mesh = train.make_mesh()
+    program, state = train.create_train_state(config, examples)
+    plan = input_pipeline.plan(config, 100, 0)
+    plans = jax.tree.map(lambda x: np.stack([x] * 3), plan)
+    data = np.zeros((100, 10, 10, 3), np.uint8), examples.labels
+    steps = train.make_device_steps(program, mesh)
+    compiled = steps.lower(state, data, plans, 3).compile(
+        compiler_options=compiling._options()
+    )
+    assert collectives(compiled).keys() == {"all-reduce"}
+    assert collectives(compiled)["all-reduce"] <= 3
+
+
+def test_state_is_donated(npz):
+    steps = Steps(configured(npz), 8)
+    before = steps.state
+    steps.loss()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(steps.state))
+
+
+def test_half_precision_computes_so_and_keeps_single_parameters(npz):
+    single = Steps(configured(npz), 1)
+    half = Steps(configured(npz, train__dtype="bfloat16"), 1)
+    losses = half.losses()
+    np.testing.assert_allclose(losses, single.losses(), rtol=0.1)
+    assert "bf16" in half.compiled.as_text()
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(half.state)}
+    assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_dropout_is_a_function_of_seed_and_step(npz):
+    config = configured(npz, net__dropout=0.5)
+    first, again = Steps(config, 1), Steps(config, 1)
+    losses = first.losses()
+    assert losses == again.losses()
+    assert losses != Steps(configured(npz), 1).losses()
+    # Devices draw their own masks, and what is drawn changes from step to step.
+    assert not np.allclose(losses, Steps(config, 2).losses(), rtol=1e-3)
+
+
+class Compilations(logging.Handler):
+    """Names of the programs compiled while it is entered."""
+
+    def __enter__(self):
+        self.names, self.log = [], jax.log_compiles()
+        self.log.__enter__()
+        logging.getLogger("jax").addHandler(self)
+        return self
+
+    def __exit__(self, *error):
+        logging.getLogger("jax").removeHandler(self)
+        self.log.__exit__(*error)
+
+    def emit(self, record):
+        if found := re.match(
+            r"Finished XLA compilation of jit\((.*?)\)", record.getMessage()
+        ):
+            self.names.append(found[1])
+
+
+@pytest.fixture
+def compilations():
+    with Compilations() as entered:
+        yield entered
+
+
+@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
+def test_nothing_is_compiled_again(npz, tmp_path, monkeypatch, compilations, pipeline):
+    """Not after an evaluation, not for the short dispatch before one."""
+    per_dispatch = 4 if pipeline == "device" else 1
+    config = configured(npz, data__pipeline=pipeline, train__epochs=3.0)
+    config.train.steps_per_dispatch = per_dispatch
+    marks = []
+    evaluated = train.Reporter.evaluated
+
+    def mark(reporter, row):
+        marks.append(len(compilations.names))
+        evaluated(reporter, row)
+
+    monkeypatch.setattr(train.Reporter, "evaluated", mark)
+    train.train_and_evaluate(config, tmp_path)
+    names = compilations.names
+    step = "steps" if pipeline == "device" else "step"
+    assert (names.count(step), names.count("eval_step")) == (1, 1)
+    assert len(marks) == 3
+    assert names[marks[1] :] == []
+
+
+def test_the_host_waits_for_no_step(npz, tmp_path, monkeypatch):
+    """What is fetched comes late and seldom: nothing between two lines of the log."""
+    events = []
+    array = type(jnp.zeros(()))
+    fetch, make_advance = array._value, train.make_advance
+
+    def fetching(self):
+        events.append("fetch")
+        return fetch.fget(self)
+
+    def counting(*arguments):
+        advance = make_advance(*arguments)
+        return lambda *state: events.append("step") or advance(*state)
+
+    monkeypatch.setattr(array, "_value", property(fetching))
+    monkeypatch.setattr(train, "make_advance", counting)
+    config = configured(npz, train__epochs=4.0, train__log_every_steps=10)
+    config.eval.every_epochs = 4.0
+    train.train_and_evaluate(config, tmp_path)
+    assert "fetch" in events
+    assert events.count("step") == 25
+    # steps 10 and 20 are told of while 11 and 21 run; the end fetches at will
+    told = [number for number, event in numbered(events) if event == "fetch"]
+    assert {n for n in told if 0 < n < 25} == {11, 21}
+
+
+def numbered(events):
+    """(how many steps came before, event)."""
+    counts = itertools.accumulate(event == "step" for event in events)
+    return zip(counts, events, strict=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(npz, tmp_path, monkeypatch):
+    config = configured(npz, train__epochs=100.0, checkpoint__every_steps=4)
+    # The rate jumps at step 13: everything before is sound.
+    config.optimizer.update(drop_epochs=(2.0,), drop_factor=1e30)
+    config.eval.every_epochs = 100.0
+    with pytest.raises(FloatingPointError) as error:
+        train.train_and_evaluate(config, tmp_path)
+    said = re.match(
+        r"the loss of step (\d+) is not finite; .* is step (\d+) in", str(error.value)
+    )
+    bad, good = map(int, said.groups())
+    assert 13 < bad <= 15
+    assert good == 12
+    with train.Checkpoints(tmp_path) as saved:
+        assert max(saved.steps()) == 12
+    # The same command ends the same way, and names the same steps.
+    with pytest.raises(
+        FloatingPointError, match=f"step {bad} is not finite.* step 12 in"
+    ):
+        train.train_and_evaluate(config, tmp_path)
+
+
+def test_it_is_noticed_before_the_end_of_a_long_epoch(npz, tmp_path, monkeypatch):
+    steps = []
+    make_advance = train.make_advance
+
+    def counting(*arguments):
+        advance = make_advance(*arguments)
+        return lambda *state: steps.append(1) or advance(*state)
+
+    monkeypatch.setattr(train, "make_advance", counting)
+    config = configured(npz, optimizer__learning_rate=1e30, train__epochs=100.0)
+    config.eval.every_epochs = 100.0
+    with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
+        train.train_and_evaluate(config, tmp_path)
+    assert len(steps) < 10
+
+
+def test_both_pipelines_give_the_same_run(npz, tmp_path):
+    rows = {}
+    for pipeline in ("device", "tf.data"):
+        config = configured(npz, data__pipeline=pipeline)
+        train.train_and_evaluate(config, tmp_path / pipeline)
+        rows[pipeline] = read_rows(tmp_path / pipeline / "metrics.csv")
+    print(rows)
+    assert rows["device"] == rows["tf.data"]
+
+
+def test_a_run_in_a_thread_of_a_notebook(npz, tmp_path):
+    config = configured(npz, train__epochs=0.5)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        result = thread.submit(train.train_and_evaluate, config, str(tmp_path)).result()
+    assert result["step"] == 4
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 4
+    again = train.train_and_evaluate(config, tmp_path)
+    assert again == result
+    assert train.evaluate_checkpoint(config, tmp_path).items() <= result.items()
+
+
+def test_it_learns(npz, tmp_path):
+    result = train.train_and_evaluate(configured(npz, train__epochs=6.0), tmp_path)
+    assert result["test_accuracy"] > 0.9
+    assert result["best_test_accuracy"] >= result["test_accuracy"]
