@@ -10,8 +10,6 @@ from launch import CONFIG, TOTAL, arguments, finish, kill_when, start
 
 from reporting import read_rows
 
-pytestmark = pytest.mark.slow
-
 
 def start_both(workdir, cache, **fields):
     with socket.socket() as free:
@@ -47,9 +45,12 @@ def together(cache):
     return launch.once(cache / "together", lambda folder: complete(folder, cache))
 
 
-@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
+@pytest.mark.parametrize(
+    "pipeline", ["device", pytest.param("tf.data", marks=pytest.mark.slow)]
+)
 def test_two_processes_compute_what_one_does(tmp_path, cache, pipeline):
-    short = dict(train__epochs=0.4, eval__every_epochs=0.2, data__pipeline=pipeline)
+    short = dict(train__epochs=0.2, eval__every_epochs=0.1, data__pipeline=pipeline)
+    short["optimizer__learning_rate"] = 0.001  # steps do not blow up rounding
     one, two = tmp_path / "one", tmp_path / "two"
     launch.complete(arguments(one, **short), cache)
     quiet = complete(two, cache, **short)[1]
@@ -58,10 +59,11 @@ def test_two_processes_compute_what_one_does(tmp_path, cache, pipeline):
         *(read_rows(x / "metrics.csv") for x in (two, one)), strict=True
     ):
         assert ours.keys() == wanted.keys()
-        np.testing.assert_allclose(ours["train_loss"], wanted["train_loss"], rtol=1e-4)
-        np.testing.assert_allclose(ours["test_loss"], wanted["test_loss"], rtol=1e-2)
+        for loss in ("train_loss", "test_loss"):
+            np.testing.assert_allclose(ours[loss], wanted[loss], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_they_resume_to_the_same_end(tmp_path, cache, together):
     processes = start_both(tmp_path, cache)
     assert kill_when(processes[0], lambda: max(launch.steps(tmp_path), default=0) >= 40)
@@ -72,6 +74,7 @@ def test_killed_they_resume_to_the_same_end(tmp_path, cache, together):
     launch.assert_same_end(tmp_path, together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [0, 1])
 def test_sigterm_of_one_stops_both(tmp_path, cache, together, told):
     processes = start_both(tmp_path, cache)

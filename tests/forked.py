@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
             code = print(code, file=sys.stderr) or 1
     except BaseException:
         code = traceback.print_exc() or 1
+    if "tensorflow" in sys.modules:
+        print("TensorFlow was imported", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     return code

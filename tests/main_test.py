@@ -111,6 +111,7 @@ def results(cache, tmp_path_factory):
         runs["lost rows"] = arguments(lost)
         runs["damaged rows"] = arguments(cut)
         runs["changed"] = arguments(copy("changed"), train__log_every_steps=9)
+        runs["short"] = arguments(folder / "short", train__epochs=0.1)
         for which in ("last", "best", 180, 181, "first"):
             flags = ["--mode=eval", f"--config.eval.checkpoint={which}"]
             runs[f"eval {which}"] = arguments(reference, DIGITS, *flags)
@@ -158,6 +159,12 @@ def test_refused_runs_leave_no_trace(results, cache):
     assert kept == (reference / "config.json").read_text()
     assert not (cache / "refused" / "no batch").exists()
     assert not (cache / "refused" / "nothing").exists()
+
+
+def test_images_on_the_device_need_no_tensorflow(results):
+    for name in ("short", "eval last", "no data"):
+        assert "TensorFlow was imported" not in results[name]["err"]
+    assert results["short"]["code"] == 0
 
 
 def test_a_changed_field_is_told(results):

@@ -1,6 +1,7 @@
 """The step on one device and on many, and the loop around it."""
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import logging
@@ -305,6 +306,33 @@ def test_both_pipelines_give_the_same_run(npz, tmp_path):
         rows[pipeline] = read_rows(tmp_path / pipeline / "metrics.csv")
     print(rows)
     assert rows["device"] == rows["tf.data"]
+
+
+def stop_at_once(monkeypatch):
+    """As if SIGTERM had come before the first step."""
+    monkeypatch.setattr(train, "sigterm", lambda: contextlib.nullcontext(lambda: True))
+
+
+def test_stopped_before_its_first_step_it_loses_nothing(npz, tmp_path, monkeypatch):
+    config = configured(npz, train__epochs=1.0)
+    train.train_and_evaluate(config, tmp_path)
+    config.train.epochs = 2.0
+    with monkeypatch.context() as patch:
+        stop_at_once(patch)
+        with pytest.raises(train.Preempted, match="saved up to step 7"):
+            train.train_and_evaluate(config, tmp_path)
+        with pytest.raises(train.Preempted, match="saved up to step 0"):
+            train.train_and_evaluate(config, tmp_path / "other")
+    with train.Checkpoints(tmp_path) as saved:
+        assert saved.best_step() == 7  # its row is still there
+    whole = configured(npz, train__epochs=2.0)
+    wanted = train.train_and_evaluate(whole, tmp_path / "whole")
+    assert train.train_and_evaluate(config, tmp_path) == wanted
+
+
+def test_batches_that_devices_cannot_share_are_refused(npz, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size 12 .* 8 devices.* multiple of 8"):
+        train.train_and_evaluate(configured(npz, train__batch_size=12), tmp_path)
 
 
 def test_a_run_in_a_thread_of_a_notebook(npz, tmp_path):

@@ -1,0 +1,123 @@
+"""Milliseconds of each lowering of each layer: python -m benchmarks.layers
+
+The convolutions of ResNet-20 and DenseNet-BC-40-24, and two grouped ones, batch 64.
+The lowerings of a layer take turns; the least of the repeats counts, because others
+use the machine too. `of_native` is the time as a share of XLA's own convolution.
+"""
+
+import argparse
+import csv
+import functools
+import os
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nets.layers.lowerings import Shape, applicable, choose, convolution
+
+# net, size, in, out, window, stride, groups
+LAYERS = (
+    ("resnet20", 32, 3, 16, 3, 1, 1),
+    ("resnet20", 32, 16, 16, 3, 1, 1),
+    ("resnet20", 32, 16, 32, 3, 2, 1),
+    ("resnet20", 16, 32, 32, 3, 1, 1),
+    ("resnet20", 16, 32, 64, 3, 2, 1),
+    ("resnet20", 8, 64, 64, 3, 1, 1),
+    ("densenet40-24", 32, 120, 96, 1, 1, 1),
+    ("densenet40-24", 32, 96, 24, 3, 1, 1),
+    ("densenet40-24", 16, 168, 96, 1, 1, 1),
+    ("densenet40-24", 16, 96, 24, 3, 1, 1),
+    ("densenet40-24", 8, 192, 96, 1, 1, 1),
+    ("densenet40-24", 8, 96, 24, 3, 1, 1),
+    ("grouped", 16, 96, 24, 3, 1, 2),
+    ("grouped", 16, 48, 48, 3, 1, 24),
+    ("grouped", 16, 96, 96, 1, 1, 4),
+)
+PARTS = ("forward", "input_gradient", "kernel_gradient")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    rows = [row for layer in LAYERS for row in measure(layer, **vars(options))]
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    name = f"{platform.machine()}-{os.cpu_count()}cores" if kind == "cpu" else kind
+    results = pathlib.Path(__file__).parent / "results"
+    path = results / f"layers-{name}-jax{jax.__version__}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+
+
+def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
+    net, size, i, o, window, stride, groups = layer
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((batch_size, size, size, i)), jnp.float32)
+    kernel = rng.standard_normal((window, window, i // groups, o))
+    kernel = jnp.asarray(kernel, jnp.float32)
+    geometry = {"stride": stride, "padding": window // 2, "groups": groups}
+    shape = Shape.of(x, kernel, **geometry)
+    names = applicable(shape)
+    programs = {
+        name: compiled(x, kernel, geometry | {"lowering": name}) for name in names
+    }
+    least = {name: dict.fromkeys(PARTS, float("inf")) for name in names}
+    for _ in range(repeats):
+        for name, parts in programs.items():
+            for part, run in parts.items():
+                start = time.perf_counter()
+                jax.block_until_ready(run())
+                seconds = time.perf_counter() - start
+                least[name][part] = min(least[name][part], seconds)
+    total = {name: sum(parts.values()) for name, parts in least.items()}
+    rows = []
+    for name in names:
+        row = {
+            "net": net,
+            "layer": f"{window}x{window} {i}->{o} /{stride} groups {groups}",
+            "size": size,
+            "batch_size": batch_size,
+            "lowering": name,
+            "auto": "*" if name == choose(shape, jax.default_backend()) else "",
+            **{f"{part}_ms": round(1e3 * least[name][part], 2) for part in PARTS},
+            "of_native": round(total[name] / total["native"], 3),
+        }
+        rows.append(row)
+        print("  ".join(str(value) for value in row.values()), flush=True)
+    return rows
+
+
+def compiled(x, kernel, options: dict) -> dict:
+    """Calls without arguments, one per part, compiled and warm."""
+    convolve = functools.partial(convolution, **options)
+    forward = jax.jit(convolve)
+    dy = jnp.ones_like(forward(x, kernel))
+
+    @jax.jit
+    def input_gradient(x, kernel, dy):
+        return jax.vjp(lambda x: convolve(x, kernel), x)[1](dy)
+
+    @jax.jit
+    def kernel_gradient(x, kernel, dy):
+        return jax.vjp(lambda kernel: convolve(x, kernel), kernel)[1](dy)
+
+    runs = (
+        functools.partial(forward, x, kernel),
+        functools.partial(input_gradient, x, kernel, dy),
+        functools.partial(kernel_gradient, x, kernel, dy),
+    )
+    for run in runs:
+        jax.block_until_ready(run())
+    return dict(zip(PARTS, runs, strict=True))
+
+
+if __name__ == "__main__":
+    main()

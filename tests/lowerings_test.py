@@ -1,0 +1,132 @@
+"""All lowerings are one function: equal forward and in both gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nets.layers import lowerings
+from nets.layers.lowerings import LOWERINGS, Shape, choose, convolution
+
+# images, size, in, out, window, stride, padding, groups
+CASES = {
+    "3x3": (2, 6, 8, 8, 3, 1, 1, 1),
+    "3x3 narrows": (2, 6, 12, 4, 3, 1, 1, 1),
+    "3x3 widens": (2, 6, 4, 12, 3, 1, 1, 1),
+    "3x3 stem": (2, 6, 3, 8, 3, 1, 1, 1),
+    "3x3 strided": (2, 8, 8, 12, 3, 2, 1, 1),
+    "3x3 strided, odd": (2, 7, 8, 12, 3, 2, 1, 1),
+    "3x3 unpadded": (2, 6, 8, 8, 3, 1, 0, 1),
+    "3x3 padded beyond the window": (2, 5, 8, 8, 3, 1, 4, 1),
+    "2x2 strided": (2, 6, 4, 4, 2, 2, 0, 1),
+    "5x5": (2, 6, 4, 6, 5, 1, 2, 1),
+    "7x7 strided": (2, 12, 3, 8, 7, 2, 3, 1),
+    "1x1": (2, 5, 6, 10, 1, 1, 0, 1),
+    "1x1 strided": (2, 7, 6, 10, 1, 2, 0, 1),
+    "1x1 padded": (2, 5, 6, 10, 1, 1, 1, 1),
+    "1x1 grouped": (2, 5, 6, 9, 1, 1, 0, 3),
+    "3x3 grouped": (2, 6, 8, 12, 3, 1, 1, 4),
+    "3x3 grouped, strided": (2, 7, 8, 12, 3, 2, 1, 2),
+    "3x3 depthwise": (2, 6, 8, 8, 3, 1, 1, 8),
+}
+
+
+def sizes(case, images=None):
+    n, size, i, o, k, stride, padding, groups = CASES[case]
+    x, kernel = (images or n, size, size, i), (k, k, i // groups, o)
+    return x, kernel, dict(stride=stride, padding=padding, groups=groups)
+
+
+def shape_of(case, images=None) -> Shape:
+    x, kernel, options = sizes(case, images)
+    x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (x, kernel))
+    return Shape.of(x, kernel, **options)
+
+
+PAIRS = [
+    (case, lowering)
+    for case in CASES
+    for lowering in lowerings.applicable(shape_of(case))
+    if lowering != "native"
+]
+
+
+def outcome(case, lowering, images=None, dtype=np.float64):
+    """y, dx and dkernel for random numbers, the same for every lowering."""
+    x_shape, kernel_shape, options = sizes(case, images)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal(x_shape), dtype)
+    kernel = jnp.asarray(rng.standard_normal(kernel_shape), dtype)
+
+    def compute(x, kernel):
+        convolve = functools.partial(convolution, lowering=lowering, **options)
+        y, transpose = jax.vjp(convolve, x, kernel)
+        dy = jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype)
+        return y, *transpose(dy)
+
+    return jax.jit(compute)(x, kernel)
+
+
+def assert_equal(case, lowering, images=None):
+    with jax.enable_x64(True):
+        found, expected = (outcome(case, x, images) for x in (lowering, "native"))
+        for name, a, b in zip(("y", "dx", "dkernel"), found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.parametrize(("case", "lowering"), PAIRS)
+def test_lowerings_are_one_function(case, lowering):
+    assert_equal(case, lowering)
+
+
+@pytest.mark.parametrize("images", [1, 6, 7, 13])
+@pytest.mark.parametrize("lowering", ["shifted", "scattered"])
+def test_chunks_add_up_whatever_the_batch(monkeypatch, lowering, images):
+    case = "3x3 narrows"
+    monkeypatch.setattr(lowerings, "CHUNK_ROWS", 3 * 6 * 6)  # at most 3 images
+    assert_equal(case, lowering, images)
+
+
+def test_strided_chunks_add_up(monkeypatch):
+    monkeypatch.setattr(lowerings, "CHUNK_ROWS", 2 * 4 * 4)
+    assert_equal("3x3 strided", "shifted", images=6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_auto_on_cpu_is_one_of_the_applicable(case):
+    shape = shape_of(case)
+    assert choose(shape, "cpu") in lowerings.applicable(shape)
+    assert choose(shape, "gpu") == choose(shape, "tpu") == "native"
+    assert_equal(case, "auto")
+
+
+def test_every_lowering_is_tried_and_one_that_does_not_apply_gives_way():
+    assert {lowering for _, lowering in PAIRS} == set(LOWERINGS) - {"native"}
+    assert_equal("3x3 strided", "dot")
+
+
+@pytest.mark.parametrize(("case", "lowering"), PAIRS)
+def test_bfloat16_stays_and_is_close(case, lowering):
+    found = outcome(case, lowering, dtype=jnp.bfloat16)
+    exact = outcome(case, "native", dtype=np.float32)
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        error = jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max()
+        assert error < 0.03
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "options", "message"),
+    [
+        ((1, 4, 4, 6), (3, 3, 5, 8), {}, "5 inputs in each of 1 groups.*5.*got 6"),
+        ((1, 4, 4, 6), (3, 3, 2, 8), {"groups": 3}, "3 groups do not divide 8 output"),
+        ((1, 4, 4, 7), (3, 3, 2, 8), {"groups": 2}, "2 groups do not divide 7 input"),
+        ((1, 2, 2, 6), (5, 5, 6, 8), {"padding": 1}, r"\[?\(?2, 2.*padding 1.*5, 5"),
+        ((1, 4, 4, 6), (3, 3, 6, 8), {"lowering": "shift"}, "unknown.*shift.*native"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_both_numbers(x, kernel, options, message):
+    with pytest.raises(ValueError, match=message):
+        convolution(jnp.zeros(x), jnp.zeros(kernel), **options)
