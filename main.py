@@ -53,7 +53,7 @@ def main(_):
 def _log_plainly():
     """Our progress lines and everybody's warnings, without absl's prefix."""
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-    here, handler = str(pathlib.Path(__file__).parent), logging.get_absl_handler()
+    here, handler = os.path.dirname(train.__file__), logging.get_absl_handler()
 
     def wanted(record):
         ours = os.path.dirname(record.pathname) == here

@@ -257,7 +257,7 @@ def _product_of_transposed(x, y):
 
 
 def _over_chunks(chunk: Callable, shape: Shape, *arrays: jax.Array):
-    """Calls chunk(*some images of each array) -> (per image, sum) until all are done."""
+    """Calls chunk(*images of each array) -> (per image, sum) until all are done."""
     most = max(1, CHUNK_ROWS // math.prod(shape.out_size))
     size = max(n for n in range(1, most + 1) if shape.images % n == 0)
     if size == shape.images:
