@@ -34,15 +34,17 @@ class Reporter:
         if tensorboard and jax.process_index() == 0:
             thread = concurrent.futures.ThreadPoolExecutor(1)
             self._writer = thread.submit(_summary_writer, workdir)
-        self._pending = None
+        self._pending = self._last_totals = None
         self.finite = True  # the last loss that was fetched
-        self._restart(start)
 
     def trained(self, step: int, totals: dict) -> None:
         """Called after each dispatch; reports on every `log_every` steps.
 
-        The totals are still being computed: they are fetched one call later.
+        The totals are still being computed: they are fetched one call later. Only
+        the first are waited for: they begin the first interval, as that call compiled.
         """
+        if self._last_totals is None:
+            self._restart(step, _fetched(totals))
         self._flush()
         if step // self._clock.log_every > self._last_step // self._clock.log_every:
             self._pending = (step, totals)
@@ -51,11 +53,11 @@ class Reporter:
         if self._pending is None:
             return
         (step, totals), self._pending = self._pending, None
-        totals = {k: float(v) for k, v in jax.device_get(totals).items()}
+        totals = _fetched(totals)
         interval = {k: v - self._last_totals.get(k, 0.0) for k, v in totals.items()}
-        means, now = metrics.means(interval, "train"), time.perf_counter()
-        self.finite = math.isfinite(means["train_loss"])
-        rate = interval["examples"] / (now - self._last_time)
+        means, started = metrics.means(interval, "train"), self._last_time
+        self._restart(step, totals)
+        rate = interval["examples"] / (self._last_time - started)
         remaining = (self._clock.total - step) * self._clock.batch_size / rate
         logging.info(
             "step %d/%d  epoch %.2f  loss %.4f  %.0f images/s  ETA %s",
@@ -67,12 +69,12 @@ class Reporter:
             datetime.timedelta(seconds=round(remaining)),
         )
         self._write(step, means | {"images_per_second": rate})
-        self._last_step, self._last_totals, self._last_time = step, totals, now
 
-    def _restart(self, step: int) -> None:
-        """A new interval: after an evaluation, which is not training time."""
-        self._last_step, self._last_totals = step, {}
+    def _restart(self, step: int, totals: dict[str, float]) -> None:
+        """Begins an interval of the progress lines with what the sums are now."""
+        self._last_step, self._last_totals = step, totals
         self._last_time = time.perf_counter()
+        self.finite = math.isfinite(totals.get("loss", 0.0))
 
     def evaluated(self, row: dict[str, float]) -> None:
         """Adds a row to metrics.csv; best.json holds the first of equal bests."""
@@ -89,7 +91,7 @@ class Reporter:
             "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("test_")),
         )
         self._write(row["step"], row)
-        self._restart(row["step"])
+        self._restart(row["step"], {})  # an evaluation is not training time
 
     def close(self) -> None:
         self._flush()
@@ -139,6 +141,10 @@ def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
         return [row | {"step": int(row["step"])} for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged; delete it to go on: {error!r}") from error
+
+
+def _fetched(totals: dict) -> dict[str, float]:
+    return {k: float(v) for k, v in jax.device_get(totals).items()}
 
 
 def _summary_writer(workdir: pathlib.Path):

@@ -1,6 +1,6 @@
 """Milliseconds of each lowering of each layer: python -m benchmarks.layers
 
-The convolutions of ResNet-20 and DenseNet-BC-40-24, and two grouped ones, batch 64.
+The convolutions of ResNet-20 and DenseNet-BC-40-24, and grouped ones, batch 64.
 The lowerings of a layer take turns; the least of the repeats counts, because others
 use the machine too. `of_native` is the time as a share of XLA's own convolution.
 """
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import environment
 from nets.layers.lowerings import Shape, applicable, choose, convolution
 
 # net, size, in, out, window, stride, groups
@@ -35,7 +36,10 @@ LAYERS = (
     ("densenet40-24", 8, 96, 24, 3, 1, 1),
     ("grouped", 16, 96, 24, 3, 1, 2),
     ("grouped", 16, 48, 48, 3, 1, 24),
+    ("grouped", 8, 256, 256, 3, 1, 16),
     ("grouped", 16, 96, 96, 1, 1, 4),
+    ("grouped", 8, 512, 512, 1, 1, 8),
+    ("depthwise", 16, 128, 128, 3, 1, 128),
 )
 PARTS = ("forward", "input_gradient", "kernel_gradient")
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    environment.settle()  # as main.py: page faults would double the times on CPU
     rows = [row for layer in LAYERS for row in measure(layer, **vars(options))]
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     name = f"{platform.machine()}-{os.cpu_count()}cores" if kind == "cpu" else kind

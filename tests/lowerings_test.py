@@ -30,6 +30,11 @@ CASES = {
     "3x3 grouped": (2, 6, 8, 12, 3, 1, 1, 4),
     "3x3 grouped, strided": (2, 7, 8, 12, 3, 2, 1, 2),
     "3x3 depthwise": (2, 6, 8, 8, 3, 1, 1, 8),
+    "3x3 depthwise, doubling, strided": (2, 7, 6, 12, 3, 2, 1, 6),
+    "3x3 pairs": (2, 6, 8, 8, 3, 1, 1, 4),
+    "3x3 many pairs": (2, 4, 130, 130, 3, 1, 1, 65),
+    "3x3 several blocks": (2, 4, 160, 80, 3, 1, 1, 20),
+    "1x1 wide groups": (2, 4, 80, 40, 1, 1, 0, 4),
 }
 
 
@@ -115,6 +120,59 @@ def test_bfloat16_stays_and_is_close(case, lowering):
         assert a.dtype == jnp.bfloat16
         error = jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max()
         assert error < 0.03
+
+
+def test_auto_on_cpu_reaches_every_lowering():
+    chosen = {choose(shape_of(case), "cpu") for case in CASES}
+    assert chosen == set(LOWERINGS)
+
+
+@pytest.mark.parametrize("case", ["3x3", "3x3 narrows", "3x3 strided", "3x3 pairs"])
+def test_second_derivatives_agree(case):
+    """Reverse over reverse, as for Hessian-vector products."""
+    x_shape, kernel_shape, options = sizes(case)
+    rng = np.random.default_rng(0)
+
+    def curvature(lowering):
+        convolve = functools.partial(convolution, lowering=lowering, **options)
+        loss = lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel)))
+        slope = lambda *args: sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(*args))
+        return jax.jit(jax.grad(slope, (0, 1)))
+
+    with jax.enable_x64(True):
+        args = [jnp.asarray(rng.standard_normal(s)) for s in (x_shape, kernel_shape)]
+        for a, b in zip(
+            curvature("auto")(*args), curvature("native")(*args), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["3x3 narrows", "3x3 strided", "3x3 pairs"])
+def test_works_inside_a_loop_of_a_sharded_step(monkeypatch, case):
+    """Where the train step calls it: two devices, chunks within a fori_loop."""
+    monkeypatch.setattr(lowerings, "CHUNK_ROWS", 64)
+    x_shape, kernel_shape, options = sizes(case, images=8)
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(s)) for s in (x_shape, kernel_shape))
+    loss = lambda kernel, x: jnp.sum(convolution(x, kernel, **options) ** 2)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "data")
+
+    def gradient(kernel, x):
+        add = lambda _, total: total + jax.grad(loss)(kernel, x)
+        return jax.lax.psum(jax.lax.fori_loop(0, 3, add, 0 * kernel), "data")
+
+    spec = jax.sharding.PartitionSpec
+    sharded = jax.shard_map(
+        gradient,
+        mesh=mesh,
+        in_specs=(spec(), spec("data")),
+        out_specs=spec(),
+        check_vma=False,
+    )
+    expected = 3 * jax.grad(loss)(kernel, x)
+    np.testing.assert_allclose(
+        jax.jit(sharded)(kernel, x), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(

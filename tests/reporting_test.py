@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -103,6 +104,7 @@ def test_progress_tells_of_the_last_interval(tmp_path, lines):
 
 def test_sums_start_over_after_an_evaluation(tmp_path, lines):
     writer = reporter(tmp_path)
+    writer.trained(99, totals(99))
     writer.trained(100, totals(100))
     writer.evaluated(row(100, 0.5))
     writer.trained(110, totals(10, loss=1.5))
@@ -110,16 +112,29 @@ def test_sums_start_over_after_an_evaluation(tmp_path, lines):
     assert lines()[-1].startswith("step 110/400  epoch 1.10  loss 1.5000")
 
 
-def test_several_steps_a_dispatch_do_not_skip_a_line(tmp_path, lines):
+def test_the_first_interval_has_neither_compilation_nor_what_was_before(
+    tmp_path, lines
+):
+    """A run resumed in the middle of an epoch starts with the sums of its beginning."""
+    writer = reporter(tmp_path, start=50)
+    before = totals(51, loss=8.0)
+    writer.trained(51, before)
+    writer._last_time -= 0.5
+    writer.trained(60, {k: before[k] + v for k, v in totals(9).items()})
+    writer.close()
+    (line,) = lines()
+    assert line.startswith("step 60/400  epoch 0.60  loss 2.0000")
+    rate = int(re.search(r"(\d+) images/s", line)[1])
+    assert 200 < rate <= 9 * 16 / 0.5
+
+
+def test_several_steps_a_dispatch_skip_no_line(tmp_path, lines):
     writer = reporter(tmp_path)
     for step in (8, 16, 24, 32, 40):
         writer.trained(step, totals(step))
     writer.close()
     assert [line.split("/")[0] for line in lines()] == [
-        "step 16",
-        "step 24",
-        "step 32",
-        "step 40",
+        *("step 16", "step 24", "step 32", "step 40")
     ]
 
 

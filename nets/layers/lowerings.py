@@ -18,6 +18,7 @@ from jax import lax
 # Rows (pixels) of a chunk's matrix product. From 2,048 to 8,192 the time is flat.
 # Above, the gathered taps leave the cache; below, a product cannot fill the threads.
 CHUNK_ROWS = 4096
+BLOCK_CHANNELS, BLOCKS = 64, 4
 
 
 def convolution(
@@ -93,15 +94,28 @@ class Shape:
         )
 
     @property
+    def group_inputs(self) -> int:
+        return self.in_channels // self.groups
+
+    @property
+    def group_outputs(self) -> int:
+        return self.out_channels // self.groups
+
+    @property
     def pointwise(self) -> bool:
         return self.window == (1, 1) and self.padding == 0
 
 
 def choose(shape: Shape, platform: str) -> str:
-    """The rule of `auto`, from benchmarks/results."""
+    """The rule of `auto`. Numbers are from benchmarks/results/layers-*.csv."""
     if platform != "cpu":
         return "native"
     if shape.groups > 1:
+        wide = shape.in_channels > 128
+        if LOWERINGS["taps"].exists(shape) and (shape.group_inputs == 1 or wide):
+            return "taps"
+        if shape.pointwise and shape.in_channels > 64 and shape.group_inputs >= 16:
+            return "einsum"
         return "block_dense"
     if shape.pointwise:
         return "dot"
@@ -131,34 +145,72 @@ def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 def dot(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """1x1: a matrix product over pixels. A stride only drops pixels beforehand."""
-    return _product(x[:, :: shape.stride, :: shape.stride], kernel[0, 0])
+    x = x[:, :: shape.stride, :: shape.stride]
+    # Flat: over (N, H, W, in) XLA:CPU transposes a whole map for the kernel gradient.
+    y = x.reshape(-1, shape.in_channels) @ kernel[0, 0]
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def einsum(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """1x1 in groups: a matrix product over pixels for each group."""
     x = x[:, :: shape.stride, :: shape.stride]
-    depth, groups = shape.in_channels // shape.groups, shape.groups
     y = jnp.einsum(
         "pgi,igo->pgo",
-        x.reshape(-1, groups, depth),
-        kernel.reshape(depth, groups, -1),
+        x.reshape(-1, shape.groups, shape.group_inputs),
+        kernel.reshape(shape.group_inputs, shape.groups, -1),
     )
     return y.reshape(*x.shape[:-1], shape.out_channels)
 
 
 def block_dense(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """A dense convolution whose kernel holds the groups on its diagonal.
+    """Groups side by side in dense kernels that hold them on their diagonals.
 
-    `groups` times the arithmetic, in products that are large enough to be fast.
+    More arithmetic, in products that are large enough to be fast. The kernels are as
+    wide as BLOCK_CHANNELS, but no more than BLOCKS: each is compiled on its own.
     """
-    groups, depth = shape.groups, shape.in_channels // shape.groups
-    kernel = kernel.reshape(*shape.window, 1, depth, groups, -1)
-    diagonal = jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
-    kernel = (kernel * diagonal).reshape(
-        *shape.window, shape.in_channels, shape.out_channels
+    widest = max(BLOCK_CHANNELS, shape.in_channels // BLOCKS)
+    merged = max(
+        m
+        for m in range(1, shape.groups + 1)
+        if shape.groups % m == 0 and (m * shape.group_inputs <= widest or m == 1)
     )
-    shape = dataclasses.replace(shape, groups=1)
-    return LOWERINGS[choose(shape, "cpu")].compute(x, kernel, shape)
+    blocks = shape.groups // merged
+    # Six axes. A product summed over one of seven crashes XLA:CPU (jax issue 40412).
+    kernel = kernel.reshape(
+        -1, 1, shape.group_inputs, blocks, merged, shape.group_outputs
+    )
+    kernel = kernel * jnp.eye(merged, dtype=kernel.dtype)[:, None, None, :, None]
+    block = dataclasses.replace(
+        shape,
+        in_channels=shape.in_channels // blocks,
+        out_channels=shape.out_channels // blocks,
+        groups=1,
+    )
+    kernel = kernel.reshape(*shape.window, block.in_channels, shape.out_channels)
+    compute = LOWERINGS[choose(block, "cpu")].compute
+    pieces = zip(
+        jnp.split(x, blocks, axis=-1), jnp.split(kernel, blocks, axis=-1), strict=True
+    )
+    return jnp.concatenate([compute(x, k, block) for x, k in pieces], axis=-1)
+
+
+def taps(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """Depthwise, and groups of two: sums of shifted maps times one value a channel."""
+    p, dtype = shape.padding, jnp.promote_types(x.dtype, jnp.float32)
+    maps = jnp.pad(x.astype(dtype), ((0, 0), (p, p), (p, p), (0, 0)))
+    maps = maps.reshape(*maps.shape[:-1], shape.groups, -1)
+    kernel = kernel.astype(dtype)
+    kernel = kernel.reshape(-1, shape.group_inputs, shape.groups, shape.group_outputs)
+    outputs = []
+    for o in range(shape.group_outputs):
+        total = jnp.zeros((), dtype)
+        for i in range(shape.group_inputs):
+            pieces = _slices(maps[..., i], shape.window, shape.stride, shape.out_size)
+            for tap, piece in enumerate(pieces):
+                total += piece * kernel[tap, i, :, o]
+        outputs.append(total.astype(x.dtype))
+    y = jnp.stack(outputs, axis=-1)
+    return y.reshape(*y.shape[:-2], shape.out_channels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -175,12 +227,15 @@ def scattered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     `_gradients`.
     """
     p, out = shape.padding, shape.out_channels
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     columns = kernel.transpose(2, 0, 1, 3).reshape(shape.in_channels, -1)
 
     def chunk(x):
-        z = jnp.pad(_product(x, columns), ((0, 0), (p, p), (p, p), (0, 0)))
-        taps = enumerate(_slices(z, shape.window, 1, shape.out_size))
-        return sum(tap[..., i * out : (i + 1) * out] for i, tap in taps), None
+        z = jnp.matmul(x, columns, preferred_element_type=dtype)
+        z = jnp.pad(z, ((0, 0), (p, p), (p, p), (0, 0)))
+        pieces = enumerate(_slices(z, shape.window, 1, shape.out_size))
+        y = sum(piece[..., i * out : (i + 1) * out] for i, piece in pieces)
+        return y.astype(x.dtype), None
 
     y, _ = _over_chunks(chunk, shape, x)
     return y
@@ -207,8 +262,8 @@ def _kernel_gradient_from_copies_of_x(x, dy, shape):
 
     def chunk(x, dy):
         x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-        taps = _slices(x, shape.window, shape.stride, shape.out_size)
-        return None, _product_of_transposed(jnp.concatenate([*taps], -1), dy)
+        copies = _slices(x, shape.window, shape.stride, shape.out_size)
+        return None, _product_of_transposed(jnp.concatenate([*copies], -1), dy)
 
     _, dw = _over_chunks(chunk, shape, x, dy)
     dw = dw.reshape(*shape.window, shape.in_channels, shape.out_channels)
@@ -223,8 +278,8 @@ def _kernel_gradient_from_copies_of_dy(x, dy, shape):
     def chunk(x, dy):
         # lax.pad and not jnp.pad: a padding beyond the window makes edges negative.
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), edges)
-        taps = _slices(dy, shape.window, 1, shape.size)
-        return None, _product_of_transposed(x, jnp.concatenate([*taps], -1))
+        copies = _slices(dy, shape.window, 1, shape.size)
+        return None, _product_of_transposed(x, jnp.concatenate([*copies], -1))
 
     _, dw = _over_chunks(chunk, shape, x, dy)
     dw = dw.reshape(shape.in_channels, *shape.window, -1)[:, ::-1, ::-1]
@@ -243,12 +298,6 @@ def _slices(x, window, stride, size):
             yield x[:, i : i + rows : stride, j : j + cols : stride]
 
 
-def _product(x, matrix):
-    """(..., a) times (a, b), as one flat matrix product."""
-    y = x.reshape(-1, x.shape[-1]) @ matrix
-    return y.reshape(*x.shape[:-1], -1)
-
-
 def _product_of_transposed(x, y):
     """(..., a) and (..., b) -> (a, b), summed over pixels in float32 at least."""
     x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
@@ -257,7 +306,7 @@ def _product_of_transposed(x, y):
 
 
 def _over_chunks(chunk: Callable, shape: Shape, *arrays: jax.Array):
-    """Calls chunk(*images of each array) -> (per image, sum) until all are done."""
+    """Calls chunk(*images of each array) -> (per image, sum) for all."""
     most = max(1, CHUNK_ROWS // math.prod(shape.out_size))
     size = max(n for n in range(1, most + 1) if shape.images % n == 0)
     if size == shape.images:
@@ -299,4 +348,10 @@ LOWERINGS = {
     ),
     "block_dense": Lowering(block_dense, lambda shape: shape.groups > 1),
     "einsum": Lowering(einsum, lambda shape: shape.groups > 1 and shape.pointwise),
+    "taps": Lowering(
+        taps,
+        lambda shape: (
+            shape.groups > 1 and shape.group_inputs * shape.group_outputs <= 4
+        ),
+    ),
 }
