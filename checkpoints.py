@@ -276,7 +276,7 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     try:
         return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: delete it to go on: {error}") from error
+        raise CheckpointError(f"{path} cannot be read; delete it: {error}") from error
 
 
 def _tuples(value: Any) -> Any:
