@@ -11,21 +11,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BORDERS = ("zero", "mean")
+BORDERS = ("zero", "mean", "dataset_mean", "white", "reflect")
 
 
-def pad(images: np.ndarray, pad: int, border: str) -> np.ndarray:
+def pad(
+    images: np.ndarray, pad: int, border: str, mean: Sequence[float] = (0.0,)
+) -> np.ndarray:
     """(N, H, W, C) uint8 -> (N, H + 2 pad, W + 2 pad, C) uint8.
 
-    border: 'zero', black, before normalisation (specs: X-Nets); 'mean' (cfmz): the rows
-    above and below repeat the rounded mean row of the image, then the columns left and
-    right repeat the rounded mean column of the result, halves to even as in numpy.
-    Raises ValueError for another border.
+    border: 'zero', black, before normalisation (specs: X-Nets); 'dataset_mean', what
+    fb.resnet.torch's zeros after normalisation are, rounded (at most 0.5 of 255 off);
+    'mean' (cfmz): the rows above and below repeat the rounded mean row of the image,
+    then the columns left and right repeat the rounded mean column of the result, halves
+    to even as in numpy; 'white'; 'reflect', without repeating the edge.
+    mean: of the data set, per channel, 0..255. Raises ValueError for another border.
     """
     if border not in BORDERS:
         raise ValueError(f"unknown border {border!r}: choose from {', '.join(BORDERS)}")
+    edges = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+    if border == "reflect":
+        return np.pad(images, edges, mode="reflect")
     n, height, width, channels = images.shape
-    padded = np.zeros((n, height + 2 * pad, width + 2 * pad, channels), np.uint8)
+    fill = {"dataset_mean": np.rint(mean), "white": 255}.get(border, 0)
+    padded = np.empty((n, height + 2 * pad, width + 2 * pad, channels), np.uint8)
+    padded[:] = fill
     padded[:, pad : pad + height, pad : pad + width] = images
     if border == "mean" and pad:
         for start in range(

@@ -156,10 +156,15 @@ def batches(
         return share(plan(config, num_examples, step), index, count)
 
     draw(start_step)  # errors come here, and not with the first batch
-    padded = augment.pad(examples.images, data.pad, data.border)
+    padded = pad(data, examples)
     if data.pipeline == "device":
         return _device_batches(padded, examples.labels, draw, start_step)
     return _tf_batches(tensorflow(), padded, examples.labels, draw, start_step)
+
+
+def pad(data: ConfigDict, examples: Examples) -> np.ndarray:
+    """The training images with the border that random crops are taken from."""
+    return augment.pad(examples.images, data.pad, data.border, examples.mean)
 
 
 def _test_batches(

@@ -201,18 +201,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
             return summary(read_rows(workdir / "metrics.csv"))
         program, state = create_train_state(config, examples)
         preflight.describe(config, examples, mesh)
-        state, step = jax.device_put(state, NamedSharding(mesh, REPLICATED)), 0
-        if checkpoints.steps():
-            state, step = checkpoints.restore(state, "last")
-            for change in preflight.changes(config, workdir):
-                logging.warning(change)
-            logging.info("resuming %s from step %d", workdir, step)
+        state = jax.device_put(state, NamedSharding(mesh, REPLICATED))
+        state, step = _resume(config, workdir, checkpoints, state)
         save_config(workdir, config)
         reporter = Reporter(workdir, clock, step, config.train.tensorboard)
         advance = make_advance(config, program, mesh, examples, state, step)
-        eval_step = evaluate.make_eval_step(
-            program.definition, mesh, program.normalization
-        )
+        advance = _first_step_told(advance, started)
+        test = make_test(config, program, mesh, test_examples)
         with contextlib.closing(reporter), sigterm() as terminated:
             saved, bad_step = step, state.bad_step
             while step < clock.total:
@@ -220,22 +215,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                 stop = min(next_eval, clock.next_save(step))
                 while step < stop and reporter.finite and not terminated():
                     state, totals, bad_step = advance(state, stop - step)
-                    if started:
-                        jax.block_until_ready(totals)
-                        seconds, started = time.perf_counter() - started, None
-                        logging.info("first step after %.1f s", seconds)
                     step += min(clock.steps_per_dispatch, stop - step)
                     reporter.trained(step, totals)
                 _refuse(bad_step, checkpoints)
                 row = None
                 if step == next_eval:
-                    row = {"step": step, "epoch": clock.epoch(step)}
-                    row["learning_rate"] = float(f"{program.rate(step - 1):.6g}")
-                    row |= metrics.means(totals, "train")
-                    batches = test_batches(config, mesh, test_examples)
-                    row |= evaluate.evaluate(
-                        eval_step, state.variables(), batches, mesh
-                    )
+                    row = _progress(program, clock, step, totals)
+                    row |= test(state.variables())
                     reporter.evaluated(row)
                     zeros = jax.tree.map(jnp.zeros_like, state.totals)
                     state = dataclasses.replace(state, totals=zeros)
@@ -244,12 +230,52 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                     checkpoints.save(step, state, row)
                     saved = step
                 if terminated() and step < clock.total:
-                    checkpoints.wait()
-                    raise Preempted(
-                        f"SIGTERM: saved up to step {saved} in {workdir}; "
-                        "the same command goes on from there"
-                    )
+                    _preempted(checkpoints, workdir, saved)
         return summary(reporter.rows)
+
+
+def _resume(
+    config: ConfigDict, workdir: pathlib.Path, checkpoints: Checkpoints, state
+) -> tuple[TrainState, int]:
+    """The state that the workdir holds, else the given one, and its step."""
+    if not checkpoints.steps():
+        return state, 0
+    state, step = checkpoints.restore(state, "last")
+    for change in preflight.changes(config, workdir):
+        logging.warning(change)
+    logging.info("resuming %s from step %d", workdir, step)
+    return state, step
+
+
+def _first_step_told(advance: Callable, started: float) -> Callable:
+    """`advance`, which waits for its first result and logs the time since `started`."""
+    first = True
+
+    def told(state, most):
+        nonlocal first
+        outcome = advance(state, most)
+        if first:
+            jax.block_until_ready(outcome)
+            logging.info("first step after %.1f s", time.perf_counter() - started)
+            first = False
+        return outcome
+
+    return told
+
+
+def _progress(program: Program, clock: Clock, step: int, totals: dict) -> dict:
+    """The training half of a row of metrics.csv."""
+    rate = float(f"{program.rate(step - 1):.6g}")
+    row = {"step": step, "epoch": clock.epoch(step), "learning_rate": rate}
+    return row | metrics.means(totals, "train")
+
+
+def _preempted(checkpoints: Checkpoints, workdir: pathlib.Path, saved: int) -> None:
+    checkpoints.wait()
+    raise Preempted(
+        f"SIGTERM: saved up to step {saved} in {workdir}; the same command goes on "
+        "from there"
+    )
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
@@ -262,10 +288,8 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
         program, state = create_train_state(config, examples)
         state = jax.device_put(state, NamedSharding(mesh, REPLICATED))
         state, step = checkpoints.restore(state, config.eval.checkpoint)
-    eval_step = evaluate.make_eval_step(program.definition, mesh, program.normalization)
-    batches = test_batches(config, mesh, test_examples)
-    return {"step": step} | evaluate.evaluate(
-        eval_step, state.variables(), batches, mesh
+    return {"step": step} | make_test(config, program, mesh, test_examples)(
+        state.variables()
     )
 
 
@@ -279,6 +303,19 @@ def summary(rows: list[dict]) -> dict:
     best = max(rows, key=lambda row: row[metrics.SELECTION])
     kept = {k: v for k, v in best.items() if k == "step" or k.startswith("test_")}
     return rows[-1] | {f"best_{k}": v for k, v in kept.items()}
+
+
+def make_test(
+    config: ConfigDict, program: Program, mesh: Mesh, examples: input_pipeline.Examples
+) -> Callable:
+    """variables -> `test_*` over all examples; compiled with its first call."""
+    step = evaluate.make_eval_step(program.definition, mesh, program.normalization)
+
+    def test(variables: dict) -> dict:
+        batches = test_batches(config, mesh, examples)
+        return evaluate.evaluate(step, variables, batches, mesh)
+
+    return test
 
 
 def test_batches(
@@ -312,7 +349,7 @@ def make_advance(
 
     if config.data.pipeline == "device":
         most_steps = config.train.steps_per_dispatch
-        padded = augment.pad(examples.images, config.data.pad, config.data.border)
+        padded = input_pipeline.pad(config.data, examples)
         data = jax.device_put(
             (padded, examples.labels), NamedSharding(mesh, REPLICATED)
         )

@@ -6,17 +6,14 @@ use the machine too. `of_native` is the time as a share of XLA's own convolution
 """
 
 import argparse
-import csv
 import functools
-import os
-import pathlib
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import benchmarks
 import environment
 from nets.layers.lowerings import Shape, applicable, choose, convolution
 
@@ -51,15 +48,8 @@ def main() -> None:
     options = parser.parse_args()
     environment.settle()  # as main.py: page faults would double the times on CPU
     rows = [row for layer in LAYERS for row in measure(layer, **vars(options))]
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    name = f"{platform.machine()}-{os.cpu_count()}cores" if kind == "cpu" else kind
-    results = pathlib.Path(__file__).parent / "results"
-    path = results / f"layers-{name}-jax{jax.__version__}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    name = benchmarks.machine(jax.devices()[0].device_kind)
+    benchmarks.write(f"layers-{name}-jax{jax.__version__}", rows)
 
 
 def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:

@@ -8,19 +8,18 @@ compare ratios, which are medians over rounds. --peer needs PyTorch and pytorchc
 """
 
 import argparse
-import csv
 import functools
 import importlib
 import importlib.util
 import json
 import os
-import pathlib
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+
+import benchmarks
 
 PEERS = {  # of pytorchcv, in its order of names
     "cfmz:20": "resnet20_cifar10",
@@ -31,7 +30,6 @@ PEER_INSTALL = (
     "pip install torch==2.13.0 && pip install --no-deps pytorchcv==0.0.67 (--no-deps: "
     "later needs are for other things)"
 )
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -52,15 +50,8 @@ def main() -> None:
     if options.peer and not importlib.util.find_spec("pytorchcv"):
         sys.exit(f"error: --peer needs PyTorch and pytorchcv: {PEER_INSTALL}")
     rows = [row for variant in options.variants for row in table(variant, options)]
-    name = rows[0]["device"].lower().replace(" ", "-")
-    if name == "cpu":
-        name = f"{platform.machine()}-{options.threads}cores"
-    path = RESULTS / f"models-{name}-jax{rows[0]['jax']}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    name = benchmarks.machine(rows[0]["device"], options.threads)
+    benchmarks.write(f"models-{name}-jax{rows[0]['jax']}", rows)
 
 
 def table(variant: str, options: argparse.Namespace) -> list[dict]:

@@ -5,12 +5,9 @@ tf.data: batches that arrive in numpy, nothing else running. device: plans drawn
 and carried out by JAX, one dispatch per batch. Median of the repeats, a minute in all.
 """
 
-import csv
 import importlib.metadata
 import itertools
 import os
-import pathlib
-import platform
 import statistics
 import time
 
@@ -18,6 +15,7 @@ import jax
 import numpy as np
 
 import augment
+import benchmarks
 import input_pipeline
 from configs import common
 
@@ -50,22 +48,13 @@ def main() -> None:
             }
         )
         print("{path:8} {images_per_second:>9,} images/s".format(**rows[-1]))
-    machine = f"{platform.machine()}-{os.cpu_count()}cores"
-    if jax.default_backend() != "cpu":
-        machine += "-" + jax.devices()[0].device_kind.replace(" ", "-")
-    name = f"pipeline-{machine}-jax{jax.__version__}.csv"
-    path = pathlib.Path(__file__).parent / "results" / name
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"benchmarks/results/{name}")
+    name = benchmarks.machine(jax.devices()[0].device_kind)
+    benchmarks.write(f"pipeline-{name}-jax{jax.__version__}", rows)
 
 
 def device_path(config, examples):
     """A function that starts a batch on the device and returns it."""
-    padded = augment.pad(examples.images, config.data.pad, config.data.border)
+    padded = input_pipeline.pad(config.data, examples)
     data = jax.device_put((padded, examples.labels))
     plans = input_pipeline.plans(config, len(examples.labels))
     apply_plan = jax.jit(input_pipeline.apply_plan)

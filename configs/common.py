@@ -7,7 +7,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
+NUM_CLASSES = {
+    "cifar10": 10,
+    "cifar100": 100,
+    "digits": 10,
+    "imagenet2012": 1000,
+    "svhn_cropped": 10,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +21,16 @@ class Published:
     """A table row of a paper or README, as printed there.
 
     error: test error in percent; selection: 'best' of all epochs on the test set, or
-    the 'last' epoch. parameters: the printed figure, where there is one.
+    the 'last' epoch. parameters, macs: the printed figures, where there are any.
+    top5: the top-5 error of the same epoch.
     """
 
     error: float
     selection: str
     source: str
     parameters: str = ""
+    top5: float | None = None
+    macs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +58,12 @@ def base() -> ConfigDict:
             num_classes=10,
             graph_seed=0,  # expander graphs are a function of it and the layer's path
             lowering="auto",  # of every convolution: nets/layers/lowerings.py
-            wiring="dense",  # dense, expander, grouped: nets/layers/wiring.py
+            wiring="dense",  # or expander, grouped, interleaved: nets/layers/wiring.py
             compress=2,  # expander: a sampling channel keeps in // compress partners
             sampling="smaller_side",  # expander: or per_output, per_input
             groups=2,  # grouped
+            primary_groups=2,  # interleaved; 0: output channels / secondary_groups
+            secondary_groups=0,  # interleaved; 0: output channels / primary_groups
         )
     )
     config.data = ConfigDict(
@@ -63,7 +74,7 @@ def base() -> ConfigDict:
             cache_dir="",  # decoded images; '': wirings in $XDG_CACHE_HOME, ~/.cache
             pipeline="tf.data",  # or 'device': images and augmentation on the device
             pad=4,  # pixels a side before the random crop; 0: no crop
-            border="zero",  # what fills them: zero, mean (cfmz: augment.py)
+            border="zero",  # what fills them: augment.BORDERS
             flip=True,  # horizontally, with probability 1/2
             mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
             std=(),

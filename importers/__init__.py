@@ -8,17 +8,25 @@
 
 import contextlib
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from flax import nnx
 
 import nets
-from importers import cfmz, xnets
-from importers.sources import Importer, ImportMismatch, assign, empty
+from importers import cfmz, delugenets, fb_resnet, gunn, igcnets, xnets
+from importers.sources import Importer, ImportMismatch, Path, Source, assign, empty
 from nets.layers.norm import BatchNorm
 
-__all__ = ["ImportMismatch", "Importer", "NoImporter", "build", "find", "load"]
+__all__ = [
+    "ImportMismatch",
+    "Importer",
+    "NoImporter",
+    "build",
+    "find",
+    "load",
+    "sources_of",
+]
 
 
 class NoImporter(LookupError):
@@ -27,6 +35,10 @@ class NoImporter(LookupError):
 
 FAMILIES: dict[str, dict[str, Importer]] = {
     "cfmz": cfmz.IMPORTERS,
+    "delugenets": delugenets.IMPORTERS,
+    "gunn": gunn.IMPORTERS,
+    "igcnets": igcnets.IMPORTERS,
+    "resnet": fb_resnet.IMPORTERS,
     "xnets": xnets.IMPORTERS,
 }
 
@@ -68,9 +80,17 @@ def build(reference: Mapping) -> nnx.Module:
 def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Fills the net with all tensors of an original, by original names and layouts.
 
-    The naming is the one, of those known for this class of net, that shares most names
-    with the tensors. Raises ImportMismatch naming the tensors that are missing,
-    unexpected or of another shape.
+    Raises ImportMismatch naming the tensors that are missing, unexpected or of another
+    shape.
+    """
+    assign(net, sources_of(net, tensors), tensors)
+
+
+def sources_of(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
+    """What each variable of the net is made of, for an original's names of tensors.
+
+    The naming is the one, of those known for this class of net, that shares most names:
+    an original may spell one net in several ways.
     """
     namings = []
     for importer in (i for names in FAMILIES.values() for i in names.values()):
@@ -83,7 +103,7 @@ def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 
     def shared(sources):
         return sum(
-            name in tensors for source in sources.values() for name in source.shapes
+            name in names for source in sources.values() for name in source.shapes
         )
 
-    assign(net, max(namings, key=shared), tensors)
+    return max(namings, key=shared)

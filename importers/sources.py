@@ -28,7 +28,7 @@ class Source(NamedTuple):
     shapes: name -> shape in the reference layout.
     join: these tensors, in this order -> the variable.
     split: the inverse, for gradients and statistics too; {name: array} of those
-      tensors that the variable determines.
+      tensors that the variable determines, zero where other variables do.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -97,12 +97,15 @@ def assign(
 def to_reference(
     sources: Mapping[Path, Source], values: Mapping[Path, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Arrays by our paths (variables, their gradients) -> by reference name."""
-    return {
-        name: array
-        for path, value in values.items()
-        for name, array in sources[path].split(np.asarray(value)).items()
-    }
+    """Arrays by our paths (variables, their gradients) -> by reference name.
+
+    What several variables have of one tensor adds up.
+    """
+    tensors = {}
+    for path, value in values.items():
+        for name, array in sources[path].split(np.asarray(value)).items():
+            tensors[name] = tensors[name] + array if name in tensors else array
+    return tensors
 
 
 def _plain(name: str, shape: tuple[int, ...]) -> Source:

@@ -10,22 +10,40 @@ import jax
 from flax import nnx
 
 from nets import connectivity
-from nets.densenet import DenseNet
+from nets.alexnet import AlexNet
+from nets.delugenet import DelugeNet
+from nets.densenet import DenseNet, ImageNetDenseNet
+from nets.gunn import Gunn
 from nets.layers.expander import Connectivity, Expander
 from nets.layers.wiring import Wiring
-from nets.resnet import CfmzResNet
+from nets.mobilenet import MobileNet
+from nets.plain import IgcImageNetResNet, IgcResNet, Plain
+from nets.resnet import CfmzResNet, ResNet
+from nets.vgg import VGG
 
 __all__ = ["Connectivity", "Definition", "create", "names", "split"]
 
 NETS: dict[str, type[nnx.Module]] = {
+    "alexnet": AlexNet,
     "cfmz_resnet": CfmzResNet,
+    "delugenet": DelugeNet,
     "densenet": DenseNet,
+    "gunn": Gunn,
+    "densenet_imagenet": ImageNetDenseNet,
+    "igc_resnet": IgcResNet,
+    "igc_resnet_imagenet": IgcImageNetResNet,
+    "mobilenet": MobileNet,
+    "plain": Plain,
+    "resnet": ResNet,
+    "vgg": VGG,
 }
 WIRING_FIELDS = {
     "wiring": "kind",
     "compress": "compress",
     "sampling": "sampling",
     "groups": "groups",
+    "primary_groups": "primary_groups",
+    "secondary_groups": "secondary_groups",
 }
 RUN_ONCE = {
     "xla_backend_optimization_level": 0,
@@ -43,8 +61,9 @@ def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
 
     Fields: `name`; `graph_seed` (expander graphs are a function of it and of the
     layer's path), `lowering` (of every convolution); the wiring's (`wiring`,
-    `compress`, `sampling`, `groups`); the rest goes to the class by name. Works under
-    nnx.eval_shape too. Raises ValueError on what cannot be built.
+    `compress`, `sampling`, `groups`, `primary_groups`, `secondary_groups`); the rest
+    goes to the class by name. Works under nnx.eval_shape too. Raises ValueError on
+    what cannot be built.
     """
     options = dict(config)
     name = options.pop("name")

@@ -84,6 +84,16 @@ def grouped(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
     return np.flatnonzero(np.kron(np.eye(groups, dtype=bool), blocks)).astype(np.int32)
 
 
+def permutation(channels: int, branches: int) -> np.ndarray:
+    """The input channel (C,) of each output channel of an interleaved pair's shuffle.
+
+    Channels as (branches, C / branches), transposed; with C / branches its inverse.
+    """
+    if branches < 1 or channels % branches:
+        raise ValueError(f"{branches} branches do not divide {channels} channels")
+    return np.arange(channels).reshape(branches, -1).T.ravel()
+
+
 def layer_rng(seed: int, path: str) -> np.random.Generator:
     """The generator of one layer's graph: a function of (seed, layer path) alone."""
     return np.random.default_rng([seed, zlib.crc32(path.encode())])

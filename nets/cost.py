@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nets.layers.gradual import Gradual
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -101,10 +103,16 @@ def _calls(net, input_shape) -> dict[str, list[tuple[int, ...]]]:
         path[0].key: written.get(variable, -1)
         for (path, _), variable in zip(leaves, jaxpr.jaxpr.outvars, strict=True)
     }
-    return {
-        path: [output.shape for output in outputs[path]]
-        for path in sorted(outputs, key=order.__getitem__)
-    }
+    modules = {_dotted(path): module for path, module in nnx.iter_modules(net)}
+    calls = {}
+    for path in sorted(outputs, key=order.__getitem__):
+        calls[path] = [output.shape for output in outputs[path]]
+        if isinstance(modules[path], Gradual):
+            # Its loop hides the calls: those of one unit, as kernels hold them all.
+            units = _calls(modules[path].abstract_unit(), calls[path][0])
+            inside = path and f"{path}.", "units."
+            calls |= {"".join((*inside, k)): shapes for k, shapes in units.items()}
+    return calls
 
 
 def _dotted(path: tuple) -> str:

@@ -1,19 +1,30 @@
-"""DenseNet for 32x32 images, the backbone of X-DenseNet (Deep Expander Networks).
+"""DenseNet, the backbone of X-DenseNet (Deep Expander Networks).
 
 Each layer reads the concatenation of all earlier maps of its block and appends
 `growth` new ones. X-DenseNet-BC-40-24-2 is depth 40, growth 24 and the expander
 wiring with compress 2. Source: the published code's densenet_cifar, _grouped_cifar
-and _expander_cifar, which are one class here.
+and _expander_cifar, which are one class here, and its densenet121 to 201 with their
+expander twins, which are another.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nets.layers.conv import Conv, Linear, he_fan_out
-from nets.layers.norm import BatchNorm
-from nets.layers.pooling import average_pool, global_average_pool
+from nets.layers.conv import Conv, Linear, he_fan_out, torch_default, torch_uniform
+from nets.layers.norm import BatchNorm, torch_batch_norm
+from nets.layers.pooling import average_pool, global_average_pool, max_pool
 from nets.layers.wiring import Wiring
+
+# ImageNet: depth: growth, layers of each block.
+IMAGENET = {
+    121: (32, (6, 12, 24, 16)),
+    161: (48, (6, 12, 36, 24)),
+    169: (32, (6, 12, 32, 32)),
+    201: (32, (6, 12, 48, 32)),
+}
 
 
 class BasicLayer(nnx.Module):
@@ -32,12 +43,23 @@ class BasicLayer(nnx.Module):
 class BottleneckLayer(nnx.Module):
     """BN, ReLU, 1x1 to 4 growth, BN, ReLU, 3x3 to growth; appended to the input."""
 
-    def __init__(self, channels, growth, *, wiring, dropout, rngs):
+    def __init__(
+        self,
+        channels: int,
+        growth: int,
+        *,
+        wiring: Wiring,
+        norm=BatchNorm,
+        init=he_fan_out,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         width = 4 * growth
-        self.norm1 = BatchNorm(channels)
-        self.conv1 = wiring.conv(channels, width, 1, rngs=rngs)
-        self.norm2 = BatchNorm(width)
-        self.conv2 = wiring.conv(width, growth, 3, padding=1, rngs=rngs)
+        options = dict(init=init, rngs=rngs)
+        self.norm1 = norm(channels)
+        self.conv1 = wiring.conv(channels, width, 1, **options)
+        self.norm2 = norm(width)
+        self.conv2 = wiring.conv(width, growth, 3, padding=1, **options)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,9 +71,19 @@ class BottleneckLayer(nnx.Module):
 class Transition(nnx.Module):
     """BN, ReLU, 1x1, 2x2 average pool."""
 
-    def __init__(self, in_channels, out_channels, *, wiring, dropout, rngs):
-        self.norm = BatchNorm(in_channels)
-        self.conv = wiring.conv(in_channels, out_channels, 1, rngs=rngs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        wiring: Wiring,
+        norm=BatchNorm,
+        init=he_fan_out,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = norm(in_channels)
+        self.conv = wiring.conv(in_channels, out_channels, 1, init=init, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,6 +145,70 @@ class DenseNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
+        for i, layers in enumerate(self.blocks):
+            if i:
+                x = self.transitions[i - 1](x)
+            for layer in layers:
+                x = layer(x)
+        return self.classifier(global_average_pool(nnx.relu(self.norm(x))))
+
+
+class ImageNetDenseNet(nnx.Module):
+    """x (N, H, W, 3) -> logits (N, num_classes); published for 224x224.
+
+    depth: a key of IMAGENET, unless `growth` and `blocks` (layers of each) are given.
+    wired_transitions: whether transitions use the wiring; the published ones are dense.
+    norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
+    The original pools a fixed 7x7 window at the end, here the whole map, which is the
+    same at 224x224.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 121,
+        growth: int = 0,
+        blocks: tuple[int, ...] = (),
+        wired_transitions: bool = False,
+        norm_scale: str = "ones",
+        wiring: Wiring = Wiring(),
+        num_classes: int = 1000,
+        rngs: nnx.Rngs,
+    ):
+        if depth not in IMAGENET:
+            raise ValueError(
+                f"an ImageNet DenseNet has depth {', '.join(map(str, IMAGENET))}, "
+                f"not {depth}"
+            )
+        growth, blocks = growth or IMAGENET[depth][0], blocks or IMAGENET[depth][1]
+        norm = functools.partial(torch_batch_norm, scale=norm_scale, rngs=rngs)
+        options = dict(norm=norm, init=torch_uniform, rngs=rngs)
+        transition_wiring = wiring if wired_transitions else Wiring()
+        channels = 2 * growth
+        stem = dict(stride=2, padding=3, init=torch_uniform, rngs=rngs)
+        self.stem, self.stem_norm = Conv(3, channels, 7, **stem), norm(channels)
+        stages, transitions = [], []
+        for block, count in enumerate(blocks):
+            if block:
+                geometry = (channels, channels // 2)
+                transition = Transition(*geometry, wiring=transition_wiring, **options)
+                transitions.append(transition)
+                channels //= 2
+            layers = []
+            for _ in range(count):
+                layers.append(
+                    BottleneckLayer(channels, growth, wiring=wiring, **options)
+                )
+                channels += growth
+            stages.append(nnx.List(layers))
+        self.blocks, self.transitions = nnx.List(stages), nnx.List(transitions)
+        self.norm = norm(channels)
+        default = dict(bias_init=torch_default(channels))
+        self.classifier = Linear(channels, num_classes, rngs=rngs, **default)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.stem_norm(self.stem(x)))
+        x = max_pool(x, 3, stride=2, padding=1)
         for i, layers in enumerate(self.blocks):
             if i:
                 x = self.transitions[i - 1](x)

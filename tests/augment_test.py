@@ -63,6 +63,26 @@ def test_zero_border_is_black_around_the_unchanged_image():
     assert padded.sum(dtype=np.int64) == images.sum(dtype=np.int64)
 
 
+@pytest.mark.parametrize(
+    ("border", "expected"),
+    [("dataset_mean", (125, 123, 114)), ("white", (255, 255, 255))],
+)
+def test_border_of_one_colour_is_around_the_unchanged_image(border, expected):
+    images = random_images(2, 5, 6, 3)
+    padded = augment.pad(images, 2, border, mean=(125.3, 123.0, 113.9))
+    np.testing.assert_array_equal(padded[:, 2:-2, 2:-2], images)
+    inside = np.zeros(padded.shape[:3], bool)
+    inside[:, 2:-2, 2:-2] = True
+    assert (padded[~inside] == expected).all()
+
+
+def test_reflected_border_mirrors_about_the_edge_pixels():
+    images = random_images(2, 5, 6, 3)
+    padded = augment.pad(images, 2, "reflect")
+    np.testing.assert_array_equal(padded[:, 0, 2:-2], images[:, 2])
+    np.testing.assert_array_equal(padded[:, 2:-2, -1], images[:, :, -3])
+
+
 @pytest.mark.parametrize("border", augment.BORDERS)
 def test_no_padding_changes_nothing(border):
     images = random_images(3, 5, 5, 3)

@@ -90,7 +90,7 @@ def test_an_abstract_net_suffices_and_nothing_is_compiled():
 
 
 def _recorded():
-    """The CIFAR DenseNets of the originals' table; the wide ones are slow to trace."""
+    """The nets of the originals' table; the large ones are slow to trace."""
     if not COUNTS.exists():
         reason = pytest.mark.skip(f"reference material {COUNTS} is not here")
         return [pytest.param({}, id="counts", marks=reason)]
@@ -100,26 +100,56 @@ def _recorded():
             id="-".join(
                 filter(None, (entry["name"], entry["rule"], entry["transition"]))
             ),
-            marks=() if entry["params_trainable"] < 1e6 else pytest.mark.slow,
+            marks=() if entry["macs_dense_equivalent"] < 1e9 else pytest.mark.slow,
         )
         for entry in json.loads(COUNTS.read_text())["models"]
-        if re.match(r"densenet\w*_cifar", entry["name"])
     ]
+
+
+NAMES = (
+    (r"densenet\w*?_cifar-(?P<depth>\d+)-(?P<growth>\d+)-?(\d+)?-c\d+", "densenet"),
+    (r"densenet\D*(?P<depth>\d+)(-\d+)?", "densenet_imagenet"),
+    (r"resnet\D*(?P<depth>\d+)(-\d+)?", "resnet"),
+    (r"vgg(?P<depth>\d+)\D*", "vgg"),
+    (r"mobilenet-(?P<width>[\d.]+)\S*", "mobilenet"),
+    (r"alexnet\D*", "alexnet"),
+)
+
+
+def _config(recorded):
+    """The `net` section of an entry, all of which stands in its name and rule."""
+    full, transition = recorded["name"], recorded["transition"]
+    (match, name) = next(
+        (match, name)
+        for pattern, name in NAMES
+        if (match := re.fullmatch(pattern, full))
+    )
+    config = {
+        k: float(v) if k == "width" else int(v) for k, v in match.groupdict().items()
+    }
+    config |= dict(name=name, num_classes=1000)
+    if classes := re.search(r"-c(\d+)$", full):
+        config["num_classes"] = int(classes[1])
+    if name == "resnet":
+        config |= dict(form="imagenet", shortcut="B")
+    if name == "vgg":
+        config |= dict(batch_norm="_bn" in full, num_classes=10)
+    factor = re.search(r"-(\d+)(-c\d+)?$", full)
+    if "expander" in full:
+        sampling = {"head": "smaller_side", "output": "per_output"}[recorded["rule"]]
+        config |= dict(wiring="expander", sampling=sampling)
+        config |= dict(compress=int(factor[1])) if factor else {}
+        config |= dict(wired_transitions=transition == "expander") if transition else {}
+    elif "grouped" in full:
+        config |= dict(wiring="grouped", groups=2)
+    elif "groups" in full:
+        config |= dict(wiring="grouped", groups=int(factor[1]))
+    return config
 
 
 @pytest.mark.parametrize("recorded", _recorded())
 def test_counts_of_the_original(recorded):
-    pattern = r"densenet(\w*)_cifar-(\d+)-(\d+)-?(\d+)?-c(\d+)"
-    wiring, *numbers = re.fullmatch(pattern, recorded["name"]).groups()
-    depth, growth, compress, classes = (int(number or 0) for number in numbers)
-    config = dict(name="densenet", depth=depth, growth=growth, num_classes=classes)
-    if wiring == "expander":
-        sampling = {"head": "smaller_side", "output": "per_output"}[recorded["rule"]]
-        config |= dict(wiring="expander", compress=compress, sampling=sampling)
-        config |= dict(wired_transitions=recorded["transition"] == "expander")
-    elif wiring == "grouped":
-        config |= dict(wiring="grouped", groups=2)
-    net = nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
+    net = nnx.eval_shape(lambda: nets.create(_config(recorded), nnx.Rngs(0)))
     size = recorded["input"]
     total = cost.total(cost.layers(net, (1, size, size, 3)))
     assert total == cost.Cost(

@@ -78,7 +78,7 @@ def network(golden: Golden) -> Comparison:
 
     net.train()
     importers.load(net, tensors)
-    sources = importers.find(facts["system"], facts["net"]).sources(net)
+    sources = importers.sources_of(net, tensors)
     trained = train(net, sources, images, loss)
     comparison.add("train", trained["output"], arrays["logits_train"])
     comparison.add("loss", trained["loss"], arrays["loss_train"])

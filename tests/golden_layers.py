@@ -3,6 +3,11 @@
 import json
 import pathlib
 
+import golden_delugenets
+import golden_gunn
+import golden_igcnets
+import golden_resnet
+import golden_xnets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +26,10 @@ from golden_checks import (
 import configs.cfmz
 import importers
 import optimizers
-from importers import cfmz, xnets
-from importers.golden import Golden, draw, generator, normal
+from importers import cfmz
+from importers.golden import Golden, draw, normal
 from importers.sources import assign, by_layer, empty, to_reference
-from nets import connectivity
 from nets.layers.conv import Linear, he_fan_in
-from nets.layers.expander import ExpanderConv, ExpanderLinear
 from nets.layers.pooling import global_average_pool
 from nets.layers.wiring import Wiring
 from nets.resnet import Block, NeonBatchNorm
@@ -37,7 +40,9 @@ def is_golden(path: pathlib.Path, facts) -> bool:
     if path.suffix == ".npz":
         return path.name.startswith("optimizer_")
     return isinstance(facts, dict) and (
-        path.with_suffix(".npz").exists() or "steps" in facts
+        path.with_suffix(".npz").exists()
+        or "steps" in facts
+        or golden_igcnets.permutations is golden_igcnets.reader(facts)
     )
 
 
@@ -46,51 +51,16 @@ def reader(path: pathlib.Path):
     if path.suffix == ".npz":
         return optimizer_rule
     facts = json.loads(path.read_text())
-    if facts.get("layer") in EXPANDERS:
-        return xnets_expander_layer
     if all(key.startswith("cfmz_") for key in facts):
         return cfmz_layers
     if "losses_f64" in facts:
         return cfmz_trajectory
-    return None
+    found = (family.reader(facts) for family in FAMILIES)
+    return next(filter(None, found), None)
 
 
-EXPANDERS = {"ExpanderConv2d": ExpanderConv, "ExpanderLinear": ExpanderLinear}
-
-
-def xnets_expander_layer(path: pathlib.Path) -> Comparison:
-    facts, comparison = json.loads(path.read_text()), Comparison()
-    arrays = {
-        k: v.astype(np.float64) for k, v in np.load(path.with_suffix(".npz")).items()
-    }
-    channels, weight = (facts["I"], facts["O"]), facts["weight_name"]
-    sampling = {"head": "smaller_side", "output": "per_output"}[facts["rule"]]
-    assert connectivity.sampled_side(*channels, sampling) == facts["side"]
-    rng = generator(f"{facts['model']}/{weight}/connections")
-    edges = connectivity.expander(*channels, facts["k"], sampling, rng)
-    np.testing.assert_array_equal(connectivity.mask(edges, *channels).T, arrays["mask"])
-
-    geometry = {}
-    if facts["layer"] == "ExpanderConv2d":
-        geometry = {"stride": facts.get("s", 1), "padding": facts.get("p", 0)}
-        channels += (facts["K"],)
-    layer = EXPANDERS[facts["layer"]](
-        *channels, degree=facts["k"], sampling=sampling, rngs=nnx.Rngs(0), **geometry
-    )
-    sources = by_layer(layer, lambda path, layer: xnets.leaf(path[-1], layer))
-    mask = np.zeros_like(arrays["weight"])
-    mask.T[:] = arrays["mask"].T
-    assign(layer, sources, {weight: arrays["weight"], "mask": mask})
-    assert layer.num_edges == facts["nnz"]
-
-    upstream = _channels_last(arrays["gradout"])
-    loss = lambda y: (y * upstream).sum()
-    result = train(layer, sources, _channels_last(arrays["x"]), loss)
-    comparison.add("output", _channels_first(result["output"]), arrays["y"])
-    input_gradient = _channels_first(result["input gradient"])
-    comparison.add("input gradient", input_gradient, arrays["grad_x"])
-    comparison.add("gradient", result["gradients"][weight], arrays["grad_weight"])
-    return comparison
+# Modules with a function `reader(facts)` -> that of a file, or None.
+FAMILIES = [golden_delugenets, golden_gunn, golden_igcnets, golden_resnet, golden_xnets]
 
 
 CFMZ_KINDS = {"W": "weight", "gamma": "gamma", "beta": "bias", "gmean": "mean"}

@@ -13,6 +13,7 @@ from nets.layers.lowerings import LOWERINGS, Shape, choose, convolution
 # images, size, in, out, window, stride, padding, groups
 CASES = {
     "3x3": (2, 6, 8, 8, 3, 1, 1, 1),
+    "3x3 of 32": (2, 5, 32, 32, 3, 1, 1, 1),
     "3x3 narrows": (2, 6, 12, 4, 3, 1, 1, 1),
     "3x3 widens": (2, 6, 4, 12, 3, 1, 1, 1),
     "3x3 stem": (2, 6, 3, 8, 3, 1, 1, 1),
@@ -94,9 +95,10 @@ def test_chunks_add_up_whatever_the_batch(monkeypatch, lowering, images):
     assert_equal(case, lowering, images)
 
 
-def test_strided_chunks_add_up(monkeypatch):
-    monkeypatch.setattr(lowerings, "CHUNK_ROWS", 2 * 4 * 4)
-    assert_equal("3x3 strided", "shifted", images=6)
+@pytest.mark.parametrize("images", [1, 6, 7, 13])
+def test_pieces_of_a_batch_may_differ_in_size(monkeypatch, images):
+    monkeypatch.setattr(lowerings, "PIECE_ROWS", 2 * 6 * 6)
+    assert_equal("3x3", "separated", images)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,9 +18,20 @@ from nets.layers.wiring import KINDS
 
 # The smallest form of each net; a new one fails a test until it has one here.
 TINY = {
+    "alexnet": dict(image_size=63, hidden=1024, num_classes=10, batch_norm=True),
     "cfmz_resnet": dict(depth=8),
+    "delugenet": dict(layers=(2, 2, 1), width=0.25),
     "densenet": dict(depth=10, growth=8),
+    "densenet_imagenet": dict(growth=8, blocks=(1, 2, 1), num_classes=10),
+    "igc_resnet": dict(depth=8, width=8),
+    "igc_resnet_imagenet": dict(depth=10, width=8, num_classes=10),
+    "mobilenet": dict(width=0.25, num_classes=10),
+    "plain": dict(depth=5, width=8),
+    "gunn": dict(channels=(16, 24), segments=(4, 3)),
+    "resnet": dict(depth=8, preactivation=True),
+    "vgg": dict(depth=11),
 }
+SIZE = {"alexnet": 63}  # of images; 32 for every other net
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
 EVERY_WIRING = pytest.mark.parametrize("wiring", KINDS)
 
@@ -38,8 +49,8 @@ def abstract(config):
     return nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
 
 
-def images(count, size=32, seed=0):
-    rng = np.random.default_rng(seed)
+def images(name, count, seed=0):
+    size, rng = SIZE.get(name, 32), np.random.default_rng(seed)
     return rng.standard_normal((count, size, size, 3)).astype(np.float32)
 
 
@@ -54,6 +65,11 @@ def expanders(net):
     return {p: m for p, m in nnx.iter_modules(net) if isinstance(m, Expander)}
 
 
+def graphs_of(layer):
+    """Edges (E,) of each graph of an expander; stacked ones have several."""
+    return np.asarray(layer.edges[...]).reshape(-1, layer.num_edges)
+
+
 def test_every_net_has_a_tiny_form():
     assert sorted(TINY) == nets.names()
 
@@ -63,7 +79,7 @@ def test_every_net_has_a_tiny_form():
 def test_every_wiring_takes_a_step(name, wiring):
     """All values finite, all weights and statistics moved, the loss went down."""
     definition, variables = nets.split(create(name, wiring))
-    x, labels = images(4), jnp.arange(4)
+    x, labels = images(name, 4), jnp.arange(4)
 
     def objective(params, stats):
         state = variables | {"params": params, "stats": stats}
@@ -87,14 +103,14 @@ def test_every_wiring_takes_a_step(name, wiring):
 
 @EVERY_NET
 def test_evaluation_ignores_the_rest_of_the_batch(name):
-    x, other, net = images(4), images(4, seed=1), forward(name)
+    x, other, net = images(name, 4), images(name, 4, seed=1), forward(name)
     other[0] = x[0]
     np.testing.assert_array_equal(net(x)[0][0], net(other)[0][0])
 
 
 @EVERY_NET
 def test_training_does_not(name):
-    x, other, net = images(4), images(4, seed=1), forward(name, train=True)
+    x, other, net = images(name, 4), images(name, 4, seed=1), forward(name, train=True)
     other[0] = x[0]
     assert np.abs(net(x)[0][0] - net(other)[0][0]).max() > 1e-3
 
@@ -113,7 +129,7 @@ def test_the_input_decides_the_precision(name, given, expected):
             graphdef, state = nnx.split(net)
             net = nnx.merge(graphdef, jax.tree.map(to_given, state))
         definition, variables = nets.split(net)
-        x = jax.ShapeDtypeStruct((4, 32, 32, 3), given)
+        x = jax.ShapeDtypeStruct(images(name, 4).shape, given)
         apply = functools.partial(definition.apply, train=True)
         logits, stats = jax.eval_shape(apply, variables, x)
     assert logits.shape == (4, 10)
@@ -123,7 +139,7 @@ def test_the_input_decides_the_precision(name, given, expected):
 
 @EVERY_NET
 def test_half_precision_follows_single(name):
-    net, x = forward(name), images(4)
+    net, x = forward(name), images(name, 4)
     (exact, _), (rounded, _) = net(x), net(x.astype(jnp.bfloat16))
     assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -132,7 +148,8 @@ def test_half_precision_follows_single(name):
 def test_other_sizes_of_image_and_numbers_of_classes(name):
     net = abstract(config(name, num_classes=7))
     definition, variables = nets.split(net)
-    x = jax.ShapeDtypeStruct((2, 40, 48, 3), jnp.float32)
+    size = SIZE.get(name, 32)
+    x = jax.ShapeDtypeStruct((2, size + 8, size + 16, 3), jnp.float32)
     assert jax.eval_shape(definition.apply, variables, x)[0].shape == (2, 7)
 
 
@@ -143,10 +160,11 @@ def test_removed_connections_do_not_exist(name):
     assert expanders(net)
     for layer in expanders(net).values():
         channels = (layer.in_channels, layer.out_channels)
-        mask = connectivity.mask(np.asarray(layer.edges[...]), *channels)
-        assert layer.kernel.shape[-1] == mask.sum() < mask.size
-        side = connectivity.sampled_side(*channels, layer.sampling)
-        assert (mask.sum({"input": 1, "output": 0}[side]) == layer.degree).all()
+        for edges in graphs_of(layer):
+            mask = connectivity.mask(edges, *channels)
+            assert layer.kernel.shape[-1] == mask.sum() < mask.size
+            side = connectivity.sampled_side(*channels, layer.sampling)
+            assert (mask.sum({"input": 1, "output": 0}[side]) == layer.degree).all()
 
 
 @EVERY_NET
@@ -155,7 +173,7 @@ def test_graphs_are_a_function_of_seed_and_path(name):
 
     def graphs(net):
         return {
-            path: (layer.in_channels, layer.out_channels, layer.edges[...].tolist())
+            path: (layer.in_channels, layer.out_channels, graphs_of(layer).tolist())
             for path, layer in expanders(net).items()
         }
 
@@ -170,7 +188,7 @@ def test_graphs_are_a_function_of_seed_and_path(name):
     for path, graph in expected.items():
         assert other[path] != graph, path
     # Layers of one shape, even of one place in their block, have graphs of their own.
-    drawn = [(i, o, tuple(edges)) for i, o, edges in expected.values()]
+    drawn = [(i, o, tuple(g)) for i, o, graphs in expected.values() for g in graphs]
     assert len(set(drawn)) == len(drawn)
 
 
@@ -229,7 +247,7 @@ def test_names_are_filtered_by_pattern():
 def test_dropout_acts_in_training_only_and_by_key():
     net = nets.create(config("densenet", dropout=0.5), nnx.Rngs(0))
     definition, variables = nets.split(net)
-    x = images(2)
+    x = images("densenet", 2)
     train = run_once(functools.partial(definition.apply, variables, train=True))
     first, again, other = (train(x, key=jax.random.key(i))[0] for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

@@ -1,5 +1,7 @@
 """Dense and grouped convolution, linear layer, and each origin's initialiser."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +13,19 @@ he_fan_in = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # neo
 he_fan_out = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torch
 # Torch's default linear weight: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_default(fan_in: int):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's weights and biases, if left alone.
+
+    The fan of a convolution is in * k * k; torch 0.3 did not divide it by the groups.
+    """
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 class Conv(nnx.Module):
@@ -29,7 +44,9 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: int = 0,
         groups: int = 1,
+        bias: bool = False,
         init=he_fan_out,
+        bias_init=None,
         rngs: nnx.Rngs,
     ):
         for side, channels in (("input", in_channels), ("output", out_channels)):
@@ -41,11 +58,12 @@ class Conv(nnx.Module):
                 )
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.bias = _bias(out_channels, bias_init, rngs) if bias else None
         self.stride, self.padding, self.groups = stride, padding, groups
         self.lowering = "auto"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return convolution(
+        y = convolution(
             x,
             self.kernel[...].astype(x.dtype),
             stride=self.stride,
@@ -53,6 +71,7 @@ class Conv(nnx.Module):
             groups=self.groups,
             lowering=self.lowering,
         )
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -65,12 +84,20 @@ class Linear(nnx.Module):
         *,
         bias: bool = True,
         init=torch_uniform,
+        bias_init=None,
         rngs: nnx.Rngs,
     ):
         shape = (in_features, out_features)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
+        self.bias = _bias(out_features, bias_init, rngs) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def _bias(size: int, init, rngs: nnx.Rngs) -> nnx.Param:
+    """Zeros without an initialiser, and then no random number is used up."""
+    if init is None:
+        return nnx.Param(jnp.zeros(size))
+    return nnx.Param(init(rngs.params(), (size,), jnp.float32))

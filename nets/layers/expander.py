@@ -39,15 +39,17 @@ class Expander(nnx.Module):
         self.edges = Connectivity(jnp.zeros(self.num_edges, jnp.int32))
 
     def draw(self, rng: np.random.Generator) -> None:
-        self.connect(
-            connectivity.expander(
-                self.in_channels, self.out_channels, self.degree, self.sampling, rng
-            )
-        )
+        """A graph of its own for each of stacked layers (nets/layers/gradual.py)."""
+        ends, sampling = (self.in_channels, self.out_channels), self.sampling
+        graphs = [
+            connectivity.expander(*ends, self.degree, sampling, rng)
+            for _ in range(math.prod(self.edges.shape[:-1]))
+        ]
+        self.connect(np.reshape(graphs, self.edges.shape))
 
     def connect(self, edges: np.ndarray) -> None:
         """Takes another graph with as many edges (E,), such as an imported one."""
-        if edges.shape != (self.num_edges,):
+        if edges.shape != self.edges.shape:
             raise ValueError(f"{self.num_edges} edges expected, got {edges.shape}")
         self.edges[...] = jnp.asarray(edges)
 

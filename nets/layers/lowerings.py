@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows (pixels) of a chunk's matrix product. From 2,048 to 8,192 the time is flat.
-# Above, the gathered taps leave the cache; below, a product cannot fill the threads.
-CHUNK_ROWS = 4096
+# Rows (pixels) of a chunk's matrix product. Above, the copies leave the cache (at
+# 4,096 DenseNet-40-24 trains a tenth slower); below, a product cannot fill the threads.
+CHUNK_ROWS = 2048
+PIECE_ROWS, PIECES = 8192, 4  # of `separated`: each is compiled on its own
 BLOCK_CHANNELS, BLOCKS = 64, 4
 
 
@@ -119,11 +120,11 @@ def choose(shape: Shape, platform: str) -> str:
         return "block_dense"
     if shape.pointwise:
         return "dot"
-    if shape.in_channels < 8:  # the stem: too few columns for a matrix product
-        return "native"
-    if shape.stride == 1 and 2 * shape.out_channels <= shape.in_channels:
+    if shape.stride > 1:  # few input channels make no matrix: the stem
+        return "gathered" if shape.in_channels >= 8 else "native"
+    if 2 * shape.out_channels <= shape.in_channels:
         return "scattered"
-    return "shifted"
+    return "shifted" if 8 <= shape.in_channels < 32 else "separated"
 
 
 def applicable(shape: Shape) -> list[str]:
@@ -213,9 +214,42 @@ def taps(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     return y.reshape(*y.shape[:-2], shape.out_channels)
 
 
+def gathered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """One matrix product over copies of x, one copy per tap. For strides."""
+
+    @jax.checkpoint  # keeps x for the gradient, not its copies
+    def product(x, kernel):
+        p = shape.padding
+        x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+        copies = _slices(x, shape.window, shape.stride, shape.out_size)
+        return _flat_product(jnp.concatenate([*copies], -1), kernel)
+
+    return product(x, kernel.reshape(-1, shape.out_channels))
+
+
+def separated(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
+    """Stride 1: columns of the window gathered before one product, rows summed after.
+
+    Copies window + window maps where `gathered` copies window * window. Pieces of the
+    batch share no operation, so that threads need not meet within one.
+    """
+    (rows, cols), p = shape.window, shape.padding
+    columns = kernel.transpose(1, 2, 0, 3).reshape(cols * shape.in_channels, -1)
+
+    @jax.checkpoint
+    def product(x, columns):
+        copies = [_moved(x, 2, j - p, shape.out_size[1]) for j in range(cols)]
+        z = jnp.split(_flat_product(jnp.concatenate(copies, -1), columns), rows, -1)
+        return sum(_moved(z[i], 1, i - p, shape.out_size[0]) for i in range(rows))
+
+    wanted = math.ceil(shape.images * math.prod(shape.out_size) / PIECE_ROWS)
+    count = min(wanted, PIECES, shape.images)
+    return jnp.concatenate([product(x, columns) for x in jnp.array_split(x, count)])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Native forward; gradients by `_gradients`."""
+    """Stride 1: native forward; gradients by `_gradients`."""
     return native(x, kernel, shape)
 
 
@@ -228,7 +262,7 @@ def scattered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """
     p, out = shape.padding, shape.out_channels
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    columns = kernel.transpose(2, 0, 1, 3).reshape(shape.in_channels, -1)
+    columns = _columns(kernel)
 
     def chunk(x):
         z = jnp.matmul(x, columns, preferred_element_type=dtype)
@@ -246,48 +280,43 @@ def _forward(compute, x, kernel, shape):
 
 
 def _gradients(shape: Shape, residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """XLA's input gradient; the kernel's as matrix products over shifted copies.
-
-    Copies of dy or of x, whichever is narrower; a stride leaves only x.
-    """
+    """Copies of dy, one per tap, made once for both gradients: a product each."""
     x, kernel = residuals
-    (dx,) = jax.linear_transpose(lambda x: native(x, kernel, shape), x)(dy)
-    if shape.stride == 1 and shape.out_channels <= shape.in_channels:
-        return dx, _kernel_gradient_from_copies_of_dy(x, dy, shape)
-    return dx, _kernel_gradient_from_copies_of_x(x, dy, shape)
-
-
-def _kernel_gradient_from_copies_of_x(x, dy, shape):
-    p = shape.padding
-
-    def chunk(x, dy):
-        x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-        copies = _slices(x, shape.window, shape.stride, shape.out_size)
-        return None, _product_of_transposed(jnp.concatenate([*copies], -1), dy)
-
-    _, dw = _over_chunks(chunk, shape, x, dy)
-    dw = dw.reshape(*shape.window, shape.in_channels, shape.out_channels)
-    return dw.astype(x.dtype)
-
-
-def _kernel_gradient_from_copies_of_dy(x, dy, shape):
-    # dw[i, j] = sum over pixels of x[h, w] dy[h + p - i, w + p - j]
+    # dx[h, w] = sum over taps of dy[h + p - i, w + p - j] kernel[i, j]
     rows, cols = (k - 1 - shape.padding for k in shape.window)
     edges = ((0, 0, 0), (rows, rows, 0), (cols, cols, 0), (0, 0, 0))
+    columns = _columns(kernel[::-1, ::-1])
 
     def chunk(x, dy):
         # lax.pad and not jnp.pad: a padding beyond the window makes edges negative.
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), edges)
-        copies = _slices(dy, shape.window, 1, shape.size)
-        return None, _product_of_transposed(x, jnp.concatenate([*copies], -1))
+        copies = jnp.concatenate([*_slices(dy, shape.window, 1, shape.size)], -1)
+        return _flat_product(copies, columns.T), _product_of_transposed(x, copies)
 
-    _, dw = _over_chunks(chunk, shape, x, dy)
+    dx, dw = _over_chunks(chunk, shape, x, dy)
     dw = dw.reshape(shape.in_channels, *shape.window, -1)[:, ::-1, ::-1]
-    return dw.transpose(1, 2, 0, 3).astype(x.dtype)
+    return dx, dw.transpose(1, 2, 0, 3).astype(x.dtype)
 
 
 shifted.defvjp(functools.partial(_forward, shifted), _gradients)
 scattered.defvjp(functools.partial(_forward, scattered), _gradients)
+
+
+def _columns(kernel):
+    """(kh, kw, in, out) -> (in, kh * kw * out)"""
+    return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+
+
+def _moved(x, axis: int, by: int, size: int):
+    """y[i] = x[i + by] along an axis, for i < size; zero beyond the ends."""
+    edges = [(0, 0, 0)] * x.ndim
+    edges[axis] = (-by, size - x.shape[axis] + by, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+
+def _flat_product(x, matrix):
+    """(..., a) @ (a, b), over one flat axis of pixels."""
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
 
 
 def _slices(x, window, stride, size):
@@ -339,13 +368,17 @@ class Lowering(NamedTuple):
     exists: Callable[[Shape], bool]
 
 
+def _stride_1(shape: Shape) -> bool:
+    return shape.groups == 1 and shape.stride == 1
+
+
 LOWERINGS = {
     "native": Lowering(native, lambda shape: True),
     "dot": Lowering(dot, lambda shape: shape.groups == 1 and shape.pointwise),
-    "shifted": Lowering(shifted, lambda shape: shape.groups == 1),
-    "scattered": Lowering(
-        scattered, lambda shape: shape.groups == 1 and shape.stride == 1
-    ),
+    "gathered": Lowering(gathered, lambda shape: shape.groups == 1),
+    "separated": Lowering(separated, _stride_1),
+    "shifted": Lowering(shifted, _stride_1),
+    "scattered": Lowering(scattered, _stride_1),
     "block_dense": Lowering(block_dense, lambda shape: shape.groups > 1),
     "einsum": Lowering(einsum, lambda shape: shape.groups > 1 and shape.pointwise),
     "taps": Lowering(

@@ -16,6 +16,7 @@ class BatchNorm(nnx.Module):
       running average, neon, MXNet's CPU operator and Flax the biased one. The
       normalisation itself always uses the biased one.
     initial_var: running variance before the first step (neon and MXNet: 0).
+    affine: whether it has a gain (scale) and a shift (bias) per channel.
 
     Whose statistics (set by the trainer, not by a net): with `axis_name` those of
     all devices on that mesh axis; with `group_size` = n > 0 those of each run of n
@@ -31,9 +32,10 @@ class BatchNorm(nnx.Module):
         keep: float = 0.9,
         running_var: Literal["biased", "unbiased"] = "unbiased",
         initial_var: float = 1.0,
+        affine: bool = True,
     ):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        self.scale = nnx.Param(jnp.ones(channels)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(channels)) if affine else None
         self.mean = nnx.BatchStat(jnp.zeros(channels))
         # A dtype, as a weakly typed array would have the train step compiled twice.
         self.var = nnx.BatchStat(jnp.full(channels, initial_var, float))
@@ -48,8 +50,12 @@ class BatchNorm(nnx.Module):
         else:
             x, shape = self._split_into_groups(x), x.shape
             mean, var = self._batch_statistics(x)
-        scale = self.scale[...] * jax.lax.rsqrt(var + self.eps)
-        shift = self.bias[...] - mean * scale
+        scale = jax.lax.rsqrt(var + self.eps)
+        if self.scale is not None:
+            scale = self.scale[...] * scale
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = self.bias[...] + shift
         y = (x * scale + shift).astype(x.dtype)
         return y if self.use_running_average else y.reshape(shape)
 
@@ -97,3 +103,16 @@ class BatchNorm(nnx.Module):
             # With several groups (or devices) the average of theirs is kept.
             batch = batch.reshape(-1, batch.shape[-1]).mean(0)
             running[...] = self.keep * running[...] + (1 - self.keep) * batch
+
+
+def torch_batch_norm(channels: int, scale: str, rngs: nnx.Rngs) -> BatchNorm:
+    """BatchNorm whose initial scales are "ones", or "uniform": drawn from U(0, 1).
+
+    Torch 0.3 drew them, in every net that did not set them itself.
+    """
+    if scale not in ("ones", "uniform"):
+        raise ValueError(f"unknown norm_scale {scale!r}: choose from ones, uniform")
+    norm = BatchNorm(channels)
+    if scale == "uniform":
+        norm.scale[...] = jax.random.uniform(rngs.params(), (channels,))
+    return norm

@@ -1,0 +1,65 @@
+"""DelugeNets (arXiv 1611.05552): six nets, CIFAR-10, CIFAR-100 and ImageNet.
+
+python main.py --config=configs/delugenets.py --workdir=/tmp/run
+python main.py --config=configs/delugenets.py:wide-146,cifar100 --workdir=/tmp/run
+
+A variant is the published name: 3 x composite layers + 2, transitions not counted.
+Compiling is long: a minute and more on CPU (benchmarks/cross_layer.py).
+Deviation: the last, partial batch of an epoch is filled from the next epoch.
+"""
+
+from configs import common
+from configs.common import Published, Variant
+
+README = "DelugeNets README: best epoch on the test set"
+IMAGENET = "imagenet2012"
+
+
+def _cifar(layers, parameters, errors, printed, width=1.0):
+    """parameters, errors: for CIFAR-10 and CIFAR-100."""
+    data = ("cifar10", "cifar100")
+    published = {
+        name: Published(error, "best", README, printed)
+        for name, error in zip(data, errors, strict=True)
+    }
+    net = {"name": "delugenet", "layers": layers, "width": width, "form": "cifar"}
+    return Variant(net, dict(zip(data, parameters, strict=True)), published)
+
+
+def _imagenet(layers, parameters, top1, top5, printed):
+    row = Published(top1, "best", f"{README}, single 224 crop", printed, top5)
+    net = {"name": "delugenet", "layers": layers, "width": 1.0, "form": "imagenet"}
+    return Variant(net, {IMAGENET: parameters}, {IMAGENET: row})
+
+
+VARIANTS = {
+    "146": _cifar((8, 16, 24), (6_686_250, 6_709_380), (3.98, 19.72), "6.7M"),
+    "218": _cifar((12, 24, 36), (9_981_738, 10_004_868), (3.88, 19.31), "10.0M"),
+    "wide-146": _cifar(
+        (8, 16, 24), (20_150_658, 20_191_068), (3.76, 19.02), "20.2M", width=1.75
+    ),
+    "92": _imagenet((7, 7, 8, 8), 43_404_072, 22.05, 6.03, "43.4M"),
+    "104": _imagenet((7, 8, 9, 10), 51_353_896, 21.86, 5.98, "51.4M"),
+    "122": _imagenet((7, 9, 11, 13), 63_620_392, 21.53, 5.86, "63.6M"),
+}
+
+
+def get_config(argument: str = ""):
+    variant, data = common.parse(argument, VARIANTS, default="146,cifar10")
+    config = common.base()
+    config.variant = variant
+    with config.unlocked():
+        config.net.update(VARIANTS[variant].net)
+    config.net.num_classes = common.NUM_CLASSES[data]
+    config.data.name = data
+    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config.data.border = "dataset_mean"  # zeros after normalisation
+    config.train.update(batch_size=64, epochs=300.0)
+    # The originals' epochs count from 1: the rate drops at the start of 150 and 225.
+    config.optimizer.update(drop_epochs=(149.0, 224.0))
+    if data == IMAGENET:
+        # Eight GPUs, each with the statistics of its 32 images.
+        config.train.update(batch_size=256, epochs=100.0)
+        config.train.update(sync_batch_norm=False, batch_norm_group=32)
+        config.optimizer.update(drop_epochs=(30.0, 60.0, 90.0))
+    return config

@@ -1,0 +1,121 @@
+"""IGCNets: interleaved group convolutions (arXiv 1707.02725), and their regular twins.
+
+python main.py --config=configs/igcnets.py --workdir=/tmp/run
+python main.py --config=configs/igcnets.py:plain-20-L16M32,cifar100 --workdir=/tmp/run
+
+A variant is family-depth-LxMy: x partitions of y channels in the first stage; W is the
+width of a regular net. The default is the README's command for CIFAR; imagenet-* are
+the README's table (depth 18).
+Nobody says of which epoch the published errors are; "last" stands for not selected.
+Deviations: SVHN without its extra split; ImageNet without the original's augmentation
+of scale, aspect and colour.
+"""
+
+from configs import common
+from configs.common import Published, Variant
+
+README = "IGCNets README: ImageNet validation, single centre crop; files of epoch 95"
+PAPER = "IGCNets paper, from memory: unverified"
+DATA = ("cifar10", "cifar100", "svhn_cropped")
+
+
+# Parameters for 10 and 100 classes; the paper's errors, in the order of DATA, and its
+# count.
+CIFAR = {
+    "plain-38-L24M2": ((317_242, 334_612), (), ""),
+    "plain-38-W16": ((561_370, 567_220), (), ""),
+    "plain-38-W18": ((709_948, 716_518), (), ""),
+    # The counts say that the paper's large nets have no shortcuts.
+    "plain-20-L16M32": ((17_527_306, 17_711_716), (3.37, 19.31, 1.63), "17.7M"),
+    "plain-20-L450M2": ((19_026_910, 19_351_000), (3.25, 19.25), "19.3M"),
+    "plain-20-L32M26": ((23_829_322, 24_128_932), (3.31, 18.75, 1.56), "24.1M"),
+    "resnet-20-L24M2": ((164_410, 181_780), (), ""),
+    # Unlike the original also canonical where the net widens (IgcResNet).
+    "resnet-20-L24M2-canonical": ((157_498, 174_868), (), ""),
+}
+# Parameters; top-1 and top-5 error, and millions of parameters as the README counts
+# them (in several ways; the first column is all of them).
+IMAGENET = {
+    "imagenet-W64": (11_689_512, 31.06, 11.38, "11.151M"),
+    "imagenet-W69": (13_542_457, 30.58, 10.77, "11.333M"),
+    "imagenet-L4M32": (12_251_240, 30.77, 10.99, "11.205M"),
+    "imagenet-L16M16": (13_528_296, 29.40, 10.32, "11.329M"),
+    "imagenet-L100M2": (8_637_900, 26.95, 8.92, "8.61M"),
+}
+NETS = {"plain": "plain", "resnet": "igc_resnet"}
+
+
+def _width(size: str) -> dict:
+    """'W16' or 'L4M8' -> the fields of the width and of the wiring."""
+    if size[0] == "W":
+        return dict(width=int(size[1:]))
+    primary, members = map(int, size[1:].split("M"))
+    return dict(wiring="interleaved", primary_groups=primary, width=primary * members)
+
+
+def _cifar(name: str) -> Variant:
+    family, depth, size, *canonical = name.split("-")
+    net = dict(name=NETS[family], depth=int(depth)) | _width(size)
+    if canonical:
+        net["transition_secondary"] = "new"
+    parameters, errors, printed = CIFAR[name]
+    published = {
+        data: Published(error, "last", PAPER, printed)
+        for data, error in zip(DATA, errors, strict=False)
+    }
+    return Variant(
+        net, dict(zip(DATA, (*parameters, parameters[0]), strict=True)), published
+    )
+
+
+def _imagenet(name: str) -> Variant:
+    size = name.removeprefix("imagenet-")
+    net = dict(name="igc_resnet_imagenet", depth=18) | _width(size)
+    if size == "L100M2":  # the partitions double, already in the first stage
+        net |= dict(width=100, expand_first_stage=True)
+        net |= dict(primary_groups=0, secondary_groups=2)
+    parameters, top1, top5, printed = IMAGENET[name]
+    published = Published(top1, "last", README, printed, top5=top5)
+    return Variant(net, {"imagenet2012": parameters}, {"imagenet2012": published})
+
+
+VARIANTS = {name: _cifar(name) for name in CIFAR}
+VARIANTS |= {name: _imagenet(name) for name in IMAGENET}
+# Of 0 to 255, red, green, blue; ImageNet's of images with a short side of 480.
+MEAN_AND_STD = {
+    "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
+    "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
+    "svhn_cropped": ((111.609, 113.161, 120.565), (50.498, 51.259, 50.244)),
+    "imagenet2012": ((123.370, 112.757, 99.406), (68.998, 66.093, 68.292)),
+}
+EPOCHS_AND_DROPS = {
+    "svhn_cropped": (40.0, (20.0, 30.0, 35.0)),
+    "imagenet2012": (120.0, (30.0, 60.0, 90.0)),
+}
+
+
+def get_config(argument: str = ""):
+    variant, data = common.parse(argument, VARIANTS, default="plain-38-L24M2,cifar10")
+    if "," not in argument:
+        data = next(iter(VARIANTS[variant].parameters))
+    config = common.base()
+    config.variant = variant
+    with config.unlocked():
+        config.net.initial_var = 1.0  # of running variances; the authors' 0
+        config.net.update(VARIANTS[variant].net)
+    config.net.num_classes = common.NUM_CLASSES[data]
+    config.data.name = data
+    # The mean was meant; the authors' library probably filled with white.
+    config.data.border = "dataset_mean"
+    config.data.mean, config.data.std = MEAN_AND_STD.get(data, ((), ()))
+    if data in ("svhn_cropped", "digits"):
+        config.data.flip = False
+    if data == "svhn_cropped":
+        config.data.pad = 0
+    epochs, drops = EPOCHS_AND_DROPS.get(data, (400.0, (200.0, 300.0, 350.0)))
+    # Two GPUs shared a batch of 64, eight one of 256 for ImageNet.
+    batch_size = 256 if data == "imagenet2012" else 64
+    config.train.update(epochs=epochs, batch_size=batch_size, batch_norm_group=32)
+    config.train.sync_batch_norm = False
+    config.optimizer.drop_epochs = drops
+    return config

@@ -1,0 +1,41 @@
+"""X-AlexNet for ImageNet (Deep Expander Networks, arXiv 1711.08757).
+
+python main.py --config=configs/xalexnet.py --workdir=/tmp/run
+python main.py --config=configs/xalexnet.py:dense --workdir=/tmp/run
+
+The code gives the nets and no result or recipe of theirs. Here: that of its other nets
+for ImageNet, and for the dense one, which has no batch normalisation, a tenth of their
+rate. Deviation: ImageNet is not augmented by scale and aspect.
+"""
+
+from configs import common
+from configs.common import Variant
+
+IMAGENET = "imagenet2012"
+VARIANTS = {
+    "expander": Variant({"wiring": "expander"}, {IMAGENET: 5_097_536}),
+    "dense": Variant({"wiring": "dense"}, {IMAGENET: 61_100_840}),
+}
+
+
+def get_config(argument: str = ""):
+    variant, data = common.parse(argument, VARIANTS, default=f"expander,{IMAGENET}")
+    config = common.base()
+    config.variant = variant
+    with config.unlocked():
+        config.net.name = "alexnet"
+        config.net.image_size = 224  # the linear layers depend on it
+        config.net.hidden = 4096
+        config.net.dropout = 0.5  # the expander net has none
+        config.net.batch_norm = False  # the expander net always has it
+        config.net.published_degrees = True  # False: in // compress, convolutions too
+        config.net.norm_scale = "ones"  # initial; uniform in the original
+    config.net.update(VARIANTS[variant].net)
+    config.net.num_classes = common.NUM_CLASSES[data]
+    config.data.name = data
+    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config.train.update(batch_size=128, epochs=90.0)
+    config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
+    if config.net.wiring == "dense":
+        config.optimizer.learning_rate = 0.01
+    return config

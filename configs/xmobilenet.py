@@ -1,0 +1,85 @@
+"""X-MobileNet for ImageNet (Deep Expander Networks, arXiv 1711.08757).
+
+python main.py --config=configs/xmobilenet.py --workdir=/tmp/run
+python main.py --config=configs/xmobilenet.py:0.5-4-textbook --workdir=/tmp/run
+
+A variant is a width multiplier and a compression; without the latter it is the dense
+twin, with "groups" the grouped one. Each X-MobileNet0.5 has two readings:
+- 0.5-2: what the published code builds: stem and last block keep their full width.
+- 0.5-2-textbook: every width halved. Its multiply-accumulates are the published ones,
+  which the code's net exceeds (105.9M against 85.8M). The published figures count a
+  classifier of 1024 inputs for the 512 maps of this net, so it has one, half unused
+  (--config.net.classifier_inputs=0: without).
+The README's errors do not say of which net they are; no log of it exists.
+Deviation: ImageNet is not augmented by scale and aspect.
+"""
+
+from configs import common
+from configs.common import Published, Variant
+
+README = "Deep-Expander-Networks README: best epoch on the validation set"
+LOG = "Deep-Expander-Networks training log: best of 138 epochs on the validation set"
+IMAGENET = "imagenet2012"
+TEXTBOOK = dict(textbook_widths=True, classifier_inputs=1024)
+
+# compression: error and multiply-accumulates as printed, parameters of both readings.
+EXPANDERS = {
+    2: (41.7, "85.8M", 1_584_648, 1_451_400),
+    4: (45.7, "53.7M", 1_323_016, 1_255_304),
+    8: (50.5, "37.6M", 1_192_200, 1_157_256),
+    16: (55.3, "29.5M", 1_126_792, 1_108_232),
+}
+
+
+def _variant(width, parameters, published=None, **fields):
+    rows = {} if published is None else {IMAGENET: published}
+    return Variant(dict(width=width) | fields, {IMAGENET: parameters}, rows)
+
+
+def _expanders():
+    variants = {}
+    for compress, (error, macs, code, textbook) in EXPANDERS.items():
+        published = Published(error, "best", README, macs=macs)
+        wiring = dict(wiring="expander", compress=compress)
+        groups = dict(wiring="grouped", groups=compress)
+        variants |= {
+            f"0.5-{compress}": _variant(0.5, code, published, **wiring),
+            f"0.5-{compress}-textbook": _variant(
+                0.5, textbook, published, **wiring, **TEXTBOOK
+            ),
+            f"0.5-groups-{compress}": _variant(0.5, code, **groups),
+        }
+    return variants
+
+
+VARIANTS = {
+    **_expanders(),
+    "0.5": _variant(0.5, 2_107_912, Published(36.608, "best", LOG, top5=15.256)),
+    "0.5-textbook": _variant(0.5, 1_843_592, **TEXTBOOK),
+    "1.0": _variant(1.0, 4_231_976),
+}
+
+
+def get_config(argument: str = ""):
+    variant, data = common.parse(argument, VARIANTS, default=f"0.5-2,{IMAGENET}")
+    config = common.base()
+    config.variant = variant
+    with config.unlocked():
+        config.net.name = "mobilenet"
+        config.net.width = 1.0
+        config.net.textbook_widths = False
+        config.net.classifier_inputs = 0  # 0: as many as the last block has maps
+        config.net.norm_scale = "ones"  # initial; uniform in the original
+    config.net.update(VARIANTS[variant].net)
+    config.net.num_classes = common.NUM_CLASSES[data]
+    config.data.name = data
+    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config.train.update(batch_size=256, epochs=150.0)
+    config.optimizer.update(
+        drop_epochs=tuple(15.0 * i for i in range(1, 10)),
+        drop_factor=0.316227766,
+        min_learning_rate=5e-5,
+        nesterov=False,
+        weight_decay=4e-5,
+    )
+    return config

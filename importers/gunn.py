@@ -1,0 +1,154 @@
+"""GUNN on Torch7, by the names of its golden files: positions in the module tree.
+
+Positions count from 1: "7.3.1.2.4.weight" is the 3x3 convolution of segment 3 of the
+first layer. Our units are stacked over segments, theirs are separate tensors.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx
+
+from importers.sources import Importer, Path, Source, by_layer
+from nets.gunn import Gunn
+from nets.layers.gradual import unstacked
+
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "edges": "mask",  # of an expander variant, which the original does not have
+}
+# (depth, wide): stages of channels and segments, expansion.
+MODELS = {
+    (15, False): ((240, 300, 360), (20, 25, 30), 2),
+    (18, False): ((400, 800, 1600, 2000), (10, 20, 40, 50), 2),
+    (18, True): ((1200, 1600, 2000, 2000), (30, 40, 50, 50), 2),
+    (24, False): ((720, 900, 1080), (20, 25, 30), 3),
+}
+# Positions inside the bottleneck; of the projection, beside it.
+BOTTLENECK = {"conv1": 1, "norm1": 2, "conv2": 4, "norm2": 5, "conv3": 7, "norm3": 8}
+PROJECTION = {"projection": 1, "projection_norm": 2}
+
+
+def _section(config: Mapping) -> dict:
+    config = dict(config)
+    model = (config.pop("depth"), config.pop("wide", False))
+    if model not in MODELS:
+        raise ValueError(f"unknown GUNN (depth, wide) {model}: choose from {[*MODELS]}")
+    channels, segments, expansion = MODELS[model]
+    form = config.pop("dataset")
+    # The original decides by the data set alone which unit a net gets.
+    shortcuts = ("none",) if form == "imagenet" else ("projection",)
+    section = dict(name="gunn", num_classes=config.pop("num_classes"))
+    if model[0] == 24:
+        shortcuts += (_second_shortcut(config),)
+    elif config:
+        raise ValueError(f"GUNN-{model[0]} has no field {sorted(config)}")
+    return section | dict(
+        channels=channels,
+        segments=segments,
+        expansion=expansion,
+        shortcuts=shortcuts,
+        form=form,
+    )
+
+
+def _second_shortcut(fields: Mapping) -> str:
+    """GUNN-24's reading. No original names the choice, so any field may say it."""
+    for field, value in fields.items():
+        words = re.split(r"[^a-z]+", f"{field} {value}".lower())
+        if value and {"id", "identity"} & set(words):
+            return "identity"
+    return "projection"
+
+
+def sources(net: Gunn) -> dict[Path, Source]:
+    rest = nnx.clone(net)
+    rest.layers = nnx.List()
+    found = by_layer(rest, functools.partial(_name, net))
+    for i, layer in enumerate(net.layers):
+        name = functools.partial(layer_name, layer.units, f"{_positions(net)[i][1]}.")
+        stacked = layer_sources(layer.units, name)
+        found |= {("layers", i, "units", *path): s for path, s in stacked.items()}
+    return found
+
+
+def layer_sources(units: nnx.Module, name) -> dict[Path, Source]:
+    """Stacked units from the tensors of each; name: (segment, path, layer) -> tensor.
+
+    Paths are those below `units`.
+    """
+    each = [
+        by_layer(unit, functools.partial(name, segment))
+        for segment, unit in enumerate(unstacked(units))
+    ]
+    return {path: _stacked([sources[path] for sources in each]) for path in each[0]}
+
+
+def layer_name(units, prefix: str, segment: int, path: Path, layer) -> str:
+    """The tensor of a unit's variable; `prefix` is the layer's own, with its dot."""
+    _, index, part, leaf = path
+    place = [segment + 1]
+    if len(units.bottlenecks) > 1:
+        place.append(index + 1)
+    if units.bottlenecks[index].shortcut != "none":  # a table of branches: 1 and 2
+        place += [1, 1 if part in PROJECTION else 2]
+    place.append((PROJECTION | BOTTLENECK)[part])
+    return f"{prefix}{'.'.join(map(str, place))}.{LEAVES[leaf]}"
+
+
+def _positions(net: Gunn) -> list[tuple[int, int]]:
+    """Positions of each stage's first transition module and of its layer.
+
+    The pool stands before the transition (ImageNet) or behind it (CIFAR).
+    """
+    stages = range(len(net.layers))
+    if net.imagenet:
+        return [(5 + 5 * stage, 8 + 5 * stage) for stage in stages]
+    return [(3 + 5 * stage + (not stage), 7 + 5 * stage) for stage in stages]
+
+
+def _name(net: Gunn, path: Path, layer: nnx.Module) -> str:
+    return f"{_position(net, path[:-1])}.{LEAVES[path[-1]]}"
+
+
+def _position(net: Gunn, path: Path) -> int:
+    last_layer = _positions(net)[-1][1]
+    match path:
+        case ("stem",):
+            return 1
+        case ("stem_norm",):
+            return 2
+        case ("transitions", stage, part):
+            return _positions(net)[stage][0] + (part == "norm")
+        case ("last", part):
+            return last_layer + 1 + (part == "norm")
+        case ("classifier",):
+            return last_layer + (3 if net.imagenet else 6)
+    raise LookupError(f"GUNN has no layer like {path}")
+
+
+def _stacked(sources: list[Source]) -> Source:
+    """One variable with a leading axis, from the sources of its slices."""
+
+    def join(*tensors):
+        size = len(tensors) // len(sources)
+        pieces = [tensors[i * size : (i + 1) * size] for i in range(len(sources))]
+        return np.stack(
+            [s.join(*piece) for s, piece in zip(sources, pieces, strict=True)]
+        )
+
+    def split(value):
+        pieces = zip(sources, value, strict=True)
+        return {k: v for source, x in pieces for k, v in source.split(x).items()}
+
+    shapes = {k: v for source in sources for k, v in source.shapes.items()}
+    return Source(shapes, join, split)
+
+
+IMPORTERS = {"gunn": Importer(net=Gunn, section=_section, sources=sources)}

@@ -1,0 +1,169 @@
+"""DelugeNet: each layer reads all earlier ones of its block, weighted per channel.
+
+DelugeNets (arXiv 1611.05552; facts in the published code). Neither a concatenation
+(DenseNet) nor a sum (ResNet): a depthwise convolution along the axis of layers, and
+no shortcut beside it. Oddities that are the original's: the stem for 32x32 is a bare
+convolution, the blocks for ImageNet open with a bare 1x1, and transitions have no ReLU.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from nets.layers.conv import Conv, Linear
+from nets.layers.cross_layer import CrossLayer, Source, born
+from nets.layers.norm import BatchNorm
+from nets.layers.pooling import global_average_pool, max_pool
+from nets.layers.wiring import Wiring
+
+# Bottleneck width of the first block; it doubles from block to block.
+FIRST_WIDTH = {"cifar": 32, "imagenet": 64}
+
+
+class CompositeLayer(nnx.Module):
+    """Sources -> a new map: cross-layer conv, then three times BN, ReLU, conv.
+
+    The convolutions are 1x1 to `width`, 3x3, and 1x1 to 2 width. A single source is
+    read as it is, without a cross-layer convolution.
+    """
+
+    def __init__(self, channels, width, num_sources, *, wiring, rngs):
+        conv = functools.partial(wiring.conv, rngs=rngs)
+        self.cross = CrossLayer(channels, num_sources) if num_sources > 1 else None
+        self.norm1 = BatchNorm(channels)
+        self.conv1 = conv(channels, width, 1)
+        self.norm2 = BatchNorm(width)
+        self.conv2 = conv(width, width, 3, padding=1)
+        self.norm3 = BatchNorm(width)
+        self.conv3 = conv(width, 2 * width, 1)
+
+    def __call__(self, sources: Sequence[Source]) -> jax.Array:
+        x = sources[0].raw if self.cross is None else self.cross(sources)
+        x = self.conv1(nnx.relu(self.norm1(x)))
+        x = self.conv2(nnx.relu(self.norm2(x)))
+        return self.conv3(nnx.relu(self.norm3(x)))
+
+
+class Transition(nnx.Module):
+    """All sources of a block -> cross-layer conv, BN, strided 3x3; no ReLU."""
+
+    def __init__(self, in_channels, out_channels, num_sources, *, rngs):
+        self.cross = CrossLayer(in_channels, num_sources)
+        self.norm = BatchNorm(in_channels)
+        self.conv = Conv(in_channels, out_channels, 3, stride=2, padding=1, rngs=rngs)
+
+    def __call__(self, sources: Sequence[Source]) -> jax.Array:
+        return self.conv(self.norm(self.cross(sources)))
+
+
+class Projection(nnx.Module):
+    """What opens the first block on ImageNet: a bare 1x1 of the only source."""
+
+    def __init__(self, in_channels, out_channels, *, rngs):
+        self.conv = Conv(in_channels, out_channels, 1, rngs=rngs)
+
+    def __call__(self, sources: Sequence[Source]) -> jax.Array:
+        (source,) = sources
+        return self.conv(source.raw)
+
+
+class Block(nnx.Module):
+    """An opening unit that reads the block before, then layers that read this one.
+
+    Every output is a source, normalised by its own of `norms` for all its readers.
+    """
+
+    def __init__(self, opening, width, num_layers, *, wiring, rngs):
+        self.opening = opening
+        options = dict(wiring=wiring, rngs=rngs)
+        layers = [
+            CompositeLayer(2 * width, width, i + 1, **options)
+            for i in range(num_layers)
+        ]
+        norms = [BatchNorm(2 * width, affine=False) for _ in range(num_layers + 1)]
+        self.layers, self.norms = nnx.List(layers), nnx.List(norms)
+
+    def sources(self, previous: Sequence[Source]) -> list[Source]:
+        """The sources of the block before -> those of this one, oldest first."""
+        sources = [born(self.opening(previous), self.norms[0])]
+        for layer, norm in zip(self.layers, self.norms[1:], strict=True):
+            sources.append(born(layer(sources), norm))
+        return sources
+
+
+class DelugeNet(nnx.Module):
+    """x (N, H, W, 3) -> logits (N, num_classes).
+
+    layers: composite layers of each block; the number in a published name is
+      3 sum(layers) + 2, transitions not counted.
+    width: multiplies all channels; the first block's bottleneck has FIRST_WIDTH times
+      it. The sources of a block have twice its bottleneck's channels.
+    form: "cifar" for 32x32, "imagenet" for 224x224.
+    The wiring is that of the composite layers; all other convolutions stay dense.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int] = (8, 16, 24),
+        width: float = 1.0,
+        form: str = "cifar",
+        wiring: Wiring = Wiring(),
+        num_classes: int = 10,
+        rngs: nnx.Rngs,
+    ):
+        n = _first_width(layers, width, form)
+        options = dict(wiring=wiring, rngs=rngs)
+        imagenet = form == "imagenet"
+        stem = dict(stride=2, padding=3) if imagenet else dict(padding=1)
+        self.stem = Conv(3, n, 7 if imagenet else 3, **stem, rngs=rngs)
+        self.stem_norm = BatchNorm(n) if imagenet else None
+        blocks = []
+        for i, num_layers in enumerate(layers):
+            if i:
+                num_sources, n = len(blocks[-1].norms), 2 * n
+                opening = Transition(n, 2 * n, num_sources, rngs=rngs)
+            elif imagenet:
+                opening = Projection(n, 2 * n, rngs=rngs)
+            else:  # the first of this block's composite layers
+                opening = CompositeLayer(n, n, 1, **options)
+                num_layers -= 1
+            blocks.append(Block(opening, n, num_layers, **options))
+        self.blocks = nnx.List(blocks)
+        self.cross = CrossLayer(2 * n, len(blocks[-1].norms))
+        self.norm = BatchNorm(2 * n)
+        self.classifier = Linear(2 * n, num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.stem(x)
+        if self.stem_norm is not None:
+            x = max_pool(nnx.relu(self.stem_norm(x)), 3, stride=2, padding=1)
+        sources = [Source(x)]
+        for block in self.blocks:
+            sources = block.sources(sources)
+        x = nnx.relu(self.norm(self.cross(sources)))
+        return self.classifier(global_average_pool(x))
+
+
+def _first_width(layers: Sequence[int], width: float, form: str) -> int:
+    if form not in FIRST_WIDTH:
+        raise ValueError(f"unknown form {form!r}: choose from {', '.join(FIRST_WIDTH)}")
+    if not layers:
+        raise ValueError("a DelugeNet has at least one block, got layers=()")
+    for block, num_layers in enumerate(layers, start=1):
+        # Each layer is a source; so is what opens a block, if not a layer itself.
+        least = 2 if form == "cifar" and block == 1 else 1
+        if num_layers < least:
+            raise ValueError(
+                f"block {block} has {num_layers} composite layers and needs at least "
+                f"{least}, for 2 sources: layers={tuple(layers)}"
+            )
+    first = FIRST_WIDTH[form] * width
+    if first < 1 or first != int(first):
+        raise ValueError(
+            f"width {width} times {FIRST_WIDTH[form]} channels is {first}: the "
+            "bottleneck of the first block takes a whole number of channels"
+        )
+    return int(first)

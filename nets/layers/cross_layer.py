@@ -1,0 +1,59 @@
+"""Cross-layer depthwise convolution: how a DelugeNet reads all layers of its block.
+
+DelugeNets (arXiv 1611.05552; facts in the published code). The original normalises
+every map anew for each of its readers, with the convolution's weight as the gain and
+its bias as the shift of that normalisation. In training all readers of a map see the
+same statistics, so here a map is normalised once, when it is born.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nets.layers.norm import BatchNorm
+
+
+class Source(NamedTuple):
+    """An output of a block's layer (N, H, W, C): as it is, and normalised."""
+
+    raw: jax.Array
+    normalised: jax.Array | None = None
+
+
+def born(x: jax.Array, norm: BatchNorm) -> Source:
+    """The source that later layers read; `norm` has no gain and no shift."""
+    # Without the barrier XLA normalises again within the loops of the readers.
+    return Source(x, jax.lax.optimization_barrier(norm(x)))
+
+
+class CrossLayer(nnx.Module):
+    """Sources (N, H, W, C) -> sum over sources i of scale[i] normalised_i + bias[i].
+
+    `scale` and `bias` are (sources, C), the oldest source first; the original has
+    (C, sources), the newest first. A channel never meets another one, and a pixel no
+    other pixel. It starts as the plain average. In front of a batch normalisation, as
+    all are, the bias is dead and so is the length of scale[:, c]; both are kept,
+    because they are parameters of the published nets.
+    """
+
+    def __init__(self, channels: int, num_sources: int):
+        if num_sources < 2:
+            raise ValueError(
+                f"a cross-layer convolution over {num_sources} sources of {channels} "
+                "channels: it takes at least 2 sources"
+            )
+        shape = (num_sources, channels)
+        # Not `kernel`: published counts of multiply-accumulates leave it out.
+        self.scale = nnx.Param(jnp.full(shape, 1 / num_sources, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(shape))
+
+    def __call__(self, sources: Sequence[Source]) -> jax.Array:
+        # A sum of products: stacking would copy every source for every reader, and
+        # is slower and larger (benchmarks/cross_layer.py).
+        mixed = self.bias[...].sum(0)
+        for scale, source in zip(self.scale[...], sources, strict=True):
+            mixed = mixed + scale * source.normalised
+        return mixed.astype(sources[0].raw.dtype)

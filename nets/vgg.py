@@ -1,0 +1,106 @@
+"""VGG for 32x32 images, the backbone of X-VGG (Deep Expander Networks).
+
+Source: the published code's vgg16cifar, vgg16cifar_bn, vgg16cifarexpander and
+vgg16cifar_bnexpander, with the lists for 11, 13 and 19 of the same files: one class.
+"""
+
+import jax
+from flax import nnx
+
+from nets.layers.conv import Linear, torch_default
+from nets.layers.norm import torch_batch_norm
+from nets.layers.pooling import global_average_pool, max_pool
+from nets.layers.wiring import Wiring
+
+# depth: widths of each stage's convolutions; a pooling ends each stage.
+STAGES = {
+    11: ((64,), (128,), 2 * (256,), 2 * (512,), 2 * (512,)),
+    13: (2 * (64,), 2 * (128,), 2 * (256,), 2 * (512,), 2 * (512,)),
+    16: (2 * (64,), 2 * (128,), 3 * (256,), 3 * (512,), 3 * (512,)),
+    19: (2 * (64,), 2 * (128,), 4 * (256,), 4 * (512,), 4 * (512,)),
+}
+# depth: expander degree of every convolution after the stem. The published log calls
+# that of 16 "64*3_16*9_128"; its last figure is the degree of the linear layer.
+DEGREES = {
+    11: 3 * (32,) + 4 * (64,),
+    13: (16,) + 4 * (32,) + 4 * (64,),
+    16: 3 * (64,) + 9 * (16,),
+    19: (16,) + 6 * (32,) + 8 * (64,),
+}
+HIDDEN_DEGREE = 128
+
+
+class ConvBlock(nnx.Module):
+    """3x3 convolution, BN or none, ReLU."""
+
+    def __init__(self, conv: nnx.Module, norm: nnx.Module | None):
+        self.conv, self.norm = conv, norm
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(x)
+        return nnx.relu(x if self.norm is None else self.norm(x))
+
+
+class VGG(nnx.Module):
+    """x (N, H, W, 3) -> logits (N, num_classes); 32x32 published, at least 32x32 here.
+
+    depth: a key of STAGES. The stem and the last linear layer are always dense.
+    batch_norm: without it, the expander net keeps one, after its stem, and signals
+      shrink from layer to layer with the density (as in the original).
+    published_degrees: of the expander wiring. True: the absolute DEGREES, where a
+      convolution whose degree is not below its inputs is a dense one with bias, and
+      `compress` plays no part. False: in // compress, as in every other backbone.
+    norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
+    The original is fixed to ten classes and flattens its one last pixel; averaging
+    the last map is the same there.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 16,
+        batch_norm: bool = True,
+        published_degrees: bool = True,
+        norm_scale: str = "ones",
+        wiring: Wiring = Wiring(),
+        num_classes: int = 10,
+        rngs: nnx.Rngs,
+    ):
+        if depth not in STAGES:
+            raise ValueError(
+                f"a VGG has depth {', '.join(map(str, STAGES))}, which {depth} is not"
+            )
+        expander = wiring.kind == "expander"
+        published = expander and published_degrees
+        degrees = DEGREES[depth] if published else len(DEGREES[depth]) * (None,)
+        stem = (Wiring(), None, batch_norm or expander)
+        layers = iter([stem, *((wiring, degree, batch_norm) for degree in degrees)])
+        stages, channels = [], 3
+        for widths in STAGES[depth]:
+            blocks = []
+            for width in widths:
+                layer_wiring, degree, normalised = next(layers)
+                conv = _conv(channels, width, layer_wiring, degree, rngs)
+                norm = torch_batch_norm(width, norm_scale, rngs) if normalised else None
+                blocks.append(ConvBlock(conv, norm))
+                channels = width
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        options = dict(bias_init=torch_default(channels), rngs=rngs)
+        degree = HIDDEN_DEGREE if published else None
+        self.hidden = wiring.linear(channels, channels, degree=degree, **options)
+        self.classifier = Linear(channels, num_classes, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for blocks in self.stages:
+            for block in blocks:
+                x = block(x)
+            x = max_pool(x, 2, stride=2)
+        return self.classifier(nnx.relu(self.hidden(global_average_pool(x))))
+
+
+def _conv(in_channels, out_channels, wiring, degree, rngs) -> nnx.Module:
+    if degree is not None and degree >= in_channels:
+        wiring = Wiring()
+    options = dict(padding=1, degree=degree, bias=True, rngs=rngs)
+    return wiring.conv(in_channels, out_channels, 3, **options)
