@@ -14,6 +14,8 @@ NUM_CLASSES = {
     "imagenet2012": 1000,
     "svhn_cropped": 10,
 }
+# What the nets see of them: rows and columns.
+IMAGE_SIZE = dict.fromkeys(NUM_CLASSES, 32) | {"imagenet2012": 224}
 
 
 @dataclasses.dataclass(frozen=True)

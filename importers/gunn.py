@@ -59,10 +59,14 @@ def _section(config: Mapping) -> dict:
 
 
 def _second_shortcut(fields: Mapping) -> str:
-    """GUNN-24's reading. No original names the choice, so any field may say it."""
+    """GUNN-24's reading. No original names the choice, so a field may say it its way:
+    second_shortcut: identity, identity_second: true, second_projection: false.
+    """
     for field, value in fields.items():
-        words = re.split(r"[^a-z]+", f"{field} {value}".lower())
-        if value and {"id", "identity"} & set(words):
+        says = f"{field} {value}".lower()
+        if value and ("identity" in says or "id" in re.split("[^a-z]+", says)):
+            return "identity"
+        if value is False and "projection" in says:
             return "identity"
     return "projection"
 

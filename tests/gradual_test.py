@@ -21,7 +21,6 @@ ORDERS = ("gradual", "simultaneous")
 SHORTCUTS = {
     "projection": ("projection",),
     "plain": ("none",),
-    "two": ("projection", "projection"),
     "two-identity": ("projection", "identity"),
 }
 
@@ -91,12 +90,19 @@ def training(layer, x, forward):
     return run_once(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
 
-@pytest.mark.parametrize("shortcuts", SHORTCUTS)
-@pytest.mark.parametrize("order", ORDERS)
-def test_the_sweep_is_its_definition(shortcuts, order):
+@pytest.mark.parametrize(
+    ("order", "shortcuts"),
+    [
+        ("gradual", "projection"),
+        ("gradual", "plain"),
+        ("gradual", "two-identity"),
+        ("simultaneous", "projection"),
+    ],
+)
+def test_the_sweep_is_its_definition(order, shortcuts):
     """Output, statistics (counted once) and gradients, against JAX's own derivative."""
     with jax.enable_x64(True):
-        layer = of_bottlenecks(shortcuts, order=order, dtype=float)
+        layer = of_bottlenecks(shortcuts, segments=3, order=order, dtype=float)
         x = images(2, 5, 4)
         actual = training(layer, x, lambda layer, x: layer(x))
         expected = training(layer, x, by_definition)

@@ -10,7 +10,13 @@ from nets_test import abstract, config, create
 
 import nets
 from nets import connectivity
-from nets.layers.interleaved import InterleavedConv, mix, mix_literally, permute
+from nets.layers.interleaved import (
+    InterleavedConv,
+    mix,
+    mix_as_matrix,
+    mix_literally,
+    permute,
+)
 from nets.layers.lowerings import convolution
 from nets.layers.wiring import Wiring
 
@@ -61,8 +67,8 @@ def test_a_permutation_that_does_not_divide_is_refused():
 
 
 @EVERY_SIZE
-def test_both_forms_agree(primary, secondary, channels):
-    """Forward and both gradients; the literal one under every lowering it may get."""
+def test_all_forms_agree(primary, secondary, channels):
+    """Forward and both gradients, with the literal permute, convolve, permute."""
     x, kernel = normal(3, 4, 5, channels), normal(1, 1, channels // secondary, channels)
     weights = normal(*x.shape, seed=1)
 
@@ -76,13 +82,15 @@ def test_both_forms_agree(primary, secondary, channels):
         return y, *gradients
 
     expected = results(mix_literally)
-    for found, known in zip(results(mix), expected, strict=True):
-        np.testing.assert_allclose(found, known, atol=2e-4)
+    for form in (mix, mix_as_matrix):
+        for found, known in zip(results(form), expected, strict=True):
+            np.testing.assert_allclose(found, known, atol=2e-4)
 
 
 def test_a_named_lowering_is_the_literal_form():
     layer = pair(8, 16, primary_groups=4, secondary_groups=4)
     x = normal(2, 4, 4, 8)
+    assert layer.secondary.lowering == "auto"
     expected = layer(x)
     for lowering in ("native", "einsum", "block_dense"):
         for part in (layer.primary, layer.secondary):

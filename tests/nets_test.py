@@ -20,7 +20,7 @@ from nets.layers.wiring import KINDS
 TINY = {
     "alexnet": dict(image_size=63, hidden=1024, num_classes=10, batch_norm=True),
     "cfmz_resnet": dict(depth=8),
-    "delugenet": dict(layers=(2, 2, 1), width=0.25),
+    "delugenet": dict(layers=(2, 2), width=0.25),
     "densenet": dict(depth=10, growth=8),
     "densenet_imagenet": dict(growth=8, blocks=(1, 2, 1), num_classes=10),
     "igc_resnet": dict(depth=8, width=8),
@@ -33,7 +33,17 @@ TINY = {
 }
 SIZE = {"alexnet": 63}  # of images; 32 for every other net
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
-EVERY_WIRING = pytest.mark.parametrize("wiring", KINDS)
+# Each pair is compiled: one wiring of every net always, the others in CI.
+EVERY_PAIR = pytest.mark.parametrize(
+    ("name", "wiring"),
+    [
+        pytest.param(
+            *(name, wiring), marks=() if wiring == "expander" else pytest.mark.slow
+        )
+        for name in nets.names()
+        for wiring in KINDS
+    ],
+)
 
 
 def config(name, wiring="dense", **fields):
@@ -74,10 +84,9 @@ def test_every_net_has_a_tiny_form():
     assert sorted(TINY) == nets.names()
 
 
-@EVERY_NET
-@EVERY_WIRING
+@EVERY_PAIR
 def test_every_wiring_takes_a_step(name, wiring):
-    """All values finite, all weights and statistics moved, the loss went down."""
+    """All values finite, all weights pulled, all statistics moved, the loss lower."""
     definition, variables = nets.split(create(name, wiring))
     x, labels = images(name, 4), jnp.arange(4)
 
@@ -93,12 +102,11 @@ def test_every_wiring_takes_a_step(name, wiring):
     params = jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], gradients)
     (next_loss, _), _ = step(params, stats)
     assert next_loss < loss
-    for before, after in ((variables["params"], params), (variables["stats"], stats)):
-        for (path, old), new in zip(
-            jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True
-        ):
-            assert np.isfinite(new).all(), path
-            assert (np.asarray(new) != np.asarray(old)).any(), path
+    # A scale before another BN is pulled by its eps alone, too little to move it.
+    moved = jax.tree.map(lambda old, new: new - old, variables["stats"], stats)
+    for path, change in jax.tree.leaves_with_path((gradients, moved)):
+        assert np.isfinite(change).all(), path
+        assert np.any(change), path
 
 
 @EVERY_NET

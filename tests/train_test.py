@@ -13,42 +13,60 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from nets_test import TINY
+from nets_test import SIZE, TINY
 
 import evaluate
 import input_pipeline
 import nets
 import train
-from configs import cfmz, xdensenet
+from configs import common
 from nets.layers.wiring import KINDS
 from reporting import read_rows
 
 BATCH = 16
-FAMILIES = {"cfmz_resnet": cfmz, "densenet": xdensenet}
-EVERY_NET = pytest.mark.parametrize("name", nets.names())
+# Compiling a step of every net takes long: one of them always, the others in CI.
+EVERY_NET = pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "densenet" else pytest.param(name, marks=pytest.mark.slow)
+        for name in nets.names()
+    ],
+)
 
 
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    """Small images of two classes that differ in brightness."""
+def save_images(path, size):
+    """Images of two classes that differ in brightness."""
     random, arrays = np.random.default_rng(0), {}
     for split, count in (("train", 100), ("test", 30)):
         labels = np.arange(count) % 2
-        noise = random.integers(0, 128, (count, 8, 8, 3))
+        noise = random.integers(0, 128, (count, size, size, 3))
         arrays[f"x_{split}"] = (noise + 100 * labels[:, None, None, None]).astype(
             "uint8"
         )
         arrays[f"y_{split}"] = labels
-    path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, **arrays)
     return path
 
 
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return save_images(tmp_path_factory.mktemp("data") / "small.npz", 8)
+
+
+@pytest.fixture
+def images(npz, name, tmp_path):
+    """Small ones where the net takes them."""
+    if name in ("cfmz_resnet", "densenet", "resnet"):
+        return npz
+    return save_images(tmp_path / "larger.npz", SIZE.get(name, 32))
+
+
 def configured(npz, name="densenet", **fields):
     """A tiny run: 2 epochs of 6.25 steps, an evaluation after each."""
-    config = FAMILIES[name].get_config()
+    config = common.base()
     with config.net.unlocked():
-        config.net.update(TINY[name] | {"num_classes": 2, "wiring": "expander"})
+        net = TINY[name] | {"name": name, "num_classes": 2, "wiring": "expander"}
+        config.net.update(net)
     config.data.update(name=str(npz), pad=1, pipeline="device")
     config.train.update(batch_size=BATCH, epochs=2.0, log_every_steps=3)
     config.train.update(tensorboard=False, compilation_cache=False)
@@ -87,23 +105,25 @@ class Steps:
 
 def assert_close(trees, rtol):
     for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+        # What is zero by structure (in GUNN, some shifts) is rounding noise here.
+        atol = max(rtol * np.abs(b).max(), 1e-4)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 @EVERY_NET
-def test_eight_devices_compute_what_one_does(npz, name):
-    one, eight = (Steps(configured(npz, name), n) for n in (1, 8))
+def test_eight_devices_compute_what_one_does(images, name):
+    one, eight = (Steps(configured(images, name), n) for n in (1, 8))
     np.testing.assert_allclose(one.losses(), eight.losses(), rtol=1e-4)
     variables = one.state.variables(), eight.state.variables()
     assert_close(variables, rtol=1e-3)
 
 
 @EVERY_NET
-def test_statistics_per_device_are_those_of_groups(npz, name):
+def test_statistics_per_device_are_those_of_groups(images, name):
     """Each device alone normalises as one device does that has groups of as many."""
-    alone = Steps(configured(npz, name, train__sync_batch_norm=False), 4)
-    groups = Steps(configured(npz, name, train__batch_norm_group=BATCH // 4), 1)
-    together = Steps(configured(npz, name), 1)
+    alone = Steps(configured(images, name, train__sync_batch_norm=False), 4)
+    groups = Steps(configured(images, name, train__batch_norm_group=BATCH // 4), 1)
+    together = Steps(configured(images, name), 1)
     losses = alone.losses()
     np.testing.assert_allclose(losses, groups.losses(), rtol=1e-4)
     assert_close((alone.state.variables(), groups.state.variables()), rtol=1e-3)
@@ -117,23 +137,30 @@ def collectives(compiled):
     return {kind: found.count(kind) for kind in set(found)}
 
 
-@EVERY_NET
-@pytest.mark.parametrize("wiring", KINDS)
-def test_devices_exchange_nothing_but_sums(npz, name, wiring):
+@pytest.mark.parametrize(
+    ("name", "wiring"),
+    [
+        pytest.param(name, wiring, marks=() if wiring == "dense" else pytest.mark.slow)
+        for name in nets.names()
+        for wiring in KINDS
+    ],
+)
+def test_devices_exchange_nothing_but_sums(images, name, wiring):
     lowering = "native" if wiring == "grouped" else "auto"
     fields = dict(net__wiring=wiring, net__lowering=lowering)
-    config = configured(npz, name, train__sync_batch_norm=False, **fields)
+    config = configured(images, name, train__sync_batch_norm=False, **fields)
     found = collectives(Steps(config, 8).compiled)
     assert found.keys() == {"all-reduce"}
     assert found["all-reduce"] <= 3
 
 
 @EVERY_NET
-def test_synchronised_statistics_cost_two_sums_a_layer(npz, name):
-    steps = Steps(configured(npz, name), 8)
+def test_synchronised_statistics_cost_two_sums_a_layer(images, name):
+    steps = Steps(configured(images, name), 8)
     layers = len(jax.tree.leaves(steps.state.stats)) // 2
+    sums = 3 if name == "gunn" else 2  # its backward pass computes the units again
     assert collectives(steps.compiled).keys() == {"all-reduce"}
-    assert collectives(steps.compiled)["all-reduce"] <= 2 * layers + 3
+    assert collectives(steps.compiled)["all-reduce"] <= sums * layers + 3
 
 
 def test_plans_are_carried_out_where_the_images_are(npz):

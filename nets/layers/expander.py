@@ -51,7 +51,7 @@ class Expander(nnx.Module):
         """Takes another graph with as many edges (E,), such as an imported one."""
         if edges.shape != self.edges.shape:
             raise ValueError(f"{self.num_edges} edges expected, got {edges.shape}")
-        self.edges[...] = jnp.asarray(edges)
+        self.edges.set_value(jnp.asarray(edges))  # not [...] =: see norm.py
 
     @property
     def absent_weights(self) -> int:

@@ -102,7 +102,10 @@ class BatchNorm(nnx.Module):
         for running, batch in ((self.mean, mean), (self.var, var)):
             # With several groups (or devices) the average of theirs is kept.
             batch = batch.reshape(-1, batch.shape[-1]).mean(0)
-            running[...] = self.keep * running[...] + (1 - self.keep) * batch
+            value = self.keep * running[...] + (1 - self.keep) * batch
+            # Not `running[...] = value`, which searches all that was traced so far:
+            # tracing ResNet-101 took 5.5 s of CPU time instead of 0.5 s.
+            running.set_value(value.astype(running[...].dtype))
 
 
 def torch_batch_norm(channels: int, scale: str, rngs: nnx.Rngs) -> BatchNorm:
@@ -114,5 +117,5 @@ def torch_batch_norm(channels: int, scale: str, rngs: nnx.Rngs) -> BatchNorm:
         raise ValueError(f"unknown norm_scale {scale!r}: choose from ones, uniform")
     norm = BatchNorm(channels)
     if scale == "uniform":
-        norm.scale[...] = jax.random.uniform(rngs.params(), (channels,))
+        norm.scale.set_value(jax.random.uniform(rngs.params(), (channels,)))
     return norm
