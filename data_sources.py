@@ -1,7 +1,8 @@
 """Where images come from: every source -> uint8 arrays in memory, decoded only once.
 
-By config.data.name: 'digits' (inside scikit-learn), a TFDS set whose tfrecord or
-array_record files lie in config.data.dir, or the path of an .npz. Nothing here imports
+By config.data.name: 'digits' (inside scikit-learn), a set whose files lie in
+config.data.dir (TFDS's tfrecord or array_record, or the authors' own: archives.py), or
+the path of an .npz. Nothing here imports
 TensorFlow: with small images its import alone takes longer than decoding 50,000 of them
 with Pillow (11 s against 4 s on 2 cores), and the result is the same to the bit.
 """
@@ -26,6 +27,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
+
+import archives
+import tfrecords
 
 # Mean and standard deviation per channel, 0..255. cifar*: X-Nets' constants, which are
 # those of the official images; digits: of its training split.
@@ -183,12 +187,16 @@ def _tfds(data: ConfigDict, split: str):
         data.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     ).expanduser()
     directory = _find(root, data.name)
+    if directory is None and (archive := archives.find(root, data.name)):
+        with _reading(root):
+            return archive(split)
     if directory is None:
         _refuse_unknown(root, data.name)
         if not data.download:
+            files = " or ".join(["a TFDS folder", *archives.known(data.name)])
             raise DataError(
-                f"{data.name} is not in {root.absolute()}. Ways out: {WAYS_OUT}, "
-                "--config.data.download=True (fetches it there)"
+                f"{data.name} is not in {root.absolute()} ({files}). Ways out: "
+                f"{WAYS_OUT}, --config.data.download=True (fetches it there)"
             )
         _download(root, data.name)
         directory = _find(root, data.name)
@@ -214,7 +222,12 @@ def _refuse_unknown(root: pathlib.Path, name: str) -> None:
 
     name = re.split("[:/]", name)[0]
     here = {x.name for x in root.iterdir()} if root.is_dir() else set()
-    known = {"digits", *here, *tfds.list_builders(with_community_datasets=False)}
+    known = {
+        "digits",
+        *archives.SVHN,
+        *here,
+        *tfds.list_builders(with_community_datasets=False),
+    }
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=3) or sorted(STATISTICS)
         nearest = ", ".join(nearest)
@@ -254,7 +267,9 @@ def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
         with _reading(directory):
             expected = splits[split].num_examples
             if all(".tfrecord" in name for name in files):
-                records = [x for item in files.items() for x in _tfrecords(*item)]
+                records = [
+                    x for item in files.items() for x in tfrecords.records(*item)
+                ]
             else:
                 raw = tfds.decode.DeserializeMethod.RAW_BYTES
                 source = builder.as_data_source(split, deserialize_method=raw)
@@ -291,48 +306,6 @@ def _decode(records: list[bytes], image_key, label_key, image, label):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(decode, range(0, len(records), 500)))
     return images, labels
-
-
-def _tfrecords(name: str, content: bytes) -> list[bytes]:
-    """The records of a file: 8 bytes length, 4 its checksum, record, 4 its checksum."""
-    starts, lengths, position = [], [], 0
-    while position < len(content):
-        if position + 12 > len(content):
-            raise ValueError(f"{name} is cut off at byte {position}")
-        length = int.from_bytes(content[position : position + 8], "little")
-        starts.append(position + 12)
-        lengths.append(length)
-        position += length + 16
-    if position > len(content):
-        raise ValueError(f"{name} is cut off after {len(starts) - 1} records")
-    starts, lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
-    data = np.frombuffer(content, np.uint8)
-    stored = data[(starts + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
-    crc = crc32c(data, starts, lengths)
-    masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
-    if (bad := np.flatnonzero(masked != stored)).size:
-        raise ValueError(f"record {bad[0]} of {name} has a wrong checksum")
-    ends = starts + lengths
-    return [content[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-
-
-def crc32c(content: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-    """CRC-32C of each piece content[start : start + length], byte k of all at once.
-
-    content: uint8; starts, lengths: (N,) int64. Returns (N,) uint32.
-    """
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    order = np.argsort(-lengths, kind="stable")  # the longest first: a prefix is active
-    starts, descending = starts[order], -lengths[order]
-    crc, result = np.full((2, len(order)), 0xFFFFFFFF, np.uint32)
-    for k in range(lengths.max(initial=0)):
-        active = np.searchsorted(descending, -k)
-        part = crc[:active]
-        crc[:active] = table[(part ^ content[starts[:active] + k]) & 255] ^ (part >> 8)
-    result[order] = ~crc
-    return result
 
 
 def _cached(cache_dir: str, key: str, build: Callable) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from nets.layers.norm import torch_batch_norm
 from nets.layers.pooling import global_average_pool
 from nets.layers.wiring import Wiring
 
-# (width at multiplier 1, stride of the depthwise convolution) of each block.
+# (width at multiplier 1, stride of the depthwise convolution) of each published block.
 BLOCKS = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
     *(5 * ((512, 1),)),
@@ -56,6 +56,7 @@ class SeparableBlock(nnx.Module):
 class MobileNet(nnx.Module):
     """x (N, H, W, 3) -> logits (N, num_classes); published for 224x224.
 
+    blocks: (width at multiplier 1, stride of the depthwise convolution) of each.
     width: multiplier of the widths. The stem (32) and the last block (1024) keep
       theirs, unless `textbook_widths`: then every width is multiplied.
     classifier_inputs: 0: as many as the last block has maps. More: the missing ones
@@ -69,6 +70,7 @@ class MobileNet(nnx.Module):
     def __init__(
         self,
         *,
+        blocks: tuple[tuple[int, int], ...] = BLOCKS,
         width: float = 1.0,
         textbook_widths: bool = False,
         classifier_inputs: int = 0,
@@ -83,16 +85,14 @@ class MobileNet(nnx.Module):
             *(3, channels, 3), stride=2, padding=1, init=torch_default(27), rngs=rngs
         )
         self.stem_norm = torch_batch_norm(channels, norm_scale, rngs)
-        widths = [int(full * width) for full, _ in BLOCKS]
-        if not textbook_widths:
-            widths[-1] = BLOCKS[-1][0]
-        blocks = []
-        for (_, stride), out in zip(BLOCKS, widths, strict=True):
-            block_wiring = wiring if blocks else Wiring()
+        layers, block_wiring = [], Wiring()
+        for i, (out, stride) in enumerate(blocks, 1):
+            if textbook_widths or i < len(blocks):
+                out = int(out * width)
             geometry = (channels, out, stride)
-            blocks.append(SeparableBlock(*geometry, wiring=block_wiring, **options))
-            channels = out
-        self.blocks = nnx.List(blocks)
+            layers.append(SeparableBlock(*geometry, wiring=block_wiring, **options))
+            channels, block_wiring = out, wiring
+        self.blocks = nnx.List(layers)
         self.missing = (classifier_inputs or channels) - channels
         if self.missing < 0:
             raise ValueError(

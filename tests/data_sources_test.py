@@ -13,6 +13,7 @@ import pytest
 from tfds_writer import FORMATS, pixels, png, write_set
 
 import data_sources
+import tfrecords
 from configs import common
 from data_sources import DataError
 
@@ -38,7 +39,7 @@ def no_network(monkeypatch):
 def crc32c(*pieces):
     content = np.frombuffer(b"".join(pieces), np.uint8)
     lengths = np.array([len(piece) for piece in pieces])
-    return data_sources.crc32c(content, np.cumsum(lengths) - lengths, lengths)
+    return tfrecords.crc32c(content, np.cumsum(lengths) - lengths, lengths)
 
 
 def test_checksum_is_castagnolis():

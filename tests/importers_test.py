@@ -154,3 +154,64 @@ def test_another_format_is_refused(tmp_path: pathlib.Path):
     path.write_text('{"format": 1}')
     with pytest.raises(GoldenError, match=r"old.json: format 2 expected, got 1"):
         Golden.read(path)
+
+
+# IGCNets
+
+IGC18 = dict(stem=8, stage_channels=[16, 32, 64, 128], depth=18, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("config", "wiring"),
+    [
+        (
+            IGC18 | dict(primary_partitions=[8, 16, 32, 64]),
+            dict(expand_first_stage=True, primary_groups=0, secondary_groups=2),
+        ),
+        (
+            IGC18 | dict(stem=16, primary_partitions=[4] * 4),
+            dict(expand_first_stage=False, primary_groups=4, secondary_groups=0),
+        ),
+    ],
+)
+def test_stages_double_their_partitions_or_the_members(config, wiring):
+    section = importers.find("igcnets", "resnet_igc_imagenet").section(config)
+    assert wiring.items() <= section.items()
+    reference = dict(system="igcnets", net="resnet_igc_imagenet", config=config)
+    stages = importers.build(reference).stages
+    primary = [stage[0].block1.conv.secondary.groups[0] for stage in stages]
+    assert primary == config["primary_partitions"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(primary_partitions=[4, 4, 8, 8]), "neither the primary nor"),
+        (dict(stem=12), "no builder"),
+        (dict(blocks_per_stage=[3, 4, 6, 3]), "no builder"),
+    ],
+)
+def test_stages_that_no_builder_makes_are_refused(fields, message):
+    section = importers.find("igcnets", "resnet_igc_imagenet").section
+    with pytest.raises(ValueError, match=message):
+        section(IGC18 | fields)
+
+
+@pytest.mark.parametrize(
+    ("net", "primary", "block"),
+    [
+        ("resnet_igc_imagenet", [4] * 4, "g2_b1_conv1_conv2_weight"),
+        ("resnet_igc_imagenet_builder", [4] * 4, "g2_b1_igc1_conv2_weight"),
+        ("resnet_imagenet_mx", None, "g2_b1_proj_weight"),
+    ],
+)
+def test_a_net_is_loaded_in_whichever_spelling(net, primary, block):
+    """Symbol files and the Python builder spell the same net in their own ways."""
+    config = IGC18 | dict(stem=16, primary_partitions=primary)
+    built = importers.build(dict(system="igcnets", net=net, config=config))
+    sources = importers.find("igcnets", net).sources(built)
+    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    assert block in shapes
+    importers.load(built, {k: np.full(v, 3.0) for k, v in shapes.items()})
+    assert all((x == 3).all() for x in jax.tree.leaves(nnx.state(built, nnx.Param)))
+    assert importers.sources_of(built, shapes).keys() == sources.keys()

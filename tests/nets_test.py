@@ -18,14 +18,16 @@ from nets.layers.wiring import KINDS
 
 # The smallest form of each net; a new one fails a test until it has one here.
 TINY = {
-    "alexnet": dict(image_size=63, hidden=1024, num_classes=10, batch_norm=True),
+    "alexnet": dict(
+        image_size=63, hidden=1024, dropout=0.0, num_classes=10, batch_norm=True
+    ),
     "cfmz_resnet": dict(depth=8),
     "delugenet": dict(layers=(2, 2), width=0.25),
     "densenet": dict(depth=10, growth=8),
     "densenet_imagenet": dict(growth=8, blocks=(1, 2, 1), num_classes=10),
     "igc_resnet": dict(depth=8, width=8),
     "igc_resnet_imagenet": dict(depth=10, width=8, num_classes=10),
-    "mobilenet": dict(width=0.25, num_classes=10),
+    "mobilenet": dict(blocks=((64, 1), (128, 2), (128, 2)), width=0.5, num_classes=10),
     "plain": dict(depth=5, width=8),
     "gunn": dict(channels=(16, 24), segments=(4, 3)),
     "resnet": dict(depth=8, preactivation=True),

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-import data_sources
+import tfrecords
 
 
 def pixels(split, count, shape=(8, 6, 3)):
@@ -82,7 +82,7 @@ def write_set(
 def write_tfrecord(path, records):
     def checksum(content):
         array = np.frombuffer(content, np.uint8)
-        crc = int(data_sources.crc32c(array, np.array([0]), np.array([len(array)]))[0])
+        crc = int(tfrecords.crc32c(array, np.array([0]), np.array([len(array)]))[0])
         crc = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
         return crc.to_bytes(4, "little")
 
