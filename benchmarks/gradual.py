@@ -6,7 +6,8 @@ unrolled: a Python loop with JAX's derivative.
 
 One layer with the gradients of everything: seconds to compile, milliseconds a step
 (the least of the repeats, in which the forms take turns), and XLA's temporary memory.
-`time` and `memory` are shares of the unrolled form's.
+`time` and `memory` are shares of the unrolled form's. A shared machine leaves only
+these and the ratios of the compile times to be trusted.
 """
 
 import argparse

@@ -13,6 +13,7 @@ NUM_CLASSES = {
     "digits": 10,
     "imagenet2012": 1000,
     "svhn_cropped": 10,
+    "svhn_cropped_extra": 10,  # trains on the extra images too
 }
 # What the nets see of them: rows and columns.
 IMAGE_SIZE = dict.fromkeys(NUM_CLASSES, 32) | {"imagenet2012": 224}

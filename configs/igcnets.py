@@ -7,8 +7,7 @@ A variant is family-depth-LxMy: x partitions of y channels in the first stage; W
 width of a regular net. The default is the README's command for CIFAR; imagenet-* are
 the README's table (depth 18).
 Nobody says of which epoch the published errors are; "last" stands for not selected.
-Deviations: SVHN without its extra split; ImageNet without the original's augmentation
-of scale, aspect and colour.
+Deviation: ImageNet without the original's augmentation of scale, aspect and colour.
 """
 
 from configs import common
@@ -16,7 +15,8 @@ from configs.common import Published, Variant
 
 README = "IGCNets README: ImageNet validation, single centre crop; files of epoch 95"
 PAPER = "IGCNets paper, from memory: unverified"
-DATA = ("cifar10", "cifar100", "svhn_cropped")
+SVHN = "svhn_cropped_extra"
+DATA = ("cifar10", "cifar100", SVHN)
 
 
 # Parameters for 10 and 100 classes; the paper's errors, in the order of DATA, and its
@@ -85,11 +85,11 @@ VARIANTS |= {name: _imagenet(name) for name in IMAGENET}
 MEAN_AND_STD = {
     "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
     "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
-    "svhn_cropped": ((111.609, 113.161, 120.565), (50.498, 51.259, 50.244)),
+    SVHN: ((111.609, 113.161, 120.565), (50.498, 51.259, 50.244)),
     "imagenet2012": ((123.370, 112.757, 99.406), (68.998, 66.093, 68.292)),
 }
 EPOCHS_AND_DROPS = {
-    "svhn_cropped": (40.0, (20.0, 30.0, 35.0)),
+    SVHN: (40.0, (20.0, 30.0, 35.0)),
     "imagenet2012": (120.0, (30.0, 60.0, 90.0)),
 }
 
@@ -108,9 +108,9 @@ def get_config(argument: str = ""):
     # The mean was meant; the authors' library probably filled with white.
     config.data.border = "dataset_mean"
     config.data.mean, config.data.std = MEAN_AND_STD.get(data, ((), ()))
-    if data in ("svhn_cropped", "digits"):
+    if data in (SVHN, "digits"):
         config.data.flip = False
-    if data == "svhn_cropped":
+    if data == SVHN:
         config.data.pad = 0
     epochs, drops = EPOCHS_AND_DROPS.get(data, (400.0, (200.0, 300.0, 350.0)))
     # Two GPUs shared a batch of 64, eight one of 256 for ImageNet.

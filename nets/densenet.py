@@ -156,7 +156,8 @@ class DenseNet(nnx.Module):
 class ImageNetDenseNet(nnx.Module):
     """x (N, H, W, 3) -> logits (N, num_classes); published for 224x224.
 
-    depth: a key of IMAGENET, unless `growth` and `blocks` (layers of each) are given.
+    depth: a key of IMAGENET; `growth` and `blocks` (layers of each), where given, stand
+      in for its own.
     wired_transitions: whether transitions use the wiring; the published ones are dense.
     norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
     The original pools a fixed 7x7 window at the end, here the whole map, which is the

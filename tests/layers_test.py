@@ -12,6 +12,7 @@ from nets.layers import conv
 from nets.layers.conv import Conv, Linear
 from nets.layers.expander import ExpanderConv, ExpanderLinear
 from nets.layers.pooling import average_pool, global_average_pool
+from nets.layers.wiring import Wiring
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -82,8 +83,10 @@ def test_groups_that_do_not_divide_are_refused(channels, groups, message):
         (conv.he_fan_in, 2 / (9 * 40), np.inf),
         (conv.he_fan_out, 2 / (9 * 60), np.inf),
         (conv.torch_uniform, 1 / (3 * 9 * 40), 1 / np.sqrt(9 * 40)),
+        # Of a convolution in ten groups: torch 0.3 counts the inputs of all of them.
+        (conv.torch_default(9 * 400), 1 / (3 * 9 * 400), 1 / np.sqrt(9 * 400)),
     ],
-    ids=["he_fan_in", "he_fan_out", "torch_uniform"],
+    ids=["he_fan_in", "he_fan_out", "torch_uniform", "torch_default"],
 )
 def test_initialisers_have_the_variance_of_their_origin(init, variance, bound):
     values = np.asarray(init(jax.random.key(0), (3, 3, 40, 60), jnp.float32))
@@ -97,6 +100,48 @@ def test_a_linear_layer_starts_without_bias():
     x = normal(2, 4)
     np.testing.assert_allclose(layer(x), x @ layer.kernel[...], rtol=1e-5)
     assert Linear(4, 3, bias=False, rngs=nnx.Rngs(0)).bias is None
+
+
+def test_a_bias_is_added_to_every_pixel():
+    layer = fill(empty(lambda: Conv(2, 3, 1, bias=True, rngs=nnx.Rngs(0))))
+    without = empty(lambda: Conv(2, 3, 1, rngs=nnx.Rngs(0)))
+    without.kernel = layer.kernel
+    x = normal(2, 4, 4, 2)
+    np.testing.assert_allclose(layer(x), without(x) + layer.bias[...], rtol=1e-5)
+    for kind in (
+        Conv(2, 3, 1, bias=True, rngs=nnx.Rngs(0)),
+        Linear(2, 3, rngs=nnx.Rngs(0)),
+    ):
+        assert not kind.bias[...].any()
+    options = dict(bias_init=conv.torch_default(100), rngs=nnx.Rngs(0))
+    biases = np.asarray(Linear(100, 300, **options).bias[...])
+    assert 0.09 < np.abs(biases).max() <= 0.1
+
+
+def test_wirings_of_linear_layers():
+    """An expander by degree or compression; dense with a bias for every other kind."""
+    rngs = nnx.Rngs(0)
+    layer = Wiring("expander", compress=5).linear(10, 6, rngs=rngs)
+    assert (layer.degree, layer.num_edges) == (2, 12)
+    assert Wiring("expander").linear(10, 6, degree=3, rngs=rngs).num_edges == 18
+    for kind in ("dense", "grouped", "interleaved"):
+        layer = Wiring(kind).linear(10, 7, degree=3, rngs=rngs)
+        assert layer.kernel.shape == (10, 7)
+        assert layer.bias.shape == (7,)
+    with pytest.raises(
+        ValueError, match="compress 11 leaves no connection .* 10 input"
+    ):
+        Wiring("expander", compress=11).linear(10, 6, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "widening", "narrowing"),
+    [("smaller_side", 9, 9), ("per_output", 4, 9), ("per_input", 9, 4)],
+)
+def test_partners_are_the_channels_of_the_other_side(sampling, widening, narrowing):
+    wiring = Wiring("expander", sampling=sampling)
+    assert wiring.partners(4, 9) == widening
+    assert wiring.partners(9, 4) == narrowing
 
 
 def test_average_pooling_drops_a_remainder():

@@ -250,7 +250,7 @@ def test_what_cannot_be_built_is_refused(fields, message):
 
 
 def test_names_are_filtered_by_pattern():
-    assert nets.names("dense*") == ["densenet"]
+    assert nets.names("dense*") == ["densenet", "densenet_imagenet"]
     assert nets.names("nothing*") == []
 
 
