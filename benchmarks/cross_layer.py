@@ -4,9 +4,8 @@ A block, opened by a bare 1x1 and closed by one more reader: loss and all gradie
 The forms take turns; the least of the repeats counts, because others use the machine
 too: compare the columns `of_nets`, shares of what `unrolled`, the form in nets/, takes.
 
-unrolled: a list of maps and a sum of products; a map is normalised once, behind a
-  barrier (nets/layers/cross_layer.py)
-no_barrier: the same without it
+unrolled: a list of maps, each normalised once, and a sum of products
+barrier: the same; XLA may not move the normalisation into the loops of the readers
 per_reader: as the original, a normalisation for each reader of each map
 stacked: every reader stacks its maps and contracts them in one einsum
 scanned: one loop over equal layers, a buffer for all maps, weights of zero for those
@@ -25,7 +24,7 @@ import benchmarks
 import environment
 import nets
 from nets.delugenet import Block, Projection
-from nets.layers.cross_layer import CrossLayer, Source, born
+from nets.layers.cross_layer import CrossLayer, Source
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 
@@ -57,13 +56,16 @@ class Unrolled(nnx.Module):
         return self.closing(self.block.sources([Source(x)]))
 
 
-class NoBarrier(Unrolled):
+class BarrierNorm(BatchNorm):
     def __call__(self, x):
-        block, sources = self.block, [Source(x)]
-        for unit, norm in zip([block.opening, *block.layers], block.norms, strict=True):
-            x = unit(sources)
-            sources = [*(sources if unit is not block.opening else ()), _bare(x, norm)]
-        return self.closing(sources)
+        return jax.lax.optimization_barrier(super().__call__(x))
+
+
+class Barrier(Unrolled):
+    def __init__(self, channels, num_layers):
+        super().__init__(channels, num_layers)
+        norms = [BarrierNorm(channels, affine=False) for _ in range(num_layers + 1)]
+        self.block.norms = nnx.List(norms)
 
 
 class NormalisingReader(CrossLayer):
@@ -74,7 +76,7 @@ class NormalisingReader(CrossLayer):
 
     def __call__(self, sources):
         pairs = zip(sources, self.norms, strict=True)
-        return super().__call__([_bare(source.raw, norm) for source, norm in pairs])
+        return super().__call__([Source(x.raw, norm(x.raw)) for x, norm in pairs])
 
 
 class PerReader(Unrolled):
@@ -118,10 +120,11 @@ class Scanned(Unrolled):
 
     def __call__(self, x):
         block = self.block
-        first = born(block.opening([Source(x)]), block.norms[0])
-        second = born(block.layers[0]([first]), block.norms[1])
-        maps = jnp.zeros((len(block.norms), *first.raw.shape), x.dtype)
-        maps = maps.at[0].set(first.normalised).at[1].set(second.normalised)
+        first = block.opening([Source(x)])
+        second = block.layers[0]([Source(first)])
+        maps = jnp.zeros((len(block.norms), *first.shape), x.dtype)
+        maps = maps.at[0].set(block.norms[0](first))
+        maps = maps.at[1].set(block.norms[1](second))
         pairs = list(zip(block.layers[1:], block.norms[2:], strict=True))
         graphdef = nnx.graphdef(pairs[0])
         states = [nnx.to_pure_dict(nnx.state(pair)) for pair in pairs]
@@ -142,7 +145,7 @@ class Scanned(Unrolled):
 
 FORMS = {
     "unrolled": Unrolled,
-    "no_barrier": NoBarrier,
+    "barrier": Barrier,
     "per_reader": PerReader,
     "stacked": Stacked,
     "scanned": Scanned,
@@ -219,10 +222,6 @@ def compiled(form: type, channels: int, num_layers: int, x: jax.Array):
         "temporary_mb": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
     }
     return lambda: program(variables["params"], x), facts
-
-
-def _bare(x: jax.Array, norm: BatchNorm) -> Source:
-    return Source(x, norm(x))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import time
 import jax
 import numpy as np
 
-import augment
 import benchmarks
 import input_pipeline
 from configs import common

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from nets.layers.conv import Conv, Linear
-from nets.layers.cross_layer import CrossLayer, Source, born
+from nets.layers.cross_layer import CrossLayer, Source
 from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
@@ -87,9 +87,11 @@ class Block(nnx.Module):
 
     def sources(self, previous: Sequence[Source]) -> list[Source]:
         """The sources of the block before -> those of this one, oldest first."""
-        sources = [born(self.opening(previous), self.norms[0])]
+        x = self.opening(previous)
+        sources = [Source(x, self.norms[0](x))]
         for layer, norm in zip(self.layers, self.norms[1:], strict=True):
-            sources.append(born(layer(sources), norm))
+            x = layer(sources)
+            sources.append(Source(x, norm(x)))
         return sources
 
 

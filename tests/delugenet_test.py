@@ -15,7 +15,7 @@ import nets
 from importers.sources import to_reference
 from nets import cost
 from nets.layers.conv import Conv
-from nets.layers.cross_layer import CrossLayer, Source, born
+from nets.layers.cross_layer import CrossLayer, Source
 from nets.layers.expander import ExpanderConv
 from nets.layers.norm import BatchNorm
 
@@ -51,7 +51,8 @@ class Mixing(nnx.Module):
         self.norm = BatchNorm(channels) if norm else None
 
     def __call__(self, maps):
-        sources = [born(x, norm) for x, norm in zip(maps, self.norms, strict=True)]
+        pairs = zip(maps, self.norms, strict=True)
+        sources = [Source(x, norm(x)) for x, norm in pairs]
         x = self.cross(sources)
         return x if self.norm is None else self.norm(x)
 

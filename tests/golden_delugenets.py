@@ -11,7 +11,7 @@ from importers.delugenets import LEAVES, Reader, cross_layers
 from importers.golden import draw, normal
 from importers.sources import assign, by_layer, empty
 from nets.delugenet import Block, CompositeLayer, Transition
-from nets.layers.cross_layer import CrossLayer, born
+from nets.layers.cross_layer import CrossLayer, Source
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 
@@ -40,7 +40,7 @@ class Unit(nnx.Module):
         self.norms = nnx.List(norms)
 
     def __call__(self, maps):
-        sources = [born(x, n) for x, n in zip(maps[::-1], self.norms, strict=True)]
+        sources = [Source(x, n(x)) for x, n in zip(maps[::-1], self.norms, strict=True)]
         if isinstance(self.unit, Block):
             return [source.raw for source in self.unit.sources(sources)[::-1]]
         return [self.unit(sources)]

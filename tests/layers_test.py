@@ -11,7 +11,13 @@ from nets import connectivity
 from nets.layers import conv
 from nets.layers.conv import Conv, Linear
 from nets.layers.expander import ExpanderConv, ExpanderLinear
-from nets.layers.pooling import average_pool, global_average_pool
+from nets.layers.pooling import (
+    average_pool,
+    global_average_pool,
+    max_of_slices,
+    max_of_windows,
+    max_pool,
+)
 from nets.layers.wiring import Wiring
 
 
@@ -129,7 +135,7 @@ def test_wirings_of_linear_layers():
         assert layer.kernel.shape == (10, 7)
         assert layer.bias.shape == (7,)
     with pytest.raises(
-        ValueError, match="compress 11 leaves no connection .* 10 input"
+        ValueError, match=r"compress 11 leaves no connection .* 10 input"
     ):
         Wiring("expander", compress=11).linear(10, 6, rngs=rngs)
 
@@ -149,6 +155,41 @@ def test_average_pooling_drops_a_remainder():
     windows = x[:, :4, :4].reshape(2, 2, 2, 2, 2, 3)
     np.testing.assert_allclose(average_pool(x, 2), windows.mean((2, 4)), rtol=1e-5)
     assert global_average_pool(x.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("pool", [max_of_slices, max_of_windows])
+def test_padding_of_a_max_pooling_never_wins(pool):
+    x = -1 - np.abs(normal(2, 5, 4, 3))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    y = pool(x, 3, 2, 1)
+    assert y.shape == (2, 3, 2, 3)
+    for i in range(3):
+        for j in range(2):
+            window = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            np.testing.assert_array_equal(y[:, i, j], window.max((1, 2)))
+
+
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (3, 2, 0), (3, 1, 1)])
+def test_both_forms_of_max_pooling_are_one(window):
+    """Equal values too: of a window's, the first in reading order has the gradient."""
+    x = np.round(normal(2, 7, 8, 3))
+    upstream = lambda y: (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum()
+    results = [
+        (pool(x, *window), jax.grad(lambda x, pool=pool: upstream(pool(x, *window)))(x))
+        for pool in (max_of_slices, max_of_windows)
+    ]
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    x[0, 0, 0, 0] = np.nan
+    assert np.isnan(max_pool(x, 2, stride=2)[0, 0, 0, 0])
+
+
+def test_maps_without_a_window_are_refused():
+    with pytest.raises(ValueError, match=r"map of \(1, 4\) .* 2x2 pooling window"):
+        average_pool(normal(2, 1, 4, 3), 2)
+    with pytest.raises(ValueError, match=r"\(4, 2\) with padding 0 .* 3x3"):
+        max_pool(normal(2, 4, 2, 3), 3, stride=2)
+    assert max_pool(normal(2, 1, 1, 3), 3, stride=2, padding=1).shape == (2, 1, 1, 3)
 
 
 # Expanders

@@ -1,5 +1,6 @@
 """VGG: which layers an expander takes, and what it does not."""
 
+import jax
 import pytest
 from flax import nnx
 
@@ -56,3 +57,10 @@ def test_the_expander_keeps_one_normalisation_without_batch_norm():
 def test_another_depth_is_refused():
     with pytest.raises(ValueError, match="depth 11, 13, 16, 19, which 12 is not"):
         build(depth=12)
+
+
+def test_images_that_five_poolings_use_up_are_refused():
+    definition, variables = nets.split(build(depth=11))
+    x = jax.ShapeDtypeStruct((2, 31, 31, 3), "float32")
+    with pytest.raises(ValueError, match=r"map of \(1, 1\).*images are too small"):
+        jax.eval_shape(definition.apply, variables, x)

@@ -13,20 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nets.layers.norm import BatchNorm
-
 
 class Source(NamedTuple):
-    """An output of a block's layer (N, H, W, C): as it is, and normalised."""
+    """An output of a block's layer (N, H, W, C): as it is, and normalised.
+
+    The normalisation has neither gain nor shift: those are the reader's.
+    """
 
     raw: jax.Array
     normalised: jax.Array | None = None
-
-
-def born(x: jax.Array, norm: BatchNorm) -> Source:
-    """The source that later layers read; `norm` has no gain and no shift."""
-    # Without the barrier XLA normalises again within the loops of the readers.
-    return Source(x, jax.lax.optimization_barrier(norm(x)))
 
 
 class CrossLayer(nnx.Module):
@@ -51,8 +46,8 @@ class CrossLayer(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
-        # A sum of products: stacking would copy every source for every reader, and
-        # is slower and larger (benchmarks/cross_layer.py).
+        # A sum of products: stacking the sources, or a loop over a buffer for them,
+        # is slower and takes twice the memory (benchmarks/cross_layer.py).
         mixed = self.bias[...].sum(0)
         for scale, source in zip(self.scale[...], sources, strict=True):
             mixed = mixed + scale * source.normalised

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
     """Non-overlapping size x size windows of (N, H, W, C); a remainder is dropped."""
+    _refuse_small(x, size)
     n, h, w, c = x.shape
     h, w = h // size, w // size
     x = x[:, : h * size, : w * size].reshape(n, h, size, w, size, c)
@@ -14,11 +16,48 @@ def average_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def max_pool(x: jax.Array, size: int, *, stride: int, padding: int = 0) -> jax.Array:
-    """size x size windows of (N, H, W, C). Padding never wins; a rest is dropped."""
+    """size x size windows of (N, H, W, C). Padding never wins; a rest is dropped.
+
+    Of equal values, the first has the gradient.
+    """
+    _refuse_small(x, size, padding)
+    by = max_of_slices if jax.default_backend() == "cpu" else max_of_windows
+    return by(x, size, stride, padding)
+
+
+def max_of_windows(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
+    """XLA's own pooling."""
     edges = ((padding, padding), (padding, padding))
     return nnx.max_pool(x, (size, size), strides=(stride, stride), padding=edges)
+
+
+def max_of_slices(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
+    """The same, one strided slice per pixel of the window.
+
+    On CPU the gradient of `max_of_windows` takes 16 times longer for 2x2 windows
+    (74 against 4.7 ms for 64 maps of 32x32x64), 7 times for overlapping 3x3 ones.
+    """
+    edges = (padding, padding, 0)
+    x = jax.lax.pad(
+        x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), edges, edges, (0, 0, 0))
+    )
+    rows, cols = (n - size + 1 for n in x.shape[1:3])
+    y = x[:, :rows:stride, :cols:stride]
+    for i, j in list(np.ndindex(size, size))[1:]:
+        z = x[:, i : i + rows : stride, j : j + cols : stride]
+        y = jnp.where((z > y) | jnp.isnan(z), z, y)
+    return y
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
     """(N, H, W, C) -> (N, C) in at least float32, so that the head is exact too."""
     return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _refuse_small(x: jax.Array, size: int, padding: int = 0) -> None:
+    """No window would be left, and the mean of no pixels is nan."""
+    if min(x.shape[1:3]) + 2 * padding < size:
+        raise ValueError(
+            f"a map of {x.shape[1:3]} with padding {padding} is smaller than a "
+            f"{size}x{size} pooling window: the images are too small for this net"
+        )
