@@ -4,7 +4,7 @@ python main.py --config=configs/delugenets.py --workdir=/tmp/run
 python main.py --config=configs/delugenets.py:wide-146,cifar100 --workdir=/tmp/run
 
 A variant is the published name: 3 x composite layers + 2, transitions not counted.
-Compiling is long: a minute and more on CPU (benchmarks/cross_layer.py).
+Compiling takes minutes on CPU, for each program anew: the blocks are unrolled.
 Deviation: the last, partial batch of an epoch is filled from the next epoch.
 """
 

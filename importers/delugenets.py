@@ -83,21 +83,18 @@ def name(net: DelugeNet, path: Path) -> str:
 
 
 def readers(net: DelugeNet) -> list[Reader]:
-    """All cross-layer convolutions of a net, those of one source in their order."""
+    """All cross-layer convolutions of a net, in the order of computation."""
     found = []
     for i, block in enumerate(net.blocks):
         norms = tuple(("blocks", i, "norms", k) for k in range(len(block.norms)))
         paths = [("blocks", i, "layers", k, "cross") for k in range(len(block.layers))]
         closing = ("blocks", i + 1, "opening", "cross")
         paths.append(closing if i + 1 < len(net.blocks) else ("cross",))
-        for count, path in enumerate(paths, start=1):
-            if count > 1:
-                tensor = name(net, (*path, "scale"))
-                channels = block.norms[0].mean.shape[0]
-                reader = Reader(
-                    path, tensor[: -len(".weight")], channels, norms[:count]
-                )
-                found.append(reader)
+        channels = block.norms[0].mean.shape[0]
+        # The first layer of a block has one source and no cross-layer convolution.
+        for count, path in enumerate(paths[1:], start=2):
+            module = name(net, (*path, "scale")).removesuffix(".weight")
+            found.append(Reader(path, module, channels, norms[:count]))
     return found
 
 
