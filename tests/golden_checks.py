@@ -93,16 +93,58 @@ def network(golden: Golden) -> Comparison:
         else:
             comparison.add("gradients", actual, expected, name=name)
 
-    keep = facts["batch_norm"]["keep"]
+    statistics = _statistics_after(golden, tensors, trained)
+    noise = 0.0
+    if any(error > ROUNDED for error in _errors(golden, statistics).values()):
+        noise = _single_precision_noise(golden, images, loss, statistics)
     for name, expected in golden.running().items():
-        # What the step added: an importer may start from other statistics.
-        added = trained["statistics"][name] - keep * trained["statistics before"][name]
-        actual = keep * tensors[name] + added
-        comparison.add("statistics", actual, expected, name=name)
+        kept_in_float32 = np.array_equal(expected, expected.astype(np.float32))
+        allowed = ROUNDED + noise if kept_in_float32 else EXACT
+        comparison.add("statistics", statistics[name], expected, allowed, name)
 
     if "sgd_steps" in facts:
         _sgd_steps(facts["sgd_steps"], net, images, loss, comparison)
     return comparison
+
+
+def _statistics_after(golden: Golden, tensors, trained: dict) -> dict:
+    """Running statistics after one step, by reference name."""
+    keep = golden.facts["batch_norm"]["keep"]
+    # What the step added: an importer may start from other statistics.
+    return {
+        name: keep * tensors[name]
+        + (trained["statistics"][name] - keep * trained["statistics before"][name])
+        for name in golden.running()
+    }
+
+
+def _errors(golden: Golden, statistics: dict) -> dict[str, float]:
+    errors = {}
+    for name, expected in golden.running().items():
+        scale = np.abs(expected).max() or 1.0
+        errors[name] = np.abs(np.asarray(statistics[name]) - expected).max() / scale
+    return errors
+
+
+def _single_precision_noise(golden: Golden, images, loss, exact: dict) -> float:
+    """How far float32 arithmetic moves our own statistics: the largest error.
+
+    Some files hold the statistics of a float32 run of the original. After a hundred
+    layers that is further than one rounding from the truth, so the net itself is asked
+    how far, instead of a wider tolerance for all.
+    """
+    net = importers.build(golden.facts)
+    net.train()
+    tensors = {k: np.asarray(v, np.float32) for k, v in golden.tensors().items()}
+    importers.load(net, tensors)
+    sources = importers.sources_of(net, tensors)
+    trained = train(net, sources, np.asarray(images, np.float32), loss)
+    rounded = _statistics_after(golden, tensors, trained)
+    errors = (
+        np.abs(rounded[name] - value).max() / (np.abs(value).max() or 1.0)
+        for name, value in exact.items()
+    )
+    return float(max(errors))
 
 
 def evaluate(net: nnx.Module, x) -> np.ndarray:
