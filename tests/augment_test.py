@@ -90,8 +90,8 @@ def test_no_padding_changes_nothing(border):
 
 
 def test_unknown_border_is_answered_with_the_choices():
-    with pytest.raises(ValueError, match=r"'white'.*zero, mean"):
-        augment.pad(random_images(1, 4, 4, 3), 1, "white")
+    with pytest.raises(ValueError, match=r"'wide'.*zero, mean"):
+        augment.pad(random_images(1, 4, 4, 3), 1, "wide")
 
 
 def in_tensorflow(images, *rest):

@@ -45,9 +45,8 @@ def together(cache):
     return launch.once(cache / "together", lambda folder: complete(folder, cache))
 
 
-@pytest.mark.parametrize(
-    "pipeline", ["device", pytest.param("tf.data", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
 def test_two_processes_compute_what_one_does(tmp_path, cache, pipeline):
     short = dict(train__epochs=0.2, eval__every_epochs=0.1, data__pipeline=pipeline)
     short["optimizer__learning_rate"] = 0.001  # steps do not blow up rounding

@@ -203,7 +203,7 @@ def test_a_plan_is_a_pytree_that_stacks_and_traces():
     ("change", "message"),
     [
         ({"data.pipeline": "tfdata"}, "'tfdata': choose from tf.data, device"),
-        ({"data.border": "white"}, "'white': choose from zero, mean"),
+        ({"data.border": "wide"}, "'wide': choose from zero, mean"),
         ({"data.pad": -1}, r"data\.pad=-1"),
         ({"train.batch_size": 1438}, "batch_size=1438 .* 1437 training images"),
         ({"train.batch_size": 0}, "batch_size=0"),

@@ -108,6 +108,7 @@ def test_killed_many_times_it_ends_the_same(tmp_path, cache, reference, seed):
     assert_same_end(workdir, reference)
 
 
+@pytest.mark.slow
 def test_several_steps_a_dispatch(tmp_path, cache):
     fields = dict(train__steps_per_dispatch=4)
     whole, workdir = tmp_path / "whole", tmp_path / "run"
@@ -117,6 +118,7 @@ def test_several_steps_a_dispatch(tmp_path, cache):
     assert_same_end(workdir, whole)
 
 
+@pytest.mark.slow
 def test_tf_data_killed_and_resumed(tmp_path, cache):
     fields = dict(data__pipeline="tf.data", train__tensorboard=True)
     whole, workdir = tmp_path / "whole", tmp_path / "run"
