@@ -4,7 +4,6 @@ Flags only; the work is in train.py, which a notebook can call.
 """
 
 import os
-import pathlib
 import sys
 
 import environment
@@ -29,17 +28,15 @@ FLAGS = flags.FLAGS
 
 def main(_):
     _log_plainly()
-    config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
+    work = dict(train=train.train_and_evaluate, eval=train.evaluate_checkpoint)
     try:
         if FLAGS.distributed:
             preflight.join_processes()
-        preflight.use_compilation_cache(config)
-        if FLAGS.mode == "eval":
-            result = train.evaluate_checkpoint(config, workdir)
-        else:
-            result = train.train_and_evaluate(config, workdir)
-        if logging.level_info():  # not in the other processes of several
-            print(reporting.conclusion(result, workdir))
+        preflight.use_compilation_cache(FLAGS.config)
+        for config, workdir in preflight.runs(FLAGS.config, FLAGS.workdir):
+            result = work[FLAGS.mode](config, workdir)
+            if logging.level_info():  # not in the other processes of several
+                print(reporting.conclusion(result, workdir))
     except (ValueError, FloatingPointError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")

@@ -4,7 +4,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags, logging
@@ -97,6 +97,25 @@ def use_compilation_cache(config: ConfigDict) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     logging.info("compiled programs are kept in %s", path)
+
+
+def runs(
+    config: ConfigDict, workdir: str | pathlib.Path
+) -> Iterator[tuple[ConfigDict, pathlib.Path]]:
+    """The runs of a configuration and their workdirs.
+
+    One in the workdir itself, or config.seeds of them, with config.seed and the seeds
+    after it, each in a folder of its own: workdir/seed0, ...
+    """
+    if config.seeds < 1:
+        raise ValueError(f"seeds={config.seeds} runs are none: choose at least 1")
+    if config.seeds == 1:
+        yield config, pathlib.Path(workdir)
+        return
+    for seed in range(config.seed, config.seed + config.seeds):
+        run = config.copy_and_resolve_references()
+        run.update(seed=seed, seeds=1)
+        yield run, pathlib.Path(workdir) / f"seed{seed}"
 
 
 def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> None:

@@ -53,6 +53,7 @@ def base() -> ConfigDict:
     """The defaults. Overrides keep the type that a field has here."""
     config = ConfigDict()
     config.seed = 0  # initial weights, order of examples, augmentation
+    config.seeds = 1  # runs, one seed after the other, in WORKDIR/seed0, ...
     config.variant = ""  # row of the family's VARIANTS, for the record
 
     config.net = ConfigDict(

@@ -1,0 +1,102 @@
+"""Runs side by side: final, best, mean, standard deviation; a plot of their curves.
+
+python -m analysis.curves /tmp/run /tmp/other/seed* --out=curves.png
+
+Runs that differ in nothing but their seed are one row. Errors are of the test set, in
+percent; "best" is the best epoch on that same set, as several papers report it.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from reporting import read_rows
+
+Curve = list[dict[str, float]]
+
+
+def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
+    """Name of a configuration -> the rows of metrics.csv of each of its runs.
+
+    Raises ValueError for a folder that holds no run with an evaluation.
+    """
+    groups, names = {}, {}
+    for workdir in workdirs:
+        try:
+            config = json.loads((workdir / "config.json").read_text())
+            rows = read_rows(workdir / "metrics.csv")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{workdir} holds no run: {error}") from error
+        if not rows:
+            raise ValueError(f"{workdir} has no evaluation yet")
+        name = f"{config['net']['name']} {config['variant']}, {config['data']['name']}"
+        same = json.dumps(config | {"seed": 0, "seeds": 1}, sort_keys=True)
+        if same not in names:
+            taken = sum(other.startswith(name) for other in names.values())
+            names[same] = f"{name} ({taken + 1})" if taken else name
+        groups.setdefault(names[same], []).append(rows)
+    return groups
+
+
+def table(groups: dict[str, list[Curve]]) -> str:
+    """Markdown: test errors in percent, mean and deviation over the runs of a row."""
+    lines = [
+        "| run | epochs | n | final, mean | final, sd | best, mean | best, sd |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, curves in groups.items():
+        final = [errors(curve)[-1] for curve in curves]
+        best = [min(errors(curve)) for curve in curves]
+        epochs = sorted({f"{curve[-1]['epoch']:g}" for curve in curves})
+        cells = [name, ", ".join(epochs), str(len(curves)), *_spread(final)]
+        lines.append(f"| {' | '.join([*cells, *_spread(best)])} |")
+    return "\n".join(lines)
+
+
+def errors(curve: Curve) -> list[float]:
+    return [100 * (1 - row["test_accuracy"]) for row in curve]
+
+
+def _spread(values: list[float]) -> tuple[str, str]:
+    deviation = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}", deviation
+
+
+def figure(groups: dict[str, list[Curve]]) -> plt.Figure:
+    """Test error by epoch, one colour a row, one line a run."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, curves) in enumerate(groups.items()):
+        for j, curve in enumerate(curves):
+            epochs = [row["epoch"] for row in curve]
+            label = name if j == 0 else None
+            axes.plot(epochs, errors(curve), f"C{i}", lw=1, label=label)
+    axes.set(xlabel="epoch", ylabel="test error, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, help="where the plot goes, a PNG")
+    options = parser.parse_args()
+    try:
+        groups = read(options.workdirs)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(table(groups))
+    if options.out:
+        figure(groups).savefig(options.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
