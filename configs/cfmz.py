@@ -30,19 +30,16 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default="20,cifar10")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.depth = 20
-    config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
+    config = common.select(
+        argument,
+        VARIANTS,
+        "20",
+        depth=20,
+    )
     config.data.border = "mean"
     config.data.std = (1.0, 1.0, 1.0)  # neon subtracts the mean and does not divide
     config.train.update(batch_size=128, epochs=180.0)
     config.optimizer.update(
         drop_epochs=(90.0, 135.0), nesterov=False, rate_in_velocity=True
     )
-    config.data.flip = data != "digits"  # a mirrored digit is another one
     return config

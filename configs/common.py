@@ -15,6 +15,8 @@ NUM_CLASSES = {
     "svhn_cropped": 10,
     "svhn_cropped_extra": 10,  # trains on the extra images too
 }
+# A mirrored digit is another one.
+DIGITS = ("digits", "svhn_cropped", "svhn_cropped_extra")
 # What the nets see of them: rows and columns.
 IMAGE_SIZE = dict.fromkeys(NUM_CLASSES, 32) | {"imagenet2012": 224}
 
@@ -125,19 +127,33 @@ def base() -> ConfigDict:
     return config
 
 
-def parse(argument: str, variants: Mapping[str, Variant], default: str):
-    """'variant,data' of --config=file.py:variant,data -> (variant name, data name)."""
-    variant, _, data = (argument or default).partition(",")
-    variant = variant or default.partition(",")[0]
-    data = data or default.partition(",")[2]
+def select(
+    argument: str, variants: Mapping[str, Variant], default: str, **fields
+) -> ConfigDict:
+    """base() for 'variant,data' of --config=file.py:variant,data.
+
+    default: the variant, where none is named; the data set is then the first that the
+    variant has a parameter count for. fields: of the family's net, with the defaults.
+    Raises ValueError with the choices for an unknown variant or data set.
+    """
+    variant, _, data = argument.partition(",")
+    variant = variant or default
     if variant not in variants:
         raise ValueError(_choices("variant", variant, list(variants)))
+    data = data or next(iter(variants[variant].parameters))
     if data not in NUM_CLASSES:
         raise ValueError(
             _choices("data set", data, list(NUM_CLASSES))
             + "; any other is named by --config.data.name and --config.net.num_classes"
         )
-    return variant, data
+    config = base()
+    config.variant = variant
+    with config.unlocked():
+        config.net.update(fields | dict(variants[variant].net))
+    config.net.num_classes = NUM_CLASSES[data]
+    config.data.name = data
+    config.data.flip = data not in DIGITS
+    return config
 
 
 def _choices(what: str, given: str, choices: list[str]) -> str:

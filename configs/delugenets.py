@@ -45,14 +45,8 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default="146,cifar10")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
-    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config = common.select(argument, VARIANTS, "146")
+    data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
     config.train.update(batch_size=64, epochs=300.0)
     # The originals' epochs count from 1: the rate drops at the start of 150 and 225.

@@ -64,14 +64,8 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default="resnet-20,cifar10")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
-    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config = common.select(argument, VARIANTS, "resnet-20")
+    data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
     config.train.update(batch_size=128, epochs=164.0)
     config.optimizer.update(drop_epochs=(80.0, 121.0))

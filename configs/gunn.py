@@ -86,19 +86,17 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default="15,cifar10")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.name = "gunn"
-        config.net.form = "cifar"  # or imagenet: stem, places of the pools, end
-        config.net.expansion = 2  # of a bottleneck: inner width over segment width
-        config.net.order = "gradual"  # or simultaneous: the paper's control
-        config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
+    config = common.select(
+        argument,
+        VARIANTS,
+        "15",
+        name="gunn",
+        form="cifar",  # or imagenet: stem, places of the pools, end
+        expansion=2,  # of a bottleneck: inner width over segment width
+        order="gradual",  # or simultaneous: the paper's control
+    )
+    data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
-    config.data.flip = data != "digits"  # a mirrored digit is another one
     # The published runs had 4 GPUs, each with statistics of its own.
     config.train.update(batch_size=64, epochs=300.0)
     config.train.update(sync_batch_norm=False, batch_norm_group=16)

@@ -95,21 +95,16 @@ EPOCHS_AND_DROPS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default="plain-38-L24M2,cifar10")
-    if "," not in argument:
-        data = next(iter(VARIANTS[variant].parameters))
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.initial_var = 1.0  # of running variances; the authors' 0
-        config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
+    config = common.select(
+        argument,
+        VARIANTS,
+        "plain-38-L24M2",
+        initial_var=1.0,  # of running variances; the authors' 0
+    )
+    data = config.data.name
     # The mean was meant; the authors' library probably filled with white.
     config.data.border = "dataset_mean"
     config.data.mean, config.data.std = MEAN_AND_STD.get(data, ((), ()))
-    if data in (SVHN, "digits"):
-        config.data.flip = False
     if data == SVHN:
         config.data.pad = 0
     epochs, drops = EPOCHS_AND_DROPS.get(data, (400.0, (200.0, 300.0, 350.0)))

@@ -19,21 +19,18 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default=f"expander,{IMAGENET}")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.name = "alexnet"
-        config.net.image_size = 224  # the linear layers depend on it
-        config.net.hidden = 4096
-        config.net.dropout = 0.5  # the expander net has none
-        config.net.batch_norm = False  # the expander net always has it
-        config.net.published_degrees = True  # False: in // compress, convolutions too
-        config.net.norm_scale = "ones"  # initial; uniform in the original
-    config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
-    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config = common.select(
+        argument,
+        VARIANTS,
+        "expander",
+        name="alexnet",
+        image_size=224,  # the linear layers depend on it
+        hidden=4096,
+        dropout=0.5,  # the expander net has none
+        batch_norm=False,  # the expander net always has it
+        published_degrees=True,  # False: in // compress, convolutions too
+        norm_scale="ones",  # initial; uniform in the original
+    )
     config.train.update(batch_size=128, epochs=90.0)
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
     if config.net.wiring == "dense":

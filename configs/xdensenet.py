@@ -114,20 +114,19 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default="40-24-2,cifar10")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.name = "densenet"
-        config.net.depth = 40
-        config.net.growth = 24
-        config.net.reduction = 0.5  # share of the maps that a transition keeps
-        config.net.bottleneck = True
-        config.net.dropout = 0.0
-        config.net.wired_transitions = True  # or dense ones
-    config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
+    config = common.select(
+        argument,
+        VARIANTS,
+        "40-24-2",
+        name="densenet",
+        depth=40,
+        growth=24,
+        reduction=0.5,  # share of the maps that a transition keeps
+        bottleneck=True,
+        dropout=0.0,
+        wired_transitions=True,  # or dense ones
+    )
+    data = config.data.name
     config.train.update(batch_size=64, epochs=300.0)
     config.optimizer.update(drop_epochs=(150.0, 225.0), min_learning_rate=0.0005)
     if data == "digits":

@@ -44,20 +44,17 @@ VARIANTS = {name: _variant(name, *row) for name, row in NETS.items()}
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default=f"121-2,{IMAGENET}")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.name = "densenet_imagenet"
-        config.net.depth = 121
-        config.net.growth = 0  # 0: that of the depth
-        config.net.blocks = ()  # layers of each; (): those of the depth
-        config.net.wired_transitions = False
-        config.net.norm_scale = "ones"  # initial; uniform in the original
-    config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
-    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config = common.select(
+        argument,
+        VARIANTS,
+        "121-2",
+        name="densenet_imagenet",
+        depth=121,
+        growth=0,  # 0: that of the depth
+        blocks=(),  # layers of each; (): those of the depth
+        wired_transitions=False,
+        norm_scale="ones",  # initial; uniform in the original
+    )
     config.train.update(batch_size=128, epochs=90.0)
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
     return config

@@ -61,19 +61,16 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default=f"0.5-2,{IMAGENET}")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.name = "mobilenet"
-        config.net.width = 1.0
-        config.net.textbook_widths = False
-        config.net.classifier_inputs = 0  # 0: as many as the last block has maps
-        config.net.norm_scale = "ones"  # initial; uniform in the original
-    config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
-    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config = common.select(
+        argument,
+        VARIANTS,
+        "0.5-2",
+        name="mobilenet",
+        width=1.0,
+        textbook_widths=False,
+        classifier_inputs=0,  # 0: as many as the last block has maps
+        norm_scale="ones",  # initial; uniform in the original
+    )
     config.train.update(batch_size=256, epochs=150.0)
     config.optimizer.update(
         drop_epochs=tuple(15.0 * i for i in range(1, 10)),

@@ -46,19 +46,16 @@ VARIANTS = {name: _variant(name, *row) for name, row in NETS.items()}
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default=f"34-2,{IMAGENET}")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.name = "resnet"
-        config.net.form = "imagenet"
-        config.net.depth = 34
-        config.net.shortcut = "B"
-        config.net.preactivation = False
-    config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
-    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config = common.select(
+        argument,
+        VARIANTS,
+        "34-2",
+        name="resnet",
+        form="imagenet",
+        depth=34,
+        shortcut="B",
+        preactivation=False,
+    )
     config.train.update(batch_size=128, epochs=90.0)
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
     return config

@@ -50,19 +50,16 @@ VARIANTS = {name: _variant(name) for name in PARAMETERS}
 
 
 def get_config(argument: str = ""):
-    variant, data = common.parse(argument, VARIANTS, default="16-bn-expander,cifar10")
-    config = common.base()
-    config.variant = variant
-    with config.unlocked():
-        config.net.name = "vgg"
-        config.net.depth = 16
-        config.net.batch_norm = True
-        config.net.published_degrees = True  # False: in // compress
-        config.net.norm_scale = "ones"  # initial; uniform in the original
-    config.net.update(VARIANTS[variant].net)
-    config.net.num_classes = common.NUM_CLASSES[data]
-    config.data.name = data
-    config.data.flip = data != "digits"  # a mirrored digit is another one
+    config = common.select(
+        argument,
+        VARIANTS,
+        "16-bn-expander",
+        name="vgg",
+        depth=16,
+        batch_norm=True,
+        published_degrees=True,  # False: in // compress
+        norm_scale="ones",  # initial; uniform in the original
+    )
     config.train.update(batch_size=128, epochs=300.0)
     config.optimizer.update(
         learning_rate=0.05,
