@@ -79,16 +79,38 @@ def base() -> ConfigDict:
             download=False,  # the network is used only when asked
             cache_dir="",  # decoded images; '': wirings in $XDG_CACHE_HOME, ~/.cache
             pipeline="tf.data",  # or 'device': images and augmentation on the device
-            pad=4,  # pixels a side before the random crop; 0: no crop
-            border="zero",  # what fills them: augment.BORDERS
+            crop="pad",  # sets of whole files: or inception, scale_aspect (photographs)
+            pad=4,  # crop='pad': pixels a side before the random crop; 0: no crop
+            border="zero",  # crop='pad': what fills them: augment.BORDERS
+            image_size=224,  # crop='inception', 'scale_aspect': rows and columns
+            on_error="raise",  # photographs that cannot be decoded; or 'skip', counted
             flip=True,  # horizontally, with probability 1/2
             mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
             std=(),
         )
     )
+    config.augment = ConfigDict(  # within the train step, after crop and flip
+        dict(
+            jigsaw=False,  # GUNN: random cyclic shift
+            jitter=0.0,  # fb.resnet.torch: brightness, contrast, saturation (0.4)
+            lighting=0.0,  # standard deviation along the colours' axes (0.1)
+            hls=(),  # IGC: largest change of hue, lightness, saturation (36, 50, 50)
+            autoaugment=False,  # the policies found for CIFAR-10
+            randaugment_ops=0,  # operations an image; 0: none
+            randaugment_magnitude=9.0,  # of 30
+            cutout=0,  # side of the grey square, in pixels; 0: none
+            mixup=0.0,  # alpha of its Beta distribution; 0: none. One of these three
+            cutmix=0.0,  # alpha
+            cutmix_probability=0.5,  # of a batch to be cut at all
+            ricap=0.0,  # beta
+        )
+    )
     config.train = ConfigDict(
         dict(
             batch_size=64,  # of all devices together
+            last_batch="fill",  # of a pass: from the next one; or partial
+            label_smoothing=0.0,  # share of the target given to all classes alike
+            ema=0.0,  # decay a step of the averaged weights, which are evaluated; 0: off
             epochs=300.0,  # passes over the training images
             steps_per_dispatch=1,  # pipeline='device': steps a call of the device makes
             dtype="float32",  # of the computation; parameters stay float32
@@ -102,6 +124,8 @@ def base() -> ConfigDict:
     config.optimizer = ConfigDict(
         dict(
             learning_rate=0.1,
+            schedule="steps",  # or cosine, one_cycle: optimizers.SCHEDULES
+            warmup_epochs=0.0,  # of 'steps' and 'cosine': linear from 0
             drop_epochs=(150.0, 225.0),  # counted from 0; the rate is multiplied there
             drop_factor=0.1,
             min_learning_rate=0.0,

@@ -112,10 +112,9 @@ def choose(shape: Shape, platform: str) -> str:
     if platform != "cpu":
         return "native"
     if shape.groups > 1:
-        wide = shape.in_channels > 128
-        if LOWERINGS["taps"].exists(shape) and (shape.group_inputs == 1 or wide):
+        if LOWERINGS["taps"].exists(shape):
             return "taps"
-        if shape.pointwise and shape.in_channels > 64 and shape.group_inputs >= 16:
+        if shape.pointwise and shape.group_inputs >= 32:
             return "einsum"
         return "block_dense"
     if shape.pointwise:
