@@ -2,14 +2,20 @@
 
 Random crop and flip exist twice, in JAX for images that live on the device and in
 TensorFlow for tf.data. Both are told what to do by the same numbers, so they return the
-same bits; neither draws anything itself.
+same bits; neither draws anything itself. All that follows the flip (config.augment) is
+JAX inside the train step, one implementation for every pipeline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import color
+import mixing
+import policies
 
 BORDERS = ("zero", "mean", "dataset_mean", "white", "reflect")
 
@@ -98,11 +104,138 @@ def crop_and_flip_tf(images, index, offset, flip, size: tuple[int, int]):
 def normalize(
     image: jax.Array, mean: Sequence[float], std: Sequence[float], dtype=jnp.float32
 ) -> jax.Array:
-    """(..., C) uint8 -> (image - mean) / std per channel, as `dtype`.
+    """(..., C) bytes, or floats like them -> (image - mean) / std, as `dtype`.
 
-    mean, std: on the scale of the bytes, 0..255. Computed in float32 at least, so that
+    mean, std: per channel, on the scale 0..255. Computed in float32 at least, so that
     bfloat16 rounds once, at the end.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     mean, std = jnp.asarray(mean, wide), jnp.asarray(std, wide)
     return ((image.astype(wide) - mean) / std).astype(dtype)
+
+
+# Independent random streams: to switch one augmentation on leaves the others as before.
+_JIGSAW, _POLICY, _HLS, _JITTER, _LIGHTING, _CUTOUT = range(6)
+
+
+def check(options: Mapping[str, Any], rows_per_device: int) -> None:
+    """Raises ValueError for options of config.augment that cannot be carried out."""
+
+    def refuse(reason):
+        raise ValueError(f"config.augment: {reason}")
+
+    for name, value in options.items():
+        if min(value, default=0) < 0 if name == "hls" else value < 0:
+            refuse(f"{name}={value} is negative")
+    if len(options["hls"]) not in (0, 3):
+        refuse(f"hls={tuple(options['hls'])} is not hue, lightness, saturation")
+    if options["autoaugment"] and options["randaugment_ops"]:
+        refuse("choose one of autoaugment and randaugment_ops")
+    for name, largest in (
+        ("randaugment_magnitude", policies.MAX_MAGNITUDE),
+        ("cutmix_probability", 1),
+    ):
+        if options[name] > largest:
+            refuse(f"{name}={options[name]} is more than {largest}")
+    mixings = [name for name in mixing.NAMES if options[name]]
+    if len(mixings) > 1:
+        refuse(f"choose one of {', '.join(mixings)}")
+    multiple = 4 if options["ricap"] else 2
+    if mixings and rows_per_device % multiple:
+        refuse(
+            f"{mixings[0]} mixes images in groups of {multiple}, which do not divide "
+            f"the {rows_per_device} images of a device (train.batch_size over devices)"
+        )
+
+
+def augmented(
+    image: jax.Array,
+    label: jax.Array,
+    *,
+    options: Mapping[str, Any],
+    normalization: Mapping[str, Any],
+    num_classes: int,
+    key: jax.Array,
+    first_row: jax.Array | int,
+) -> tuple[jax.Array, jax.Array]:
+    """What the net is trained on: normalised images and their targets; traceable.
+
+    image: (b, H, W, 3) uint8, this device's share of a batch after crop and flip, whose
+    first row is row first_row of the whole batch; label: (b,) int. options: of
+    config.augment, which passed check; normalization: mean, std, dtype of normalize;
+    key: the step's, the same on all devices. Returns (b, H, W, 3) and the labels, or
+    the shares (b, num_classes) of all classes if images are mixed. What is drawn for an
+    image depends on key and its row alone: devices do not matter, but for the
+    rounding of jitter's mean grey.
+    """
+    image_key, batch_key = jax.random.split(key)
+    rows, mean = first_row + jnp.arange(len(image)), normalization["mean"]
+
+    def keys(stream):
+        stream = jax.random.fold_in(image_key, stream)
+        return jax.vmap(lambda row: jax.random.fold_in(stream, row))(rows)
+
+    if options["jigsaw"]:
+        image = jigsaw(keys(_JIGSAW), image)
+    if options["autoaugment"]:
+        image = policies.autoaugment(keys(_POLICY), image, mean)
+    if operations := options["randaugment_ops"]:
+        magnitude = options["randaugment_magnitude"]
+        image = policies.randaugment(keys(_POLICY), image, mean, operations, magnitude)
+    if limits := options["hls"]:
+        image = color.hls(keys(_HLS), image, limits)
+    if strength := options["jitter"]:
+        image = color.jitter(keys(_JITTER), image.astype(jnp.float32), strength)
+    if std := options["lighting"]:
+        image = color.lighting(keys(_LIGHTING), image.astype(jnp.float32), std)
+    x = normalize(image, **normalization)
+    if size := options["cutout"]:
+        x = cutout(keys(_CUTOUT), x, size)
+    targets = jax.nn.one_hot(label, num_classes)
+    if alpha := options["mixup"]:
+        return mixing.mixup(batch_key, x, targets, alpha)
+    if alpha := options["cutmix"]:
+        probability = options["cutmix_probability"]
+        return mixing.cutmix(batch_key, x, targets, alpha, probability)
+    if beta := options["ricap"]:
+        return mixing.ricap(batch_key, x, targets, beta)
+    return x, label
+
+
+def jigsaw(keys: jax.Array, image: jax.Array) -> jax.Array:
+    """GUNN's cyclic shift towards lower indices; keys (b,), image (b, H, W, C).
+
+    Two images of three are shifted, along the width or the height with equal
+    probability, by 1 to all of its pixels: the last does nothing, so that with 32
+    pixels 35.4 % of the images stay as they are.
+    """
+    height, width = image.shape[1:3]
+
+    def shifted(key, image):
+        kind_key, distance_key = jax.random.split(key)
+        kind = jax.random.randint(kind_key, (), 0, 3)  # none, width, height
+        sizes = jnp.array([1, width, height])
+        distance = jax.random.randint(distance_key, (), 1, sizes[kind] + 1)
+        rows = (jnp.arange(height) + distance * (kind == 2)) % height
+        columns = (jnp.arange(width) + distance * (kind == 1)) % width
+        return image[rows[:, None], columns]
+
+    return jax.vmap(shifted)(keys, image)
+
+
+def cutout(keys: jax.Array, x: jax.Array, size: int) -> jax.Array:
+    """Cutout (arXiv 1708.04552): a square of zeros in each image, after normalisation.
+
+    keys: (b,), x: (b, H, W, C). Its centre is any pixel; what lies outside the image is
+    cut off. size: its side; an odd one is that of the original plus one, which halves
+    it and rounds down.
+    """
+    height, width = x.shape[1:3]
+
+    def cut(key, x):
+        start = jax.random.randint(key, (2,), 0, np.array([height, width])) - size // 2
+        row, column = np.arange(height) - start[0], np.arange(width) - start[1]
+        rows, columns = ((i >= 0) & (i < size) for i in (row, column))
+        return jnp.where((rows[:, None] & columns)[..., None], 0, x)
+
+    return jax.vmap(cut)(keys, x)

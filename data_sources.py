@@ -1,10 +1,11 @@
 """Where images come from: every source -> uint8 arrays in memory, decoded only once.
 
 By config.data.name: 'digits' (inside scikit-learn), a set whose files lie in
-config.data.dir (TFDS's tfrecord or array_record, or the authors' own: archives.py), or
-the path of an .npz. Nothing here imports
-TensorFlow: with small images its import alone takes longer than decoding 50,000 of them
-with Pillow (11 s against 4 s on 2 cores), and the result is the same to the bit.
+config.data.dir (TFDS's tfrecord or array_record, the authors' own: archives.py, or
+pictures in class folders: folders.py), or the path of an .npz. What is too large for
+memory or of many sizes is read by photographs.py. Nothing here imports TensorFlow: its
+import alone takes longer than decoding 50,000 small images with Pillow (11 s against
+4 s on 2 cores), and the result is the same to the bit.
 """
 
 import concurrent.futures
@@ -15,20 +16,17 @@ import io
 import os
 import pathlib
 import re
-import tempfile
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Callable
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
 import archives
+import cache
+import downloads
+import folders
 import tfrecords
 
 # Mean and standard deviation per channel, 0..255. cifar*: X-Nets' constants, which are
@@ -37,8 +35,12 @@ STATISTICS = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "digits": ((77.9,) * 3, (82.6,) * 3),
+    # fb.resnet.torch's, and torchvision's: 0.485, 0.456, 0.406 of 0..1.
+    "imagenet2012": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
-PROBE_SECONDS = 10.0
+# Which split is 'test', where several are; the labels of ImageNet's own are secret.
+HELD_OUT = ("test", "validation", "val")
+WITHOUT_TEST = ("imagenet2012",)
 WAYS_OUT = "--config.data.dir=... (where it lies), --config.data.name=digits (no files)"
 
 
@@ -59,6 +61,10 @@ class Examples:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
+
 
 def load(data: ConfigDict, split: str) -> Examples:
     """The examples of config.data, 'train' or 'test', always in the same order.
@@ -70,17 +76,28 @@ def load(data: ConfigDict, split: str) -> Examples:
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}: choose train or test")
     images, labels, num_classes = _read(data, split)
+
+    def of_training_images():
+        return statistics(images if split == "train" else _read(data, "train")[0])
+
+    mean, std = normalization(data, of_training_images)
+    return Examples(images, labels, num_classes, mean, std)
+
+
+def normalization(data: ConfigDict, otherwise: Callable) -> tuple[tuple, tuple]:
+    """Mean and standard deviation: those of data, else of STATISTICS, else otherwise().
+
+    Raises DataError for what nothing can be normalised with.
+    """
     mean, std = tuple(data.mean), tuple(data.std)
     if not (mean and std):
-        known = STATISTICS.get(data.name.partition(":")[0])
-        if known is None:
-            known = statistics(images if split == "train" else _read(data, "train")[0])
+        known = STATISTICS.get(re.split("[:/]", data.name)[0]) or otherwise()
         mean, std = mean or known[0], std or known[1]
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise DataError(
             f"data.mean={mean}, data.std={std}: 3 numbers each, std positive"
         )
-    return Examples(images, labels, num_classes, mean, std)
+    return mean, std
 
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -101,19 +118,24 @@ def _read(data: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray, int]:
     npz = data.name.endswith(".npz")
     source = _npz if npz else {"digits": _digits}.get(data.name, _tfds)
     images, labels, num_classes = source(data, split)
-    if not len(images):
-        raise DataError(f"{data.name}: the {split} split is empty")
+    return images, checked(data.name, split, labels, num_classes), num_classes
+
+
+def checked(name: str, split: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The labels as int32; raises DataError if there are none, or one out of range."""
+    if not len(labels):
+        raise DataError(f"{name}: the {split} split is empty")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise DataError(
-            f"{data.name}: {split} labels lie in {low}..{high}, not in "
+            f"{name}: {split} labels lie in {low}..{high}, not in "
             f"0..{num_classes - 1} as {num_classes} classes need"
         )
-    return images, labels.astype(np.int32), num_classes
+    return labels.astype(np.int32)
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path):
+def reading(path: pathlib.Path):
     """Whatever a reader raises becomes a DataError that names the path."""
     try:
         yield
@@ -149,7 +171,7 @@ def _npz(data: ConfigDict, split: str):
     path = pathlib.Path(data.dir).expanduser() / pathlib.Path(data.name).expanduser()
     if not path.is_file():
         raise DataError(f"no file {path.absolute()} (--config.data.name, .dir)")
-    with _reading(path), np.load(path) as file:  # numpy refuses pickles by default
+    with reading(path), np.load(path) as file:  # numpy refuses pickles by default
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
         names = {f"x_{split}", "y_train", "y_test", "num_classes"} & set(file.files)
         arrays = {name: file[name] for name in names}
@@ -176,34 +198,62 @@ def _npz(data: ConfigDict, split: str):
     if grey:
         images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=-1)
     largest = max(arrays[y].max(initial=0) for y in ("y_train", "y_test"))
-    with _reading(path):
+    with reading(path):
         num_classes = int(arrays.get("num_classes", largest + 1))
     return images, labels.reshape(-1), num_classes
 
 
 def _tfds(data: ConfigDict, split: str):
-    """A TFDS set of constant image size; grey images get three equal channels."""
-    root = pathlib.Path(
-        data.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    ).expanduser()
-    directory = _find(root, data.name)
+    """Files below data.dir, all of one size; grey images get three equal channels."""
+    root = root_of(data)
+    directory = find(root, data.name)
     if directory is None and (archive := archives.find(root, data.name)):
-        with _reading(root):
+        with reading(root):
             return archive(split)
-    if directory is None:
-        _refuse_unknown(root, data.name)
-        if not data.download:
-            files = " or ".join(["a TFDS folder", *archives.known(data.name)])
-            raise DataError(
-                f"{data.name} is not in {root.absolute()} ({files}). Ways out: "
-                f"{WAYS_OUT}, --config.data.download=True (fetches it there)"
-            )
-        _download(root, data.name)
-        directory = _find(root, data.name)
-    return _prepared(directory, split, data.cache_dir)
+    if directory is None and (folder := folders.find(root, data.name)):
+        with in_folders():
+            paths, labels, classes = folders.read(folder, split)
+            return folders.decode(paths), labels, len(classes)
+    return _prepared(directory or fetched(data), split, data.cache_dir)
 
 
-def _find(root: pathlib.Path, name: str) -> pathlib.Path | None:
+def root_of(data: ConfigDict) -> pathlib.Path:
+    root = data.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return pathlib.Path(root).expanduser()
+
+
+@contextlib.contextmanager
+def in_folders():
+    """FolderErrors become DataErrors; they name their way out themselves."""
+    try:
+        yield
+    except folders.FolderError as error:
+        raise DataError(str(error)) from error
+
+
+def fetched(data: ConfigDict) -> pathlib.Path:
+    """The directory of a set that is not there: downloaded, if data.download is set.
+
+    Raises DataError if it does not, and for names that TFDS does not know.
+    """
+    root = root_of(data)
+    _refuse_unknown(root, data.name)
+    if not data.download:
+        wanted = ["a TFDS folder", f"{data.name}/train/CLASS/*.jpg"]
+        files = " or ".join([*wanted, *archives.known(data.name)])
+        raise DataError(
+            f"{data.name} is not in {root.absolute()} ({files}). Ways out: "
+            f"{WAYS_OUT}, --config.data.download=True (fetches it there)"
+        )
+    try:
+        downloads.fetch(root, data.name)
+    except Exception as error:
+        reason = f"{data.name} could not be fetched to {root.absolute()}: {error}"
+        raise DataError(f"{reason}. Ways out: {WAYS_OUT}") from error
+    return find(root, data.name)
+
+
+def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
     """The newest version below root/NAME[/CONFIG][:VERSION], None without one."""
     if not re.fullmatch(r"\w[\w./-]*(:[\d.]+)?", name):
         return None  # no pattern or path of another place for glob
@@ -236,27 +286,42 @@ def _refuse_unknown(root: pathlib.Path, name: str) -> None:
         )
 
 
-def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
-    """A split of files that TFDS wrote, from the cache if they have not changed."""
+def described(directory: pathlib.Path, split: str):
+    """What TFDS says of a set: builder, its name of the split, keys and features.
+
+    keys: of image and label in an example; features: those two. Raises DataError unless
+    each image has one class.
+    """
     import tensorflow_datasets as tfds
 
-    with _reading(directory):
+    with reading(directory):
         builder = tfds.builder_from_directory(directory)
         features, splits = dict(builder.info.features.items()), builder.info.splits
         keys = builder.info.supervised_keys or ("image", "label")
-    if split not in splits:
+    names = HELD_OUT if split == "test" else (split,)
+    names = names[1:] if split == "test" and builder.name in WITHOUT_TEST else names
+    stored = [name for name in names if name in splits]
+    if not stored:
         raise DataError(f"{directory} has no {split} split, only {', '.join(splits)}")
     pair = [features.get(key) if isinstance(key, str) else None for key in keys]
     if [*map(type, pair)] != [tfds.features.Image, tfds.features.ClassLabel]:
         raise DataError(f"{directory} holds no images with one class each: {features}")
-    image, label = pair
+    return builder, stored[0], keys, pair
+
+
+def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
+    """A split of files that TFDS wrote, from the cache if they have not changed."""
+    import tensorflow_datasets as tfds
+
+    builder, split, keys, (image, label) = described(directory, split)
+    splits = builder.info.splits
     shape, dtype = image.shape, image.np_dtype
     if None in shape or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise DataError(
             f"{directory}: images are {dtype} {shape}, not uint8, of one size, with 1 "
-            "or 3 channels"
+            "or 3 channels; photographs of any size need --config.data.crop=inception"
         )
-    with _reading(directory):
+    with reading(directory):
         paths = [pathlib.Path(path) for path in splits[split].filepaths]
         files = {path.name: path.read_bytes() for path in paths}
     digest = zlib.crc32(repr((image, label, list(files))).encode())
@@ -264,7 +329,7 @@ def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
         digest = zlib.crc32(content, digest)
 
     def decode():
-        with _reading(directory):
+        with reading(directory):
             expected = splits[split].num_examples
             if all(".tfrecord" in name for name in files):
                 records = [
@@ -276,10 +341,12 @@ def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
                 records = source.__getitems__(range(expected))
             if len(records) != expected:
                 raise ValueError(f"{len(records)} {split} records, not {expected}")
-            return _decode(records, *keys, image, label)
+            images, labels = _decode(records, *keys, image, label)
+            return {"images": images, "labels": labels}
 
     key = f"{builder.info.full_name.replace('/', '-')}-{split}-{digest:08x}"
-    return *_cached(cache_dir, key, decode), label.num_classes
+    arrays = cache.kept(cache_dir, key, decode)
+    return arrays["images"], arrays["labels"], label.num_classes
 
 
 def _decode(records: list[bytes], image_key, label_key, image, label):
@@ -306,68 +373,3 @@ def _decode(records: list[bytes], image_key, label_key, image, label):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(decode, range(0, len(records), 500)))
     return images, labels
-
-
-def _cached(cache_dir: str, key: str, build: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """build() -> images, labels, kept as an .npz, whose checksums are verified on load.
-
-    A damaged entry is built again; a directory that cannot be written is a warning.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    directory = pathlib.Path(cache_dir or pathlib.Path(home, "wirings")).expanduser()
-    path = directory / f"{key}.npz"
-    try:
-        with np.load(path) as file:
-            return file["images"], file["labels"]
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a flipped bit of a zip file can raise anything
-        logging.warning("%s is damaged (%s): decoding again", path, error)
-    images, labels = build()
-    temporary = None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
-            temporary = file.name
-            np.savez(file, images=images, labels=labels)
-        os.replace(temporary, path)  # another process may be reading or writing it
-    except OSError as error:
-        logging.warning("decoded images are not kept in %s: %s", directory, error)
-        if temporary:
-            pathlib.Path(temporary).unlink(missing_ok=True)
-    return images, labels
-
-
-def _download(root: pathlib.Path, name: str) -> None:
-    """Lets TFDS fetch a set and write its files, for which it imports TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=root)
-        _probe({urllib.parse.urlsplit(url)[:2] for url in builder.url_infos})
-        builder.download_and_prepare()
-    except Exception as error:
-        reason = f"{name} could not be fetched to {root.absolute()}: {error}"
-        raise DataError(f"{reason}. Ways out: {WAYS_OUT}") from error
-
-
-def _probe(servers: set[tuple[str, str]]) -> None:
-    """Raises OSError unless all (scheme, host) answer; TFDS would retry for 205 s."""
-    problem = [f"no answer within {PROBE_SECONDS:.0f} s"]
-
-    def ask():
-        try:
-            for scheme, host in servers:
-                request = urllib.request.Request(f"{scheme}://{host}/", method="HEAD")
-                with contextlib.suppress(urllib.error.HTTPError):  # it is there
-                    urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-            problem.clear()
-        except Exception as error:
-            problem[:] = [f"{host}: {error}"]
-
-    # In a thread, because name resolution knows no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    if problem:
-        raise OSError(f"no connection ({problem[0]})")

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
 
 import augment
+import input_pipeline
 import metrics
 import nets
-
-REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("data")
+from devices import REPLICATED, SHARDED, shard
 
 
 def make_eval_step(
@@ -26,7 +27,7 @@ def make_eval_step(
     def eval_step(variables, totals, batch):
         x = augment.normalize(batch["image"], **normalization)
         logits, _ = definition.apply(variables, x)
-        sums = metrics.sums(logits, batch["label"], batch["mask"])
+        sums = metrics.sums(logits, batch["label"], batch["mask"], confusion=True)
         return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, "data"))
 
     return jax.jit(
@@ -42,21 +43,47 @@ def make_eval_step(
 
 
 def evaluate(
-    eval_step: Callable, variables: dict, batches: Iterator[dict], mesh: Mesh
-) -> dict[str, float]:
-    """Means over the examples of one pass, named test_loss, test_accuracy, ..."""
-    totals = jax.device_put(metrics.zeros(), NamedSharding(mesh, REPLICATED))
+    eval_step: Callable,
+    variables: dict,
+    batches: Iterator[dict],
+    mesh: Mesh,
+    num_classes: int,
+) -> tuple[dict[str, float], np.ndarray]:
+    """One pass: means over its examples, and the confusion matrix.
+
+    The means are named test_loss, test_accuracy, ...; the matrix counts examples for
+    each (true class, predicted class).
+    """
+    totals = metrics.zeros(confusion=num_classes)
+    totals = jax.device_put(totals, NamedSharding(mesh, REPLICATED))
     for batch in batches:  # nothing is fetched before the end
         totals = eval_step(variables, totals, shard(batch, mesh))
-    return metrics.means(totals, "test")
+    confusion = np.rint(jax.device_get(totals.pop("confusion"))).astype(np.int64)
+    return metrics.means(totals, "test"), confusion
 
 
-def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays split over the data axis."""
-    sharding = NamedSharding(mesh, SHARDED)
-    return {
-        k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()
-    }
+def make_test(
+    config: ConfigDict,
+    definition: nets.Definition,
+    normalization: Mapping,
+    mesh: Mesh,
+    examples: input_pipeline.Examples,
+) -> Callable:
+    """variables -> evaluate() over all examples; compiled with its first call."""
+    eval_step = make_eval_step(definition, mesh, normalization)
+    classes = config.net.num_classes
+    return lambda variables: evaluate(
+        eval_step, variables, test_batches(config, mesh, examples), mesh, classes
+    )
+
+
+def test_batches(
+    config: ConfigDict, mesh: Mesh, examples: input_pipeline.Examples
+) -> Iterator[dict]:
+    """One pass over the test images; batches are rounded up to the device count."""
+    config = config.copy_and_resolve_references()
+    config.eval.batch_size = padded_batch_size(config.eval.batch_size, mesh.size)
+    return input_pipeline.batches(config, "test", examples=examples)
 
 
 def padded_batch_size(batch_size: int, num_devices: int) -> int:

@@ -15,20 +15,29 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import augment
+import crops
 import data_sources
+import photographs
 from data_sources import DataError, Examples
+from photographs import Photographs
 
 PIPELINES = ("tf.data", "device")
+CROPS = ("pad", *crops.CROPS)
 STEPS_PER_BLOCK = 128
-_ORDER, _AUGMENTATION = 0, 1  # independent random streams of a seed
+_ORDER, _AUGMENTATION, _CROPS = 0, 1, 2  # independent random streams of a seed
 
 
-def load(data: ConfigDict, split: str) -> Examples:
+def load(data: ConfigDict, split: str) -> Examples | Photographs:
     """The examples of config.data, 'train' or 'test': see data_sources.load.
 
-    Raises DataError also for an augmentation that does not exist.
+    Unless data.crop is 'pad', they stay in their files: see photographs.load. Raises
+    DataError also for an augmentation that does not exist.
     """
-    for field, choices in (("pipeline", PIPELINES), ("border", augment.BORDERS)):
+    for field, choices in (
+        ("pipeline", PIPELINES),
+        ("border", augment.BORDERS),
+        ("crop", CROPS),
+    ):
         if data[field] not in choices:
             choices = ", ".join(choices)
             raise DataError(
@@ -36,7 +45,10 @@ def load(data: ConfigDict, split: str) -> Examples:
             )
     if data.pad < 0:
         raise DataError(f"data.pad={data.pad} must not be negative")
-    return data_sources.load(data, split)
+    if split not in ("train", "test"):
+        raise DataError(f"unknown split {split!r}: choose train or test")
+    source = data_sources if data.crop == "pad" else photographs
+    return source.load(data, split)
 
 
 @functools.partial(
@@ -61,9 +73,10 @@ class Plan:
 def plan(config: ConfigDict, num_examples: int, step: int) -> Plan:
     """The batch of a step, counted from 0, over all processes.
 
-    The stream of examples is one full permutation per epoch, end to end, as in cfmz:
-    all batches are full, and one may straddle two epochs. Raises DataError for a batch
-    that is larger than the data set.
+    The stream of examples is one full permutation per epoch. train.last_batch 'fill':
+    end to end, as in cfmz, so that a batch may straddle two epochs; 'partial': the last
+    batch of an epoch has what is left. Raises DataError for a batch that is larger than
+    the data set.
     """
     data, batch_size = config.data, config.train.batch_size
     if not 0 < batch_size <= num_examples:
@@ -71,15 +84,27 @@ def plan(config: ConfigDict, num_examples: int, step: int) -> Plan:
             f"train.batch_size={batch_size} must lie between 1 and the {num_examples} "
             f"training images of {data.name}"
         )
-    epoch, start = divmod(step * batch_size, num_examples)
+    if config.train.last_batch == "partial":
+        epoch, step_in_epoch = divmod(step, -(-num_examples // batch_size))
+        start = step_in_epoch * batch_size
+    else:
+        epoch, start = divmod(step * batch_size, num_examples)
     index = _permutation(config.seed, num_examples, epoch)[start : start + batch_size]
-    if missing := batch_size - len(index):
+    missing = batch_size - len(index)
+    if missing and config.train.last_batch == "fill":
         following = _permutation(config.seed, num_examples, epoch + 1)
         index = np.concatenate([index, following[:missing]])
     random = _random(config.seed, _AUGMENTATION, step)
-    flip = random.random(batch_size) < 0.5
-    offset = random.integers(0, 2 * data.pad + 1, (batch_size, 2), dtype=np.int32)
+    flip = random.random(len(index)) < 0.5
+    offset = random.integers(0, 2 * data.pad + 1, (len(index), 2), dtype=np.int32)
     return Plan(index, offset, flip & data.flip, data.pad)
+
+
+def batch_sizes(config: ConfigDict, num_examples: int) -> list[int]:
+    """Those that occur in training: train.batch_size, and what 'partial' leaves."""
+    rest = num_examples % config.train.batch_size
+    partial = config.train.last_batch == "partial" and rest
+    return [config.train.batch_size] + ([rest] if partial else [])
 
 
 def plans(config: ConfigDict, num_examples: int, start_step: int = 0) -> Iterator[Plan]:
@@ -103,8 +128,8 @@ def share(whole: Plan, process_index: int, process_count: int) -> Plan:
     size, remainder = divmod(len(whole.index), process_count)
     if remainder:
         raise DataError(
-            f"train.batch_size={len(whole.index)} must be a multiple of the "
-            f"{process_count} processes"
+            f"a batch of {len(whole.index)} must be a multiple of the {process_count} "
+            "processes: change train.batch_size, or set train.last_batch=fill"
         )
     rows = slice(process_index * size, (process_index + 1) * size)
     return jax.tree.map(lambda x: x[rows], whole)
@@ -132,7 +157,7 @@ def batches(
     split: str,
     start_step: int = 0,
     *,
-    examples: Examples | None = None,
+    examples: Examples | Photographs | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -149,6 +174,10 @@ def batches(
     if split == "test":
         if config.eval.batch_size < 1:
             raise DataError(f"eval.batch_size={config.eval.batch_size} is not positive")
+        if isinstance(examples, Photographs):
+            return photographs.evaluation_batches(
+                examples, tensorflow(), config.eval.batch_size, index, count
+            )
         return _test_batches(examples, config.eval.batch_size, index, count)
     data, num_examples = config.data, len(examples.labels)
 
@@ -156,10 +185,25 @@ def batches(
         return share(plan(config, num_examples, step), index, count)
 
     draw(start_step)  # errors come here, and not with the first batch
+    if isinstance(examples, Photographs):
+        rows = functools.partial(_rows, config, num_examples, index, count)
+        return photographs.train_batches(examples, tensorflow(), rows, start_step)
     padded = pad(data, examples)
     if data.pipeline == "device":
         return _device_batches(padded, examples.labels, draw, start_step)
     return _tf_batches(tensorflow(), padded, examples.labels, draw, start_step)
+
+
+def _rows(
+    config: ConfigDict, num_examples: int, index: int, count: int, step: int
+) -> photographs.Rows:
+    """A process's share of a plan, and the numbers that decide the crops."""
+    whole = plan(config, num_examples, step)
+    part = share(whole, index, count)
+    draws = _random(config.seed, _CROPS, step).random((len(whole.index), crops.DRAWS))
+    start = index * len(part.index)
+    draws = draws[start : start + len(part.index)]
+    return photographs.Rows(part.index, part.flip, draws)
 
 
 def pad(data: ConfigDict, examples: Examples) -> np.ndarray:
@@ -208,29 +252,37 @@ def _tf_batches(
 
     A Python function there deadlocks the exit of a process that is still prefetching.
     """
-    first = draw(start_step)
-    size = _size(padded, first.pad)
+    # Of two successive batches one is whole.
+    whole = max((draw(start_step), draw(start_step + 1)), key=lambda x: len(x.index))
+    size = _size(padded, whole.pad)
     # Captured by the function below: one copy, neither in the graph nor per block.
     padded, labels = tf.constant(padded), tf.constant(labels)
     with tf.device("CPU"):
         index, offset, flip = (
-            tf.Variable(np.stack([x] * STEPS_PER_BLOCK)) for x in jax.tree.leaves(first)
+            tf.Variable(np.stack([x] * STEPS_PER_BLOCK)) for x in jax.tree.leaves(whole)
         )
 
-    def batch(i):
+    def filled(x):  # one shape for all; what is too much is cut off again
+        missing = len(whole.index) - len(x)
+        return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x
+
+    def carry_out(i):
         image = augment.crop_and_flip_tf(padded, index[i], offset[i], flip[i], size)
         return {"image": image, "label": tf.gather(labels, index[i])}
 
     steps = tf.data.Dataset.range(STEPS_PER_BLOCK)
     workers = workers or tf.data.AUTOTUNE
-    block = steps.map(batch, num_parallel_calls=workers, deterministic=True).prefetch(4)
+    block = steps.map(
+        carry_out, num_parallel_calls=workers, deterministic=True
+    ).prefetch(4)
     for start in itertools.count(start_step, STEPS_PER_BLOCK):
         drawn = [draw(start + i) for i in range(STEPS_PER_BLOCK)]
         for variable, *rows in zip(
             (index, offset, flip), *map(jax.tree.leaves, drawn), strict=True
         ):
-            variable.assign(np.stack(rows))
-        yield from block.as_numpy_iterator()
+            variable.assign(np.stack([filled(x) for x in rows]))
+        for drawn_plan, batch in zip(drawn, block.as_numpy_iterator(), strict=True):
+            yield {k: v[: len(drawn_plan.index)] for k, v in batch.items()}
 
 
 def tensorflow():

@@ -18,7 +18,7 @@ import preflight
 import reporting
 import train
 
-config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py[:VARIANT[,DATA]]")
+config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py:VARIANT,DATA,RECIPE")
 flags.DEFINE_string("workdir", None, "where the run lives; an existing one resumes")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint")
 flags.DEFINE_bool("distributed", False, "one of several processes: preflight.py")

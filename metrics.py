@@ -9,16 +9,39 @@ import jax.numpy as jnp
 SELECTION = "test_accuracy"  # what makes a checkpoint the best
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """logits (N, classes), labels (N,) int -> softmax cross-entropy (N,)."""
+def cross_entropy(
+    logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Softmax cross-entropy (N,) of logits (N, classes).
+
+    targets: classes (N,) int, or shares (N, classes) that add to 1. label_smoothing:
+    the share that all classes get alike (Szegedy et al. 2016, section 7).
+    """
     log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], 1)[:, 0]
+    if targets.ndim == 1:
+        own = jnp.take_along_axis(log_probabilities, targets[:, None], 1)[:, 0]
+    else:
+        own = jnp.sum(targets * log_probabilities, 1)
+    if not label_smoothing:
+        return -own
+    alike = jnp.mean(log_probabilities, 1)
+    return -(1 - label_smoothing) * own - label_smoothing * alike
 
 
 def sums(
-    logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    confusion: bool = False,
 ) -> dict[str, jax.Array]:
-    """Sums over the examples whose mask is 1, and their number as `examples`."""
+    """Sums over the examples whose mask is 1, and their number as `examples`.
+
+    targets as in cross_entropy; of shares, the class with the largest is the right
+    answer. confusion: also the (classes, classes) counts of (true, predicted).
+    """
+    labels = targets if targets.ndim == 1 else jnp.argmax(targets, 1)
     mask = jnp.ones(labels.shape, logits.dtype) if mask is None else mask
     # Ties go to the lower class, as argmax has it; a NaN is beaten by everything.
     label, classes = labels[:, None], jnp.arange(logits.shape[-1])
@@ -26,18 +49,26 @@ def sums(
     behind = (logits < own) | ((logits == own) & (classes >= label))
     rank = jnp.sum(~behind, 1)
     per_example = {
-        "loss": cross_entropy(logits, labels),
+        "loss": cross_entropy(logits, targets, label_smoothing),
         "accuracy": rank < 1,
         "top5": rank < 5,
         "examples": jnp.ones_like(mask),
     }
     # `where`, so that a padded example cannot spoil the sum even with a NaN.
-    return {k: jnp.sum(jnp.where(mask > 0, v, 0)) for k, v in per_example.items()}
+    total = {k: jnp.sum(jnp.where(mask > 0, v, 0)) for k, v in per_example.items()}
+    if confusion:
+        true = (label == classes) & (mask[:, None] > 0)
+        predicted = jnp.argmax(logits, 1)[:, None] == classes
+        total["confusion"] = true.astype(float).T @ predicted.astype(float)
+    return total
 
 
-def zeros() -> dict[str, jax.Array]:
-    """What `sums` adds up to before the first example."""
-    return {k: jnp.zeros(()) for k in ("loss", "accuracy", "top5", "examples")}
+def zeros(confusion: int = 0) -> dict[str, jax.Array]:
+    """What `sums` adds up to before the first example; confusion: classes, or none."""
+    totals = {k: jnp.zeros(()) for k in ("loss", "accuracy", "top5", "examples")}
+    if confusion:
+        totals["confusion"] = jnp.zeros((confusion, confusion))
+    return totals
 
 
 def means(totals: dict[str, jax.Array], prefix: str) -> dict[str, float]:

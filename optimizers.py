@@ -4,25 +4,33 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 
-def step_of_epoch(epoch: float, num_examples: int, batch_size: int) -> int:
+def step_of_epoch(
+    epoch: float, num_examples: int, batch_size: int, partial: bool = False
+) -> int:
     """The first step whose first image belongs to `epoch` (from 0) or a later one.
 
     Batches run through the passes without a gap, so an epoch is num_examples /
     batch_size steps, not a whole number: 50,000 images in batches of 128 make 70,313
-    steps in 180 epochs, as cfmz has.
+    steps in 180 epochs, as cfmz has. With `partial` a pass ends with a smaller batch,
+    and an epoch is a whole number of steps: 64,124 in the 164 of fb.resnet.torch.
     """
-    return math.ceil(epoch * num_examples / batch_size - 1e-6)
+    steps_per_epoch = num_examples / batch_size
+    if partial:
+        steps_per_epoch = math.ceil(steps_per_epoch)
+    return math.ceil(epoch * steps_per_epoch - 1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
     """A run's steps, counted in images, epochs and dispatches."""
 
-    num_examples: int
+    steps_per_epoch: float  # a whole number where a pass ends with a smaller batch
+    smaller_last: bool
     batch_size: int
     total: int
     steps_per_dispatch: int
@@ -33,11 +41,14 @@ class Clock:
     @classmethod
     def of(cls, config: ConfigDict, num_examples: int) -> "Clock":
         batch_size, epochs = config.train.batch_size, config.train.epochs
+        partial = config.train.last_batch == "partial"
+        steps_per_epoch = num_examples / batch_size
         on_device = config.data.pipeline == "device"
         return cls(
-            num_examples=num_examples,
+            steps_per_epoch=math.ceil(steps_per_epoch) if partial else steps_per_epoch,
+            smaller_last=partial and num_examples % batch_size > 0,
             batch_size=batch_size,
-            total=step_of_epoch(epochs, num_examples, batch_size),
+            total=step_of_epoch(epochs, num_examples, batch_size, partial),
             steps_per_dispatch=config.train.steps_per_dispatch if on_device else 1,
             log_every=config.train.log_every_steps,
             eval_every_epochs=config.eval.every_epochs,
@@ -45,7 +56,15 @@ class Clock:
         )
 
     def epoch(self, step: int) -> float:
-        return step * self.batch_size / self.num_examples
+        return step / self.steps_per_epoch
+
+    def dispatch(self, step: int, stop: int) -> int:
+        """How many steps are carried out together: a smaller batch goes alone."""
+        most = min(self.steps_per_dispatch, stop - step)
+        if not self.smaller_last:
+            return most
+        whole = self.steps_per_epoch - 1 - step % self.steps_per_epoch
+        return min(most, whole or 1)
 
     def next_eval(self, step: int) -> int:
         """The first step after `step` that ends an evaluation interval, or the last."""
@@ -60,32 +79,90 @@ class Clock:
         return min((step // every + 1) * every, self.total)
 
     def _step(self, epoch: float) -> int:
-        return step_of_epoch(epoch, self.num_examples, self.batch_size)
+        return math.ceil(epoch * self.steps_per_epoch - 1e-6)
 
 
-def schedule(config: Mapping, num_examples: int, batch_size: int) -> optax.Schedule:
-    """step -> learning rate: multiplied by `drop_factor` at each of `drop_epochs`.
+def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:
+    """step -> learning rate, of a whole configuration and its number of images.
 
-    Never below `min_learning_rate` (X-Nets' minlr).
+    Raises ValueError for an unknown config.optimizer.schedule, and for one that does
+    not fit into the steps of the run.
     """
-    drops = [
-        step_of_epoch(epoch, num_examples, batch_size)
-        for epoch in config["drop_epochs"]
-    ]
+    recipe = config.optimizer
+    if recipe.schedule not in SCHEDULES:
+        raise ValueError(
+            f"unknown optimizer.schedule {recipe.schedule!r}: choose from "
+            + ", ".join(SCHEDULES)
+        )
+
+    def step_of(epoch):
+        partial = config.train.last_batch == "partial"
+        return step_of_epoch(epoch, num_examples, config.train.batch_size, partial)
+
+    total, warmup = step_of(config.train.epochs), step_of(recipe.warmup_epochs)
+    if not 0 <= warmup < max(total, 1):
+        raise ValueError(
+            f"optimizer.warmup_epochs {recipe.warmup_epochs:g} takes {warmup} of the "
+            f"{total} steps of train.epochs {config.train.epochs:g}: it must be at "
+            "least 0 and end before the run"
+        )
+    drops = [step_of(epoch) for epoch in recipe.drop_epochs]
+    rate = SCHEDULES[recipe.schedule](recipe, total, warmup, drops)
+    if warmup == 0:
+        return rate
+    return lambda step: rate(step) * jnp.minimum(step / warmup, 1.0)
+
+
+def _steps(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:
+    """The rate is multiplied by `drop_factor` at each of `drop_epochs`.
+
+    An epoch that stands there twice drops the rate twice. Never below
+    `min_learning_rate` (X-Nets' minlr).
+    """
+    epochs = tuple(recipe["drop_epochs"])
+    if drops != sorted(drops) or len(set(drops)) < len(set(epochs)):
+        raise ValueError(
+            f"optimizer.drop_epochs {epochs} fall on the steps {drops}: they must "
+            "increase (or be equal, to drop twice); drop them less often or train "
+            "longer"
+        )
     rates = [
         max(
-            config["learning_rate"] * config["drop_factor"] ** i,
-            config["min_learning_rate"],
+            recipe["learning_rate"] * recipe["drop_factor"] ** i,
+            recipe["min_learning_rate"],
         )
         for i in range(len(drops) + 1)
     ]
-    if drops != sorted(drops) or len(set(drops)) < len(drops):
-        raise ValueError(
-            f"optimizer.drop_epochs {tuple(config['drop_epochs'])} fall on the steps "
-            f"{drops}: they must increase; drop them less often or train longer"
-        )
     # join_schedules takes the next rate AT the boundary step.
     return optax.join_schedules([optax.constant_schedule(r) for r in rates], drops)
+
+
+def _cosine(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:
+    """Half a cosine from the end of the warm-up to `min_learning_rate` at the end.
+
+    SGDR (arXiv 1608.03983) without restarts.
+    """
+    rate, least = recipe["learning_rate"], recipe["min_learning_rate"]
+    decay = optax.cosine_decay_schedule(rate, total - warmup, alpha=least / rate)
+    return lambda step: decay(jnp.maximum(step - warmup, 0))
+
+
+def _one_cycle(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:
+    """Smith's one cycle (arXiv 1708.07120), in three straight lines.
+
+    From rate / 25 up to the rate at 30 % of the steps, back down to rate / 25 at 85 %,
+    and to rate / 250,000, or `min_learning_rate`, at the end. The momentum stays.
+    """
+    if warmup:
+        raise ValueError(
+            "optimizer.schedule='one_cycle' has its own warm-up: set "
+            "optimizer.warmup_epochs to 0"
+        )
+    cycle = optax.linear_onecycle_schedule(total, recipe["learning_rate"])
+    return lambda step: jnp.maximum(cycle(step), recipe["min_learning_rate"])
+
+
+SCHEDULES = {"steps": _steps, "cosine": _cosine, "one_cycle": _one_cycle}
 
 
 def sgd(

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+import augment
 import input_pipeline
 import nets
 from checkpoints import Checkpoints, load_config
@@ -37,6 +38,11 @@ NOT_NEGATIVE = (
     "optimizer.momentum",
     "optimizer.weight_decay",
 )
+SHARES = ("train.label_smoothing", "train.ema")
+CHOICES = {
+    "train.dtype": ("float32", "bfloat16"),
+    "train.last_batch": ("fill", "partial"),
+}
 
 
 def flag_error(error: Exception, argv: Sequence[str]) -> str:
@@ -127,15 +133,32 @@ def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> 
     for field in NOT_NEGATIVE:
         if not 0 <= fields[field] < math.inf:
             raise ValueError(f"{field} must not be negative, got {fields[field]}")
-    if config.train.dtype not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"train.dtype must be float32 or bfloat16, got {config.train.dtype!r}"
-        )
+    for field, choices in CHOICES.items():
+        if fields[field] not in choices:
+            choices = " or ".join(choices)
+            raise ValueError(f"{field} must be {choices}, got {fields[field]!r}")
+    for field in SHARES:
+        if not 0 <= fields[field] < 1:
+            raise ValueError(f"{field} must lie in [0, 1), got {fields[field]}")
     if config.train.batch_size % mesh.size:
         raise ValueError(
             f"train.batch_size {config.train.batch_size} does not divide among "
             f"{mesh.size} devices: choose a multiple of {mesh.size}"
         )
+    group = config.train.batch_norm_group
+    if group and config.train.batch_size // mesh.size % group:
+        raise ValueError(
+            f"train.batch_norm_group {group} does not divide the "
+            f"{config.train.batch_size // mesh.size} images of a device: change it, or "
+            "train.batch_size"
+        )
+    for size in input_pipeline.batch_sizes(config, len(examples.labels))[1:]:
+        if size % mesh.size:
+            raise ValueError(
+                f"train.last_batch='partial' leaves {size} of {len(examples.labels)} "
+                f"images, which {mesh.size} devices cannot share: choose "
+                "--config.train.last_batch=fill, or another train.batch_size"
+            )
     if config.train.batch_size > len(examples.labels):
         raise ValueError(
             f"train.batch_size {config.train.batch_size} is larger than the "
@@ -146,6 +169,8 @@ def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> 
             f"train.steps_per_dispatch={config.train.steps_per_dispatch} needs "
             "--config.data.pipeline=device: other batches come one by one"
         )
+    for size in input_pipeline.batch_sizes(config, len(examples.labels)):
+        augment.check(config.augment, size // mesh.size)
     if config.net.num_classes != examples.num_classes:
         raise ValueError(
             f"the net has {config.net.num_classes} classes, data set "
@@ -156,7 +181,7 @@ def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> 
 
 def describe(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> None:
     """Logs what is about to be trained."""
-    shape = examples.images.shape[1:]
+    shape = examples.image_shape
     net = nnx.eval_shape(lambda: nets.create(config.net, nnx.Rngs(0)))
     total = cost.total(cost.layers(net, (1, *shape)))
     logging.info(

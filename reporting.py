@@ -9,11 +9,14 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 from absl import logging
 
 import input_pipeline
 import metrics
 from checkpoints import write_json, write_text
+
+MOST_CLASSES = 200  # of which a matrix is small
 
 
 class Reporter:
@@ -120,6 +123,30 @@ def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:
         f"test accuracy  final {accuracy('')}  best {accuracy('best_')}\n"
         f"results        {workdir}: metrics.csv, best.json, config.json, checkpoints/"
     )
+
+
+def write_confusion(
+    workdir: pathlib.Path, confusion: np.ndarray, suffix: str = ""
+) -> None:
+    """per_class.csv, and for at most MOST_CLASSES of them the matrix, confusion.csv.
+
+    confusion: (classes, classes) counts of test examples: row true, column predicted.
+    """
+    examples, correct = confusion.sum(1), confusion.diagonal()
+    wrong = confusion - np.diag(correct)
+    rows = [
+        {
+            "class": i,
+            "examples": n,
+            "accuracy": round(correct[i] / max(n, 1), 6),
+            "most_taken_for": wrong[i].argmax() if wrong[i].any() else "",
+        }
+        for i, n in enumerate(examples)
+    ]
+    write_text(workdir / f"per_class{suffix}.csv", as_csv(rows))
+    if len(confusion) <= MOST_CLASSES:
+        matrix = [dict(enumerate(row)) for row in confusion.tolist()]
+        write_text(workdir / f"confusion{suffix}.csv", as_csv(matrix))
 
 
 def as_csv(rows: list[dict[str, float]]) -> str:

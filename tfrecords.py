@@ -1,5 +1,7 @@
 """TFRecord files read in numpy, without TensorFlow; checksums are verified."""
 
+import os
+
 import numpy as np
 
 
@@ -21,12 +23,44 @@ def records(name: str, content: bytes) -> list[bytes]:
     starts, lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
     data = np.frombuffer(content, np.uint8)
     stored = data[(starts + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
-    crc = crc32c(data, starts, lengths)
-    masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
-    if (bad := np.flatnonzero(masked != stored)).size:
+    if (bad := np.flatnonzero(_masked(data, starts, lengths) != stored)).size:
         raise ValueError(f"record {bad[0]} of {name} has a wrong checksum")
     ends = starts + lengths
     return [content[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Where the records of a file start, and their lengths, (N,) int64 each.
+
+    Reads the headers alone, and verifies their checksums, not those of the records.
+    Raises ValueError on a file that is cut off or damaged.
+    """
+    headers, starts, position, size = [], [], 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while position < size:
+            file.seek(position)
+            header = file.read(12)
+            if len(header) < 12:
+                raise ValueError(f"{path} is cut off at byte {position}")
+            headers.append(header)
+            starts.append(position + 12)
+            position += int.from_bytes(header[:8], "little") + 16
+    if position > size:
+        raise ValueError(f"{path} is cut off after {len(starts) - 1} records")
+    data = np.frombuffer(b"".join(headers), np.uint8)
+    eights = np.full(len(headers), 8)
+    masked = _masked(data, 12 * np.arange(len(headers)), eights)
+    rows = data.reshape(-1, 12)
+    if (bad := np.flatnonzero(masked != rows[:, 8:].copy().view("<u4")[:, 0])).size:
+        raise ValueError(f"record {bad[0]} of {path} has a damaged header")
+    lengths = rows[:, :8].copy().view("<i8")[:, 0]
+    return np.array(starts, np.int64), lengths.astype(np.int64)
+
+
+def _masked(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The checksums as they are stored."""
+    crc = crc32c(data, starts, lengths)
+    return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
 
 
 def crc32c(content: np.ndarray, starts: np.ndarray, lengths: np.ndarray):

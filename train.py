@@ -1,20 +1,18 @@
 """Training: the step is a pure function, the run can die at any moment and go on."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
+import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import logging
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 import augment
@@ -25,12 +23,14 @@ import nets
 import optimizers
 import preflight
 from checkpoints import Checkpoints, save_config
+from devices import REPLICATED, make_advance, make_mesh
 from nets.layers.norm import BatchNorm
 from optimizers import Clock
 from preemption import Preempted, sigterm
-from reporting import Reporter, read_rows
+from reporting import Reporter, read_rows, write_confusion
 
-REPLICATED, SHARDED = evaluate.REPLICATED, evaluate.SHARDED
+# Keys of a step are folded with a device's number, or with this: no device has it.
+AUGMENTATION = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +38,7 @@ REPLICATED, SHARDED = evaluate.REPLICATED, evaluate.SHARDED
 class TrainState:
     """All that a run is; a checkpoint holds exactly this.
 
+    ema: averages of params and stats, which are evaluated; empty without train.ema.
     totals: sums of metrics since the last row of metrics.csv.
     bad_step: the first step whose loss was not finite, -1 while there is none.
     """
@@ -47,12 +48,17 @@ class TrainState:
     stats: dict
     wiring: dict
     opt_state: optax.OptState
+    ema: dict
     totals: dict
     bad_step: jax.Array
 
     def variables(self) -> dict:
         """What nets.Definition.apply takes."""
         return {"params": self.params, "stats": self.stats, "wiring": self.wiring}
+
+    def evaluated(self) -> dict:
+        """The variables that a test sees."""
+        return self.variables() | self.ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,10 @@ class Program:
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
     normalization: dict
+    augmentation: dict
+    label_smoothing: float
+    ema: float
+    num_classes: int
     seed: int
 
 
@@ -76,14 +86,13 @@ def create_train_state(
             module.axis_name = "data" if config.train.sync_batch_norm else None
             module.group_size = config.train.batch_norm_group
     definition, variables = nets.split(net)
-    rate = optimizers.schedule(
-        config.optimizer, len(examples.labels), config.train.batch_size
-    )
+    rate = optimizers.schedule(config, len(examples.labels))
     optimizer = optimizers.create(config.optimizer, rate)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         **variables,
         opt_state=jax.jit(optimizer.init)(variables["params"]),  # one compilation
+        ema=_averaged(variables) if config.train.ema else {},
         totals=metrics.zeros(),
         bad_step=jnp.full((), -1, jnp.int32),
     )
@@ -92,7 +101,18 @@ def create_train_state(
         std=tuple(config.data.std) or examples.std,
         dtype=jnp.dtype(config.train.dtype),
     )
-    return Program(definition, optimizer, rate, normalization, config.seed), state
+    program = Program(
+        definition=definition,
+        optimizer=optimizer,
+        rate=rate,
+        normalization=normalization,
+        augmentation=config.augment.to_dict(),
+        label_smoothing=config.train.label_smoothing,
+        ema=config.train.ema,
+        num_classes=config.net.num_classes,
+        seed=config.seed,
+    )
+    return program, state
 
 
 def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
@@ -101,14 +121,24 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     Runs inside a shard_map over the mesh axis 'data'; the result is the same on all
     devices. Running statistics of devices that keep their own are averaged.
     """
-    key = jax.random.fold_in(jax.random.key(program.seed), state.step)
-    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+    device = jax.lax.axis_index("data")
+    step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+    key = jax.random.fold_in(step_key, device)
+    x, targets = augment.augmented(
+        batch["image"],
+        batch["label"],
+        options=program.augmentation,
+        normalization=program.normalization,
+        num_classes=program.num_classes,
+        key=jax.random.fold_in(step_key, AUGMENTATION),
+        first_row=device * len(batch["label"]),
+    )
 
     def loss_fn(params):
-        x = augment.normalize(batch["image"], **program.normalization)
         variables = state.variables() | {"params": params}
         logits, stats = program.definition.apply(variables, x, train=True, key=key)
-        sums = metrics.sums(logits, batch["label"])
+        smoothing = program.label_smoothing
+        sums = metrics.sums(logits, targets, label_smoothing=smoothing)
         return sums["loss"] / sums["examples"], (stats, sums)
 
     grads, (stats, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -116,69 +146,29 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     grads, stats, sums = jax.lax.pmean((grads, stats, sums), "data")
     sums = jax.tree.map(lambda x: x * jax.lax.axis_size("data"), sums)
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if program.ema:
+        # Young averages follow faster (TensorFlow's ExponentialMovingAverage).
+        decay = jnp.minimum(program.ema, (1 + state.step) / (10 + state.step))
+        new = _averaged({"params": params, "stats": stats})
+        ema = optax.incremental_update(new, ema, 1 - decay)
     bad = (state.bad_step < 0) & ~jnp.isfinite(sums["loss"])
     return dataclasses.replace(
         state,
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         stats=stats,
         opt_state=opt_state,
+        ema=ema,
         totals=jax.tree.map(jnp.add, state.totals, sums),
         bad_step=jnp.where(bad, state.step, state.bad_step),
     )
 
 
-def make_train_step(program: Program, mesh: Mesh) -> Callable:
-    """The compiled (state, batch) -> (state, totals, bad_step); `state` is donated.
-
-    Totals and bad_step come back twice because those inside the state are donated
-    to the next step, while the reporter fetches its copy during that step.
-    """
-
-    def step(state, batch):
-        state = train_step(program, state, batch)
-        return state, state.totals, state.bad_step
-
-    return _compiled(step, mesh, (REPLICATED, SHARDED))
-
-
-def make_device_steps(program: Program, mesh: Mesh) -> Callable:
-    """The compiled (state, data, plans, count) -> (state, totals, bad_step).
-
-    data: padded images and labels, whole on every device; plans: K of them stacked
-    (K, B, ...), of which the first `count` are carried out in one dispatch.
-    """
-
-    def steps(state, data, plans, count):
-        def body(i, state):
-            plan = jax.tree.map(lambda x: x[i], plans)
-            return train_step(program, state, input_pipeline.apply_plan(*data, plan))
-
-        # A loop of one step would only keep XLA:CPU from using its threads.
-        if len(plans.index) == 1:
-            state = body(0, state)
-        else:
-            state = jax.lax.fori_loop(0, count, body, state)
-        return state, state.totals, state.bad_step
-
-    plans = PartitionSpec(None, "data")
-    return _compiled(steps, mesh, (REPLICATED, REPLICATED, plans, REPLICATED))
-
-
-def _compiled(step: Callable, mesh: Mesh, in_specs: tuple) -> Callable:
-    # check_vma: the custom gradients of the lowerings do not carry its annotations.
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False
-    )
-    return jax.jit(mapped, donate_argnums=0)
-
-
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """These devices, or all of all processes, on one axis, 'data'."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        (len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,)
-    )
+def _averaged(variables: dict) -> dict:
+    """What config.train.ema averages: copies, since the originals are donated."""
+    return {k: jax.tree.map(jnp.copy, variables[k]) for k in ("params", "stats")}
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
@@ -205,23 +195,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         state, step = _resume(config, workdir, checkpoints, state)
         save_config(workdir, config)
         reporter = Reporter(workdir, clock, step, config.train.tensorboard)
-        advance = make_advance(config, program, mesh, examples, state, step)
+        step_fn = functools.partial(train_step, program)
+        advance = make_advance(config, step_fn, mesh, examples, state, step)
         advance = _first_step_told(advance, started)
-        test = make_test(config, program, mesh, test_examples)
+        test = evaluate.make_test(
+            config, program.definition, program.normalization, mesh, test_examples
+        )
         with contextlib.closing(reporter), sigterm() as terminated:
             saved, bad_step = step, state.bad_step
             while step < clock.total:
                 next_eval = clock.next_eval(step)
                 stop = min(next_eval, clock.next_save(step))
                 while step < stop and reporter.finite and not terminated():
-                    state, totals, bad_step = advance(state, stop - step)
-                    step += min(clock.steps_per_dispatch, stop - step)
+                    count = clock.dispatch(step, stop)
+                    state, totals, bad_step = advance(state, count)
+                    step += count
                     reporter.trained(step, totals)
                 _refuse(bad_step, checkpoints)
                 row = None
                 if step == next_eval:
                     row = _progress(program, clock, step, totals)
-                    row |= test(state.variables())
+                    means, confusion = test(state.evaluated())
+                    row |= means
+                    write_confusion(workdir, confusion)
                     reporter.evaluated(row)
                     zeros = jax.tree.map(jnp.zeros_like, state.totals)
                     state = dataclasses.replace(state, totals=zeros)
@@ -288,9 +284,12 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
         program, state = create_train_state(config, examples)
         state = jax.device_put(state, NamedSharding(mesh, REPLICATED))
         state, step = checkpoints.restore(state, config.eval.checkpoint)
-    return {"step": step} | make_test(config, program, mesh, test_examples)(
-        state.variables()
+    test = evaluate.make_test(
+        config, program.definition, program.normalization, mesh, test_examples
     )
+    means, confusion = test(state.evaluated())
+    write_confusion(pathlib.Path(workdir), confusion, f"-{step}")
+    return {"step": step} | means
 
 
 def summary(rows: list[dict]) -> dict:
@@ -303,84 +302,6 @@ def summary(rows: list[dict]) -> dict:
     best = max(rows, key=lambda row: row[metrics.SELECTION])
     kept = {k: v for k, v in best.items() if k == "step" or k.startswith("test_")}
     return rows[-1] | {f"best_{k}": v for k, v in kept.items()}
-
-
-def make_test(
-    config: ConfigDict, program: Program, mesh: Mesh, examples: input_pipeline.Examples
-) -> Callable:
-    """variables -> `test_*` over all examples; compiled with its first call."""
-    step = evaluate.make_eval_step(program.definition, mesh, program.normalization)
-
-    def test(variables: dict) -> dict:
-        batches = test_batches(config, mesh, examples)
-        return evaluate.evaluate(step, variables, batches, mesh)
-
-    return test
-
-
-def test_batches(
-    config: ConfigDict, mesh: Mesh, examples: input_pipeline.Examples
-) -> Iterator[dict]:
-    """One pass over the test images; batches are rounded up to the device count."""
-    config = config.copy_and_resolve_references()
-    config.eval.batch_size = evaluate.padded_batch_size(
-        config.eval.batch_size, mesh.size
-    )
-    return input_pipeline.batches(config, "test", examples=examples)
-
-
-def make_advance(
-    config: ConfigDict,
-    program: Program,
-    mesh: Mesh,
-    examples: input_pipeline.Examples,
-    state: TrainState,
-    step: int,
-) -> Callable:
-    """(state, most) -> (state, totals, bad_step): one dispatch of at most `most` steps.
-
-    The batches start at `step`. While the step compiles, another thread imports
-    TensorFlow, if the pipeline needs it, and prepares the first batch.
-    """
-    batch_size = config.train.batch_size
-
-    def array(shape, dtype, spec):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    if config.data.pipeline == "device":
-        most_steps = config.train.steps_per_dispatch
-        padded = input_pipeline.pad(config.data, examples)
-        data = jax.device_put(
-            (padded, examples.labels), NamedSharding(mesh, REPLICATED)
-        )
-        plans = input_pipeline.plans(config, len(examples.labels), step)
-        steps = make_device_steps(program, mesh)
-
-        def advance(state, most):
-            count = min(most_steps, most)
-            chunk = [next(plans) for _ in range(count)]
-            chunk += chunk[-1:] * (most_steps - count)  # one shape, one program
-            stacked = jax.tree.map(lambda *x: np.stack(x), *chunk)
-            sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
-            return steps(state, data, jax.device_put(stacked, sharding), count)
-
-        return advance
-
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-
-        def start():
-            batches = input_pipeline.batches(config, "train", step, examples=examples)
-            return itertools.chain([next(batches)], batches)
-
-        started = thread.submit(start)
-        shape = examples.images.shape[1:]
-        batch = {
-            "image": array((batch_size, *shape), jnp.uint8, SHARDED),
-            "label": array((batch_size,), jnp.int32, SHARDED),
-        }
-        train_step = make_train_step(program, mesh).lower(state, batch).compile()
-        batches = started.result()
-    return lambda state, most: train_step(state, evaluate.shard(next(batches), mesh))
 
 
 def _refuse(bad_step: jax.Array, checkpoints: Checkpoints) -> None:

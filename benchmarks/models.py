@@ -145,7 +145,7 @@ def ours(variant: str, lowering: str, options):
     import numpy as np
     from jax.sharding import NamedSharding
 
-    import evaluate
+    import devices
     import input_pipeline
     import train
 
@@ -159,12 +159,14 @@ def ours(variant: str, lowering: str, options):
     statistics = ((125.0,) * 3, (60.0,) * 3)
     # Only the number of examples matters here, for the schedule.
     examples = input_pipeline.Examples(image, np.zeros(50_000), 10, *statistics)
-    mesh = train.make_mesh(jax.devices()[:1])
+    mesh = devices.make_mesh(jax.devices()[:1])
     program, state = train.create_train_state(config, examples)
-    state = jax.device_put(state, NamedSharding(mesh, train.REPLICATED))
-    batch = evaluate.shard({"image": image, "label": label}, mesh)
+    state = jax.device_put(state, NamedSharding(mesh, devices.REPLICATED))
+    batch = devices.shard({"image": image, "label": label}, mesh)
     start = time.perf_counter()
-    compiled = train.make_train_step(program, mesh).lower(state, batch).compile()
+    train_step = functools.partial(train.train_step, program)
+    step_fn = devices.make_train_step(train_step, mesh)
+    compiled = step_fn.lower(state, batch).compile()
     seconds = time.perf_counter() - start
 
     def step(wait: bool) -> None:

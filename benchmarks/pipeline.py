@@ -1,54 +1,143 @@
-"""Images per second of both ways to pad, crop and flip: python -m benchmarks.pipeline
+"""Images per second of each way to make batches: python -m benchmarks.pipeline
 
-50,000 images of 32x32x3 (noise: the pixels do not matter), border of 4, batches of 128.
-tf.data: batches that arrive in numpy, nothing else running. device: plans drawn, sent
-and carried out by JAX, one dispatch per batch. Median of the repeats, a minute in all.
+Small images: 50,000 of 32x32x3 (noise: the pixels do not matter), border of 4, batches
+of 128. tf.data: batches that arrive in numpy, nothing else running. device: plans
+drawn, sent and carried out by JAX, one dispatch per batch. Photographs: JPEGs of
+500x375, made up, or those below --photographs=DIR; random_resized crops of 224, batches
+of 64, by threads.
+
+The peer is PyTorch's DataLoader with a process per core and torchvision's transforms
+(torch_loader.py); without PyTorch it is left out. All in turns, in one run: median of
+the repeats. ratio: ours by the peer's. grown_mb: memory of this process, in the repeats
+after the first; they are more than a pass. A few minutes.
 """
 
+import argparse
 import importlib.metadata
 import itertools
 import os
+import pathlib
 import statistics
+import tempfile
 import time
 
 import jax
 import numpy as np
+from PIL import Image
 
 import benchmarks
 import input_pipeline
 from configs import common
 
-REPEATS, SECONDS = 5, 2.0
+REPEATS, SECONDS, MADE_UP = 5, 4.0, 300
+SMALL_BATCH, LARGE_BATCH, WARM_UP = 128, 64, {"small": 50, "photographs": 8}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--photographs", type=pathlib.Path, help="folder of JPEGs")
+    folder = parser.parse_args().photographs
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or make_photographs(pathlib.Path(temporary, "made_up"))
+        paths = small_paths() | photograph_paths(folder, pathlib.Path(temporary, "set"))
+        rows = measure(paths)
+    name = benchmarks.machine(jax.devices()[0].device_kind)
+    benchmarks.write(f"pipeline-{name}-jax{jax.__version__}", rows)
+
+
+def measure(paths: dict) -> list[dict]:
+    """A row for each (kind, path) -> function that makes a batch, and its size."""
+    speeds, memory = {key: [] for key in paths}, {key: [] for key in paths}
+    for _ in range(REPEATS):
+        for (kind, path), (next_batch, batch_size) in paths.items():
+            before = resident_mb()
+            measured = speed(next_batch, WARM_UP[kind]) * batch_size
+            speeds[kind, path].append(measured)
+            memory[kind, path].append(resident_mb() - before)
+    rows = []
+    for (kind, path), found in speeds.items():
+        median, peer = statistics.median(found), speeds.get((kind, "torch"))
+        rows.append(
+            {
+                "images": kind,
+                "path": path,
+                "device": jax.devices()[0].device_kind if path == "device" else "host",
+                "batch_size": paths[kind, path][1],
+                "images_per_second": round(median),
+                "slowest": round(min(found)),
+                "fastest": round(max(found)),
+                "ratio": round(median / statistics.median(peer), 2) if peer else "",
+                "grown_mb": round(sum(memory[kind, path][1:])),
+                "repeats": REPEATS,
+                "cores": os.cpu_count(),
+                "jax": jax.__version__,
+                "tensorflow": version("tensorflow-cpu", "tensorflow"),
+                "torch": version("torch"),
+            }
+        )
+        print(
+            "{images:12} {path:8} {images_per_second:>9,} images/s, {ratio} of the "
+            "peer's, {grown_mb} MB more".format(**rows[-1])
+        )
+    return rows
+
+
+def small_paths() -> dict:
     config = common.base()
-    config.train.batch_size = 128
+    config.train.batch_size = SMALL_BATCH
     images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
     labels = np.zeros(len(images), np.int32)
     examples = input_pipeline.Examples(images, labels, 10, (0.0,) * 3, (1.0,) * 3)
     batches = input_pipeline.batches(config, "train", examples=examples)
-    paths = {"tf.data": lambda: next(batches), "device": device_path(config, examples)}
-    rows = []
-    for name, next_batch in paths.items():
-        speeds = [speed(next_batch) * config.train.batch_size for _ in range(REPEATS)]
-        rows.append(
-            {
-                "path": name,
-                "device": "host" if name == "tf.data" else jax.devices()[0].device_kind,
-                "batch_size": config.train.batch_size,
-                "images_per_second": round(statistics.median(speeds)),
-                "slowest": round(min(speeds)),
-                "fastest": round(max(speeds)),
-                "repeats": REPEATS,
-                "cores": os.cpu_count(),
-                "jax": jax.__version__,
-                "tensorflow": tensorflow_version(),
-            }
-        )
-        print("{path:8} {images_per_second:>9,} images/s".format(**rows[-1]))
-    name = benchmarks.machine(jax.devices()[0].device_kind)
-    benchmarks.write(f"pipeline-{name}-jax{jax.__version__}", rows)
+    paths = {
+        ("small", "tf.data"): (lambda: next(batches), SMALL_BATCH),
+        ("small", "device"): (device_path(config, examples), SMALL_BATCH),
+    }
+    if version("torch"):
+        from benchmarks import torch_loader
+
+        dataset = torch_loader.Small(images)
+        peer = torch_loader.batches(dataset, SMALL_BATCH, os.cpu_count())
+        paths["small", "torch"] = lambda: next(peer), SMALL_BATCH
+    return paths
+
+
+def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
+    """directory: where links to the folder's files are laid out as a set."""
+    files = sorted(
+        x for x in folder.rglob("*") if x.suffix.lower() in (".jpg", ".jpeg")
+    )
+    for split in ("train", "test"):
+        place = directory / split / "all"
+        place.mkdir(parents=True)
+        for i, file in enumerate(files):
+            (place / f"{i}.jpg").symlink_to(file.absolute())
+    config = common.base()
+    config.data.update(name=directory.name, dir=str(directory.parent))
+    config.data.update(crop="random_resized", image_size=224)
+    config.train.batch_size = LARGE_BATCH
+    batches = input_pipeline.batches(config, "train")
+    paths = {("photographs", "tf.data"): (lambda: next(batches), LARGE_BATCH)}
+    if version("torch"):
+        from benchmarks import torch_loader
+
+        dataset = torch_loader.Jpegs([str(x) for x in files], 224)
+        peer = torch_loader.batches(dataset, LARGE_BATCH, os.cpu_count())
+        paths["photographs", "torch"] = lambda: next(peer), LARGE_BATCH
+    return paths
+
+
+def make_photographs(folder: pathlib.Path) -> pathlib.Path:
+    """Clouds of noise of ImageNet's commonest size, about 100 kB each."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(MADE_UP):
+        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
+        pixels = np.asarray(coarse.resize((500, 375), Image.BICUBIC)).astype(np.int16)
+        pixels = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255)
+        picture = Image.fromarray(pixels.astype(np.uint8))
+        picture.save(folder / f"{i}.jpg", quality=92)
+    return folder
 
 
 def device_path(config, examples):
@@ -60,21 +149,34 @@ def device_path(config, examples):
     return lambda: apply_plan(*data, next(plans))
 
 
-def speed(next_batch) -> float:
-    """Batches per second after a warm-up."""
-    for _ in range(50):
+def speed(next_batch, warm_up: int) -> float:
+    """Batches per second after a warm-up, which uses up what was prepared before."""
+    for _ in range(warm_up):
         batch = next_batch()
-    jax.block_until_ready(batch)
+    wait(batch)
     start = time.perf_counter()
     for count in itertools.count(1):
         batch = next_batch()
         if time.perf_counter() - start > SECONDS:
-            jax.block_until_ready(batch)
+            wait(batch)
             return count / (time.perf_counter() - start)
 
 
-def tensorflow_version() -> str:
-    names = "tensorflow-cpu", "tensorflow"
+def wait(batch) -> None:
+    if isinstance(batch, dict):  # PyTorch's are lists, and there when they are given
+        jax.block_until_ready(batch)
+
+
+def resident_mb() -> float:
+    """Memory of this process; 0 where there is no /proc."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def version(*names: str) -> str:
     found = [d.version for n in names for d in importlib.metadata.distributions(name=n)]
     return found[0] if found else ""
 

@@ -38,8 +38,9 @@ def get_config(argument: str = ""):
     )
     config.data.border = "mean"
     config.data.std = (1.0, 1.0, 1.0)  # neon subtracts the mean and does not divide
-    config.train.update(batch_size=128, epochs=180.0)
+    # neon's last batch of a pass is filled from the next one, which goes on behind it.
+    config.train.update(batch_size=128, epochs=180.0, last_batch="fill")
     config.optimizer.update(
         drop_epochs=(90.0, 135.0), nesterov=False, rate_in_velocity=True
     )
-    return config
+    return common.with_recipe(config)

@@ -19,6 +19,19 @@ NUM_CLASSES = {
 DIGITS = ("digits", "svhn_cropped", "svhn_cropped_extra")
 # What the nets see of them: rows and columns.
 IMAGE_SIZE = dict.fromkeys(NUM_CLASSES, 32) | {"imagenet2012": 224}
+IMAGENET = "imagenet2012"
+# The original's training, or ours of the same net: docs/recipes.md.
+RECIPES = ("faithful", "modern")
+# config.augment of fb.resnet.torch for ImageNet.
+COLORS = {"jitter": 0.4, "lighting": 0.1}
+# Images of the training splits, for milestones that are counted in steps.
+NUM_EXAMPLES = {
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "imagenet2012": 1_281_167,
+    "svhn_cropped": 73_257,
+    "svhn_cropped_extra": 604_388,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +70,7 @@ def base() -> ConfigDict:
     config.seed = 0  # initial weights, order of examples, augmentation
     config.seeds = 1  # runs, one seed after the other, in WORKDIR/seed0, ...
     config.variant = ""  # row of the family's VARIANTS, for the record
+    config.recipe = ""  # one of RECIPES, for the record
 
     config.net = ConfigDict(
         dict(
@@ -74,15 +88,17 @@ def base() -> ConfigDict:
     )
     config.data = ConfigDict(
         dict(
-            name="cifar10",  # a TFDS set, 'digits' (embedded), or a path to an .npz
+            # A TFDS set, a folder of class folders (folders.py), 'digits' (embedded),
+            # or a path to an .npz.
+            name="cifar10",
             dir="",  # '': $TFDS_DATA_DIR or ~/tensorflow_datasets
             download=False,  # the network is used only when asked
             cache_dir="",  # decoded images; '': wirings in $XDG_CACHE_HOME, ~/.cache
             pipeline="tf.data",  # or 'device': images and augmentation on the device
-            crop="pad",  # sets of whole files: or inception, scale_aspect (photographs)
+            crop="pad",  # or of photographs of any size: crops.CROPS
             pad=4,  # crop='pad': pixels a side before the random crop; 0: no crop
             border="zero",  # crop='pad': what fills them: augment.BORDERS
-            image_size=224,  # crop='inception', 'scale_aspect': rows and columns
+            image_size=224,  # rows and columns of the latter
             on_error="raise",  # photographs that cannot be decoded; or 'skip', counted
             flip=True,  # horizontally, with probability 1/2
             mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
@@ -110,7 +126,7 @@ def base() -> ConfigDict:
             batch_size=64,  # of all devices together
             last_batch="fill",  # of a pass: from the next one; or partial
             label_smoothing=0.0,  # share of the target given to all classes alike
-            ema=0.0,  # decay a step of the averaged weights, which are evaluated; 0: off
+            ema=0.0,  # decay a step of averaged weights, which are evaluated; 0: off
             epochs=300.0,  # passes over the training images
             steps_per_dispatch=1,  # pipeline='device': steps a call of the device makes
             dtype="float32",  # of the computation; parameters stay float32
@@ -154,13 +170,17 @@ def base() -> ConfigDict:
 def select(
     argument: str, variants: Mapping[str, Variant], default: str, **fields
 ) -> ConfigDict:
-    """base() for 'variant,data' of --config=file.py:variant,data.
+    """base() for 'variant,data,recipe' of --config=file.py:variant,data,recipe.
 
     default: the variant, where none is named; the data set is then the first that the
-    variant has a parameter count for. fields: of the family's net, with the defaults.
-    Raises ValueError with the choices for an unknown variant or data set.
+    variant has a parameter count for, and the recipe the faithful one. fields: of the
+    family's net, with the defaults.
+    Raises ValueError with the choices for an unknown variant, data set or recipe.
     """
-    variant, _, data = argument.partition(",")
+    parts = argument.split(",")
+    if len(parts) > 3:
+        raise ValueError(f"{argument!r} has {len(parts)} parts: variant,data,recipe")
+    variant, data, recipe = parts + [""] * (3 - len(parts))
     variant = variant or default
     if variant not in variants:
         raise ValueError(_choices("variant", variant, list(variants)))
@@ -170,13 +190,35 @@ def select(
             _choices("data set", data, list(NUM_CLASSES))
             + "; any other is named by --config.data.name and --config.net.num_classes"
         )
+    recipe = recipe or RECIPES[0]
+    if recipe not in RECIPES:
+        raise ValueError(_choices("recipe", recipe, list(RECIPES)))
     config = base()
-    config.variant = variant
+    config.variant, config.recipe = variant, recipe
     with config.unlocked():
         config.net.update(fields | dict(variants[variant].net))
     config.net.num_classes = NUM_CLASSES[data]
     config.data.name = data
     config.data.flip = data not in DIGITS
+    if data == IMAGENET:
+        config.data.crop = "inception"
+        config.data.mean = (123.675, 116.28, 103.53)
+        config.data.std = (58.395, 57.12, 57.375)
+    return config
+
+
+def with_recipe(config: ConfigDict) -> ConfigDict:
+    """A family's faithful configuration, changed in place to what config.recipe says.
+
+    modern: a rate that goes to nothing, the choice of docs/recipes.md.
+    """
+    if config.recipe == "modern":
+        config.optimizer.update(
+            schedule="one_cycle",
+            min_learning_rate=0.0,
+            nesterov=True,
+            rate_in_velocity=False,
+        )
     return config
 
 

@@ -5,14 +5,12 @@ python main.py --config=configs/delugenets.py:wide-146,cifar100 --workdir=/tmp/r
 
 A variant is the published name: 3 x composite layers + 2, transitions not counted.
 Compiling takes minutes on CPU, for each program anew: the blocks are unrolled.
-Deviation: the last, partial batch of an epoch is filled from the next epoch.
 """
 
 from configs import common
-from configs.common import Published, Variant
+from configs.common import IMAGENET, Published, Variant
 
 README = "DelugeNets README: best epoch on the test set"
-IMAGENET = "imagenet2012"
 
 
 def _cifar(layers, parameters, errors, printed, width=1.0):
@@ -48,12 +46,13 @@ def get_config(argument: str = ""):
     config = common.select(argument, VARIANTS, "146")
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
-    config.train.update(batch_size=64, epochs=300.0)
+    config.train.update(batch_size=64, epochs=300.0, last_batch="partial")
     # The originals' epochs count from 1: the rate drops at the start of 150 and 225.
     config.optimizer.update(drop_epochs=(149.0, 224.0))
     if data == IMAGENET:
+        config.augment.update(common.COLORS)
         # Eight GPUs, each with the statistics of its 32 images.
         config.train.update(batch_size=256, epochs=100.0)
         config.train.update(sync_batch_norm=False, batch_norm_group=32)
         config.optimizer.update(drop_epochs=(30.0, 60.0, 90.0))
-    return config
+    return common.with_recipe(config)

@@ -5,7 +5,6 @@ python main.py --config=configs/fb_resnet.py:preresnet-110,cifar100 --workdir=/t
 
 A variant is a network and its depth: 6 n + 2 for CIFAR, 18 to 200 for ImageNet. The
 shortcut is A on CIFAR, B on ImageNet; --config.net.shortcut=C changes it.
-Deviation: the last, partial batch of an epoch is filled from the next epoch.
 """
 
 from configs import common
@@ -67,9 +66,12 @@ def get_config(argument: str = ""):
     config = common.select(argument, VARIANTS, "resnet-20")
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
-    config.train.update(batch_size=128, epochs=164.0)
+    # Two GPUs, for ImageNet four, each with the statistics of its 64 images.
+    config.train.update(batch_size=128, epochs=164.0, last_batch="partial")
+    config.train.update(sync_batch_norm=False, batch_norm_group=64)
     config.optimizer.update(drop_epochs=(80.0, 121.0))
-    if data == "imagenet2012":
+    if data == common.IMAGENET:
+        config.augment.update(common.COLORS)
         config.train.update(batch_size=256, epochs=90.0)
         config.optimizer.update(drop_epochs=(30.0, 60.0))
-    return config
+    return common.with_recipe(config)

@@ -7,11 +7,10 @@ A variant is family-depth-LxMy: x partitions of y channels in the first stage; W
 width of a regular net. The default is the README's command for CIFAR; imagenet-* are
 the README's table (depth 18).
 Nobody says of which epoch the published errors are; "last" stands for not selected.
-Deviation: ImageNet without the original's augmentation of scale, aspect and colour.
 """
 
 from configs import common
-from configs.common import Published, Variant
+from configs.common import IMAGENET, Published, Variant
 
 README = "IGCNets README: ImageNet validation, single centre crop; files of epoch 95"
 PAPER = "IGCNets paper, from memory: unverified"
@@ -35,7 +34,7 @@ CIFAR = {
 }
 # Parameters; top-1 and top-5 error, and millions of parameters as the README counts
 # them (in several ways; the first column is all of them).
-IMAGENET = {
+IMAGENET_ROWS = {
     "imagenet-W64": (11_689_512, 31.06, 11.38, "11.151M"),
     "imagenet-W69": (13_542_457, 30.58, 10.77, "11.333M"),
     "imagenet-L4M32": (12_251_240, 30.77, 10.99, "11.205M"),
@@ -74,23 +73,25 @@ def _imagenet(name: str) -> Variant:
     if size == "L100M2":  # the partitions double, already in the first stage
         net |= dict(width=100, expand_first_stage=True)
         net |= dict(primary_groups=0, secondary_groups=2)
-    parameters, top1, top5, printed = IMAGENET[name]
+    parameters, top1, top5, printed = IMAGENET_ROWS[name]
     published = Published(top1, "last", README, printed, top5=top5)
-    return Variant(net, {"imagenet2012": parameters}, {"imagenet2012": published})
+    return Variant(net, {IMAGENET: parameters}, {IMAGENET: published})
 
 
 VARIANTS = {name: _cifar(name) for name in CIFAR}
-VARIANTS |= {name: _imagenet(name) for name in IMAGENET}
+VARIANTS |= {name: _imagenet(name) for name in IMAGENET_ROWS}
 # Of 0 to 255, red, green, blue; ImageNet's of images with a short side of 480.
 MEAN_AND_STD = {
     "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
     "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
+    "svhn_cropped": ((111.609, 113.161, 120.565), (50.498, 51.259, 50.244)),
     SVHN: ((111.609, 113.161, 120.565), (50.498, 51.259, 50.244)),
-    "imagenet2012": ((123.370, 112.757, 99.406), (68.998, 66.093, 68.292)),
+    IMAGENET: ((123.370, 112.757, 99.406), (68.998, 66.093, 68.292)),
 }
-EPOCHS_AND_DROPS = {
-    SVHN: (40.0, (20.0, 30.0, 35.0)),
-    "imagenet2012": (120.0, (30.0, 60.0, 90.0)),
+EPOCHS_AND_MILESTONES = {
+    "svhn_cropped": (40, (20, 30, 35)),
+    SVHN: (40, (20, 30, 35)),
+    IMAGENET: (120, (30, 60, 90)),
 }
 
 
@@ -99,18 +100,30 @@ def get_config(argument: str = ""):
         argument,
         VARIANTS,
         "plain-38-L24M2",
-        initial_var=1.0,  # of running variances; the authors' 0
+        initial_var=0.0,  # of running variances; MXNet's own is 1
     )
     data = config.data.name
     # The mean was meant; the authors' library probably filled with white.
     config.data.border = "dataset_mean"
     config.data.mean, config.data.std = MEAN_AND_STD.get(data, ((), ()))
-    if data == SVHN:
-        config.data.pad = 0
-    epochs, drops = EPOCHS_AND_DROPS.get(data, (400.0, (200.0, 300.0, 350.0)))
+    if data.startswith("svhn"):
+        config.data.pad = 0  # and no flip: no augmentation at all
+    if data == IMAGENET:
+        config.data.crop = "scale_aspect"
+        config.augment.hls = (36, 50, 50)
+    epochs, milestones = EPOCHS_AND_MILESTONES.get(data, (400, (200, 300, 350)))
     # Two GPUs shared a batch of 64, eight one of 256 for ImageNet.
-    batch_size = 256 if data == "imagenet2012" else 64
-    config.train.update(epochs=epochs, batch_size=batch_size, batch_norm_group=32)
-    config.train.sync_batch_norm = False
-    config.optimizer.drop_epochs = drops
-    return config
+    batch_size = 256 if data == IMAGENET else 64
+    config.train.update(epochs=float(epochs), batch_size=batch_size)
+    # The last batch of a pass is filled from the next one, which goes on behind it.
+    config.train.update(batch_norm_group=32, sync_batch_norm=False, last_batch="fill")
+    config.optimizer.drop_epochs = tuple(
+        _epoch(milestone, data, batch_size) for milestone in milestones
+    )
+    return common.with_recipe(config)
+
+
+def _epoch(milestone: int, data: str, batch_size: int) -> float:
+    """Where the code puts a milestone: it counts only the full batches of an epoch."""
+    images = common.NUM_EXAMPLES.get(data, batch_size)
+    return milestone * (images // batch_size) * batch_size / images

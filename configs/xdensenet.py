@@ -4,7 +4,6 @@ python main.py --config=configs/xdensenet.py --workdir=/tmp/run
 python main.py --config=configs/xdensenet.py:40-48-2,cifar100 --workdir=/tmp/run
 
 A variant is depth-growth-compression; without the last number it is the dense twin.
-Deviation: the last, partial batch of an epoch is filled from the next epoch.
 """
 
 from configs import common
@@ -127,11 +126,11 @@ def get_config(argument: str = ""):
         wired_transitions=True,  # or dense ones
     )
     data = config.data.name
-    config.train.update(batch_size=64, epochs=300.0)
+    config.train.update(batch_size=64, epochs=300.0, last_batch="partial")
     config.optimizer.update(drop_epochs=(150.0, 225.0), min_learning_rate=0.0005)
     if data == "digits":
         _digits(config)
-    return config
+    return common.with_recipe(config)
 
 
 def _digits(config):
@@ -139,5 +138,6 @@ def _digits(config):
     config.data.flip = False
     config.data.pad = 2
     config.train.update(batch_size=32, epochs=12.0, log_every_steps=20)
+    config.train.last_batch = "fill"  # one shape of batches, one program
     config.optimizer.update(drop_epochs=(8.0, 11.0))
     config.eval.every_epochs = 3.0

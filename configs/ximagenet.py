@@ -7,22 +7,26 @@ A variant is network-depth-compression; without the last it is the dense twin. T
 transitions of the DenseNets are dense. All of the logs were resumed, so the best of
 their epochs is that of the epochs they hold.
 --config.net.sampling=smaller_side is the rule of the published code's head.
-Deviation: ImageNet is not augmented by scale and aspect.
 """
 
 from configs import common
-from configs.common import Published, Variant
+from configs.common import IMAGENET, Published, Variant
 
 LOG = "Deep-Expander-Networks training log: best on the validation set of epochs"
-IMAGENET = "imagenet2012"
 FIELDS = {
-    "resnet": dict(name="resnet", form="imagenet", shortcut="B", preactivation=False),
+    "resnet": dict(
+        name="resnet",
+        form="imagenet",
+        shortcut="B",
+        preactivation=False,
+        torch_bias=True,  # the classifier's initial bias; False: 0
+    ),
     "densenet": dict(
         name="densenet_imagenet",
         growth=0,  # 0: that of the depth
         blocks=(),  # layers of each; (): those of the depth
         wired_transitions=False,
-        norm_scale="ones",  # initial; uniform in the original
+        norm_scale="uniform",  # initial, torch 0.3's U(0, 1); or ones
     ),
 }
 # Parameters; top-1 and top-5 error, and the epochs of the log.
@@ -66,6 +70,7 @@ VARIANTS = {name: _variant(name, *row) for name, row in NETS.items()}
 
 def get_config(argument: str = ""):
     config = common.select(argument, VARIANTS, "resnet-34-2")
-    config.train.update(batch_size=128, epochs=90.0)
+    config.data.crop = "random_resized"
+    config.train.update(batch_size=128, epochs=90.0, last_batch="partial")
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
-    return config
+    return common.with_recipe(config)

@@ -11,15 +11,13 @@ twin, with "groups" the grouped one. Each X-MobileNet0.5 has two readings:
   classifier of 1024 inputs for the 512 maps of this net, so it has one, half unused
   (--config.net.classifier_inputs=0: without).
 The README's errors do not say of which net they are; no log of it exists.
-Deviation: ImageNet is not augmented by scale and aspect.
 """
 
 from configs import common
-from configs.common import Published, Variant
+from configs.common import IMAGENET, Published, Variant
 
 README = "Deep-Expander-Networks README: best epoch on the validation set"
 LOG = "Deep-Expander-Networks training log: best of 138 epochs on the validation set"
-IMAGENET = "imagenet2012"
 TEXTBOOK = dict(textbook_widths=True, classifier_inputs=1024)
 
 # compression: error and multiply-accumulates as printed, parameters of both readings.
@@ -69,9 +67,10 @@ def get_config(argument: str = ""):
         width=1.0,
         textbook_widths=False,
         classifier_inputs=0,  # 0: as many as the last block has maps
-        norm_scale="ones",  # initial; uniform in the original
+        norm_scale="uniform",  # initial, torch 0.3's U(0, 1); or ones
     )
-    config.train.update(batch_size=256, epochs=150.0)
+    config.data.crop = "random_resized"
+    config.train.update(batch_size=256, epochs=150.0, last_batch="partial")
     config.optimizer.update(
         drop_epochs=tuple(15.0 * i for i in range(1, 10)),
         drop_factor=0.316227766,
@@ -79,4 +78,4 @@ def get_config(argument: str = ""):
         nesterov=False,
         weight_decay=4e-5,
     )
-    return config
+    return common.with_recipe(config)

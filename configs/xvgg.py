@@ -6,7 +6,6 @@ python main.py --config=configs/xvgg.py:16-bn --workdir=/tmp/run
 A variant is a depth, -bn where it has batch normalisation, and -expander; without the
 last it is the dense twin. The rate is that of the logs: halved every 30 epochs, where
 README and run script would double it (decaylevel 2).
-Deviation: the last, partial batch of an epoch is filled from the next epoch.
 """
 
 from configs import common
@@ -58,9 +57,9 @@ def get_config(argument: str = ""):
         depth=16,
         batch_norm=True,
         published_degrees=True,  # False: in // compress
-        norm_scale="ones",  # initial; uniform in the original
+        norm_scale="uniform",  # initial, torch 0.3's U(0, 1); or ones
     )
-    config.train.update(batch_size=128, epochs=300.0)
+    config.train.update(batch_size=128, epochs=300.0, last_batch="partial")
     config.optimizer.update(
         learning_rate=0.05,
         drop_epochs=tuple(30.0 * i for i in range(1, 10)),
@@ -68,4 +67,4 @@ def get_config(argument: str = ""):
         min_learning_rate=0.0005,
         weight_decay=5e-4,
     )
-    return config
+    return common.with_recipe(config)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nets.layers.conv import Conv, Linear, he_fan_in, he_fan_out
+from nets.layers.conv import Conv, Linear, he_fan_in, he_fan_out, torch_default
 from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
@@ -162,6 +162,8 @@ class ResNet(nnx.Module):
 
     depth: 6 n + 2 for form "cifar" (32x32), a key of IMAGENET for form "imagenet"
       (224x224). shortcut: A, B or C; fb.resnet.torch's defaults are A and B.
+    torch_bias: the classifier's initial bias is torch's U(-1/sqrt(in), 1/sqrt(in)), as
+      X-ResNet's is, not 0.
     The wiring is that of the residual branches; stem, shortcuts and classifier are
     dense, as in X-ResNet. The originals pool fixed 8x8 or 7x7 windows, here the whole
     map, which is the same at the published sizes.
@@ -174,6 +176,7 @@ class ResNet(nnx.Module):
         form: str = "cifar",
         shortcut: str = "A",
         preactivation: bool = False,
+        torch_bias: bool = False,
         wiring: Wiring = Wiring(),
         num_classes: int = 10,
         rngs: nnx.Rngs,
@@ -204,7 +207,8 @@ class ResNet(nnx.Module):
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
         self.norm = BatchNorm(channels) if preactivation else None
-        self.classifier = Linear(channels, num_classes, rngs=rngs)
+        bias = dict(bias_init=torch_default(channels)) if torch_bias else {}
+        self.classifier = Linear(channels, num_classes, **bias, rngs=rngs)
         self.pool = imagenet
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import pytest
 from tfds_writer import FORMATS, pixels, png, write_set
 
 import data_sources
+import downloads
 import tfrecords
 from configs import common
 from data_sources import DataError
@@ -176,7 +177,7 @@ def test_download_without_a_network_fails_at_once(data, monkeypatch):
 
 
 def test_download_does_not_wait_for_a_silent_network(data, monkeypatch):
-    monkeypatch.setattr(data_sources, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(downloads, "PROBE_SECONDS", 0.2)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: time.sleep(20))
     data.name, data.download = "cifar10", True
     started = time.monotonic()

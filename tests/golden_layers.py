@@ -144,7 +144,7 @@ def cfmz_trajectory(path: pathlib.Path) -> Comparison:
     assert recipe.momentum == facts["momentum"]
     assert recipe.weight_decay == facts["weight_decay"]
     examples, batch_size = 50_000, config.train.batch_size
-    schedule = optimizers.schedule(recipe, examples, batch_size)
+    schedule = optimizers.schedule(config, examples)
     for epoch, rate in zip(facts["epoch_argument"], facts["lr"], strict=True):
         step = optimizers.step_of_epoch(epoch, examples, batch_size)
         comparison.add("rates", schedule(step), rate, ROUNDED)

@@ -218,7 +218,7 @@ def test_impossible_values_are_refused_at_once(change, message):
 
 def test_batches_that_do_not_divide_are_refused_with_both_numbers():
     config = make_config(9, pipeline="device")
-    with pytest.raises(DataError, match=r"batch_size=9 .* 2 processes"):
+    with pytest.raises(DataError, match=r"batch of 9 .* 2 processes"):
         input_pipeline.batches(
             config, "train", examples=make_examples(), process_index=0, process_count=2
         )

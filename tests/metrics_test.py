@@ -83,3 +83,27 @@ def test_the_best_is_chosen_by_a_metric_that_exists():
     assert metrics.SELECTION in metrics.means(
         metrics.sums(LOGITS, jnp.zeros(4, int)), "test"
     )
+
+
+def test_shares_of_classes_and_smoothing_are_one_formula():
+    """Smoothing by s is the target (1 - s) onehot + s / classes."""
+    labels, classes = jnp.asarray([1, 0, 3, 2]), LOGITS.shape[-1]
+    onehot = jax.nn.one_hot(labels, classes)
+    plain = metrics.cross_entropy(LOGITS, labels)
+    np.testing.assert_allclose(plain, metrics.cross_entropy(LOGITS, onehot), rtol=1e-6)
+    smoothed = metrics.cross_entropy(LOGITS, labels, 0.3)
+    shares = 0.7 * onehot + 0.3 / classes
+    np.testing.assert_allclose(
+        smoothed, metrics.cross_entropy(LOGITS, shares), rtol=1e-6
+    )
+    assert not np.allclose(plain, smoothed)
+    sums = metrics.sums(LOGITS, shares)
+    assert float(sums["accuracy"]) == float(metrics.sums(LOGITS, labels)["accuracy"])
+
+
+def test_confusion_counts_what_is_not_masked():
+    labels, mask = jnp.asarray([1, 5, 0, 3]), jnp.asarray([1.0, 1.0, 0.0, 1.0])
+    counts = metrics.sums(LOGITS, labels, mask, confusion=True)["confusion"]
+    wanted = np.zeros((6, 6))
+    wanted[1, 1] = wanted[5, 0] = wanted[3, 0] = 1
+    np.testing.assert_array_equal(counts, wanted)

@@ -75,16 +75,16 @@ def test_cfmz_takes_the_steps_of_the_original():
     config = cfmz.get_config()
     clock = Clock.of(config, 50_000)
     assert clock.total == 70_313
-    rate = optimizers.schedule(config.optimizer, 50_000, config.train.batch_size)
+    rate = optimizers.schedule(config, 50_000)
     rates = {step: float(rate(step)) for step in (0, 35_156, 35_157, 52_734, 52_735)}
     np.testing.assert_allclose(list(rates.values()), [0.1, 0.1, 0.01, 0.01, 0.001])
     assert float(rate(70_312)) == pytest.approx(0.001)
 
 
 def test_xnets_never_go_below_the_least_rate():
-    config = xdensenet.get_config().optimizer
-    config.drop_epochs = (1.0, 2.0, 3.0)
-    rate = optimizers.schedule(config, 640, 64)
+    config = xdensenet.get_config()
+    config.optimizer.drop_epochs = (1.0, 2.0, 3.0)
+    rate = optimizers.schedule(config, 640)
     np.testing.assert_allclose(
         [rate(s) for s in (9, 10, 20, 30)], [0.1, 0.01, 0.001, 5e-4]
     )
@@ -136,10 +136,74 @@ def test_where_a_run_stops_does_not_depend_on_where_it_resumes():
 
 
 def test_impossible_recipes_are_refused():
-    config = xdensenet.get_config().optimizer
-    config.drop_epochs = (225.0, 150.0)
+    config = xdensenet.get_config()
+    recipe = config.optimizer
+    recipe.drop_epochs = (225.0, 150.0)
     with pytest.raises(ValueError, match=r"225\.0, 150\.0.*must increase"):
-        optimizers.schedule(config, 50_000, 64)
-    config.rate_in_velocity = True
+        optimizers.schedule(config, 50_000)
+    recipe.drop_epochs = (149.9999, 150.0)  # two epochs, one step: not meant
+    with pytest.raises(ValueError, match=r"117300, 117300.*must increase"):
+        optimizers.schedule(config, 50_000)
+    recipe.rate_in_velocity = True
     with pytest.raises(ValueError, match="nesterov"):
-        optimizers.create(config, lambda step: 0.1)
+        optimizers.create(recipe, lambda step: 0.1)
+
+
+def rates(steps, num_examples=1000, **fields):
+    """The rates at these steps; 1,000 images in batches of 100, 10 epochs."""
+    config = xdensenet.get_config()
+    config.train.update(batch_size=100, epochs=10.0)
+    config.optimizer.update(learning_rate=0.5, min_learning_rate=0.0, **fields)
+    rate = optimizers.schedule(config, num_examples)
+    return [float(rate(step)) for step in steps]
+
+
+def test_an_epoch_named_twice_drops_twice():
+    found = rates([29, 30, 59, 60, 99], drop_epochs=(3.0, 6.0, 6.0))
+    np.testing.assert_allclose(found, [0.5, 0.05, 0.05, 5e-4, 5e-4], rtol=1e-6)
+
+
+def test_a_warm_up_is_a_line_from_nothing():
+    fields = dict(drop_epochs=(5.0,), warmup_epochs=2.0)
+    found = rates([0, 5, 10, 19, 20, 49, 50], **fields)
+    wanted = [0, 0.125, 0.25, 0.475, 0.5, 0.5, 0.05]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_a_cosine_goes_from_the_warm_up_to_the_least_rate():
+    whole = rates([0, 25, 50, 100], schedule="cosine")
+    np.testing.assert_allclose(
+        whole, [0.5, 0.25 * (1 + 0.5**0.5), 0.25, 0], rtol=1e-6, atol=1e-8
+    )
+    warmed = rates([0, 10, 20, 60, 100], schedule="cosine", warmup_epochs=2.0)
+    np.testing.assert_allclose(warmed, [0, 0.25, 0.5, 0.25, 0], rtol=1e-6, atol=1e-8)
+
+
+def test_one_cycle_is_three_straight_lines():
+    steps = [0, 15, 30, 57, 58, 85, 100]
+    found = rates(steps, schedule="one_cycle")
+    low = 0.5 / 25
+    slope = (0.5 - low) / 55
+    wanted = [
+        *(low, (low + 0.5) / 2, 0.5),
+        *(0.5 - 27 * slope, 0.5 - 28 * slope, low, low / 1e4),
+    ]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_schedule_that_does_not_exist_or_fit_is_refused():
+    with pytest.raises(ValueError, match=r"'cosinus'.*steps, cosine, one_cycle"):
+        rates([0], schedule="cosinus")
+    for epochs in (10.0, -1.0):
+        with pytest.raises(ValueError, match=r"warmup_epochs .* of the 100 steps"):
+            rates([0], schedule="cosine", warmup_epochs=epochs)
+    with pytest.raises(ValueError, match="warmup_epochs to 0"):
+        rates([0], schedule="one_cycle", warmup_epochs=1.0)
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, 100])
+def test_with_partial_batches_an_epoch_is_whole_steps(batch_size):
+    per_epoch = -(-1000 // batch_size)
+    for epoch in (0, 1, 7, 90):
+        assert step_of_epoch(epoch, 1000, batch_size, True) == epoch * per_epoch
+    assert step_of_epoch(2.5, 1000, 64, True) == 40

@@ -1,14 +1,16 @@
+import csv
 import json
 import logging
 import re
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import reporting
 from configs import xdensenet
 from optimizers import Clock
-from reporting import Reporter, as_csv, read_rows
+from reporting import Reporter, as_csv, read_rows, write_confusion
 
 CONFIG = xdensenet.get_config("22-8-2,digits")
 CONFIG.train.update(batch_size=16, epochs=4.0, log_every_steps=10)
@@ -155,3 +157,15 @@ def test_last_words(tmp_path):
         assert word in said
     said = reporting.conclusion(row(400, 0.875), tmp_path)
     assert "87.50% (step 400)" in said
+
+
+def test_confusion_says_which_class_is_taken_for_which(tmp_path):
+    write_confusion(tmp_path, np.array([[3, 1, 0], [0, 5, 0], [2, 0, 0]]), "-7")
+    rows = list(csv.DictReader((tmp_path / "per_class-7.csv").open()))
+    assert [row["accuracy"] for row in rows] == ["0.75", "1.0", "0.0"]
+    assert [row["most_taken_for"] for row in rows] == ["1", "", "0"]
+    lines = (tmp_path / "confusion-7.csv").read_text().splitlines()
+    assert lines == ["0,1,2", "3,1,0", "0,5,0", "2,0,0"]
+    write_confusion(tmp_path, np.eye(1000, dtype=int))
+    assert (tmp_path / "per_class.csv").exists()
+    assert not (tmp_path / "confusion.csv").exists()

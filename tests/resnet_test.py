@@ -97,3 +97,17 @@ def test_option_a_appends_channels_that_are_zero():
     np.testing.assert_array_equal(y[..., :16], x[:, ::2, ::2])
     assert not np.asarray(y[..., 16:]).any()
     assert not jax.tree.leaves(nnx.state(block.shortcut))
+
+
+def test_the_initial_bias_of_the_classifier():
+    """X-ResNet's is torch's; fb.resnet.torch's is 0."""
+    config = dict(name="resnet", depth=8)
+
+    def bias(**fields):  # all else of the net is not computed
+        create = lambda: nets.create(config | fields, nnx.Rngs(0)).classifier.bias[...]
+        return jax.jit(create)()
+
+    assert (bias() == 0).all()
+    drawn = np.abs(bias(torch_bias=True))
+    assert len(np.unique(drawn)) == 10
+    assert 0.5 * 64**-0.5 < drawn.max() < 64**-0.5

@@ -2,9 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import json
-import logging
 import re
 
 import compiling
@@ -12,18 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from nets_test import SIZE, TINY
+from nets_test import SIZE
+from stepping import BATCH, SLOWLY, Compilations, Steps, configured, save_images
 
-import evaluate
 import input_pipeline
 import nets
 import train
-from configs import common
+from devices import make_device_steps, make_mesh
 from nets.layers.wiring import KINDS
 from reporting import read_rows
 
-BATCH = 16
 # Compiling a step of every net takes long: one of them always, the others in CI.
 EVERY_NET = pytest.mark.parametrize(
     "name",
@@ -32,24 +30,6 @@ EVERY_NET = pytest.mark.parametrize(
         for name in nets.names()
     ],
 )
-
-
-# Steps so long that a net leaves its surroundings multiply rounding errors.
-SLOWLY = dict(optimizer__learning_rate=1e-4)
-
-
-def save_images(path, size):
-    """Images of two classes that differ in brightness."""
-    random, arrays = np.random.default_rng(0), {}
-    for split, count in (("train", 100), ("test", 30)):
-        labels = np.arange(count) % 2
-        noise = random.integers(0, 128, (count, size, size, 3))
-        arrays[f"x_{split}"] = (noise + 100 * labels[:, None, None, None]).astype(
-            "uint8"
-        )
-        arrays[f"y_{split}"] = labels
-    np.savez(path, **arrays)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -63,48 +43,6 @@ def images(npz, name, tmp_path):
     if name in ("cfmz_resnet", "densenet", "resnet"):
         return npz
     return save_images(tmp_path / "larger.npz", SIZE.get(name, 32))
-
-
-def configured(npz, name="densenet", **fields):
-    """A tiny run: 2 epochs of 6.25 steps, an evaluation after each."""
-    config = common.base()
-    with config.net.unlocked():
-        net = TINY[name] | {"name": name, "num_classes": 2, "wiring": "expander"}
-        config.net.update(net)
-    config.data.update(name=str(npz), pad=1, pipeline="device")
-    config.train.update(batch_size=BATCH, epochs=2.0, log_every_steps=3)
-    config.train.update(tensorboard=False, compilation_cache=False)
-    config.optimizer.update(drop_epochs=(1.5,), learning_rate=0.01)
-    config.update_from_flattened_dict(
-        {k.replace("__", "."): v for k, v in fields.items()}
-    )
-    return config
-
-
-class Steps:
-    """The steps of a configuration, one by one, over the first `devices`."""
-
-    def __init__(self, config, devices, images=None):
-        examples = input_pipeline.load(config.data, "train")
-        self.mesh = train.make_mesh(jax.devices()[:devices])
-        self.program, state = train.create_train_state(config, examples)
-        self.state = jax.device_put(state, NamedSharding(self.mesh, train.REPLICATED))
-        self.batches = input_pipeline.batches(config, "train", examples=examples)
-        self.seen = 0.0
-        batch = evaluate.shard(next(input_pipeline.batches(config, "train")), self.mesh)
-        step = train.make_train_step(self.program, self.mesh)
-        options = compiling._options()
-        self.compiled = step.lower(self.state, batch).compile(compiler_options=options)
-
-    def loss(self):
-        """That of the next step."""
-        batch = evaluate.shard(next(self.batches), self.mesh)
-        self.state, totals, _ = self.compiled(self.state, batch)
-        before, self.seen = self.seen, float(totals["loss"])
-        return (self.seen - before) / BATCH
-
-    def losses(self, count=4):
-        return [self.loss() for _ in range(count)]
 
 
 def assert_close(trees, rtol):
@@ -175,12 +113,13 @@ def test_synchronised_statistics_cost_two_sums_a_layer(images, name):
 def test_plans_are_carried_out_where_the_images_are(npz):
     config = configured(npz, train__steps_per_dispatch=3, train__sync_batch_norm=False)
     examples = input_pipeline.load(config.data, "train")
-    mesh = train.make_mesh()
+    mesh = make_mesh()
     program, state = train.create_train_state(config, examples)
     plan = input_pipeline.plan(config, 100, 0)
     plans = jax.tree.map(lambda x: np.stack([x] * 3), plan)
     data = np.zeros((100, 10, 10, 3), np.uint8), examples.labels
-    steps = train.make_device_steps(program, mesh)
+    train_step = functools.partial(train.train_step, program)
+    steps = make_device_steps(train_step, mesh)
     compiled = steps.lower(state, data, plans, 3).compile(
         compiler_options=compiling._options()
     )
@@ -224,26 +163,6 @@ def test_devices_drop_out_on_their_own(npz, rate):
     one.batches = iter([batch])
     two.batches = iter([{k: np.concatenate([v, v]) for k, v in batch.items()}])
     assert np.isclose(two.loss(), 2 * one.loss(), rtol=1e-4) == (rate == 0)
-
-
-class Compilations(logging.Handler):
-    """Names of the programs compiled while it is entered."""
-
-    def __enter__(self):
-        self.names, self.log = [], jax.log_compiles()
-        self.log.__enter__()
-        logging.getLogger("jax").addHandler(self)
-        return self
-
-    def __exit__(self, *error):
-        logging.getLogger("jax").removeHandler(self)
-        self.log.__exit__(*error)
-
-    def emit(self, record):
-        if found := re.match(
-            r"Finished XLA compilation of jit\((.*?)\)", record.getMessage()
-        ):
-            self.names.append(found[1])
 
 
 @pytest.fixture

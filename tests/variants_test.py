@@ -60,6 +60,6 @@ def test_a_row_has_the_published_number_of_parameters(family, variant):
         net = nnx.eval_shape(lambda c=config.net: nets.create(c, nnx.Rngs(0)))
         leaves = jax.tree.leaves(nnx.state(net, nnx.Param))
         counted[data] = sum(leaf.size for leaf in leaves)
-        rate = optimizers.schedule(config.optimizer, 50_000, config.train.batch_size)
+        rate = optimizers.schedule(config, 50_000)
         optimizers.create(config.optimizer, rate)
     assert counted == dict(row.parameters)

@@ -60,14 +60,16 @@ class BatchNorm(nnx.Module):
         return y if self.use_running_average else y.reshape(shape)
 
     def _split_into_groups(self, x: jax.Array) -> jax.Array:
-        """(N, ..., C) -> (groups, N/groups, ..., C)."""
-        size = self.group_size or x.shape[0]
-        if x.shape[0] % size:
-            raise ValueError(
-                f"batch statistics in groups of {size} images do not divide the "
-                f"{x.shape[0]} images of a device: change the batch size or the group"
-            )
-        return x.reshape(x.shape[0] // size, size, *x.shape[1:])
+        """(N, ..., C) -> (groups, N/groups, ..., C).
+
+        A last batch that is smaller and no multiple of the group has equal groups too,
+        as large as can be: fb.resnet.torch's 80 images on two GPUs are 40 and 40.
+        """
+        images = x.shape[0]
+        groups = -(-images // self.group_size) if self.group_size else 1
+        while images % groups:
+            groups += 1
+        return x.reshape(groups, images // groups, *x.shape[1:])
 
     def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and biased variance (groups, 1, ..., C); updates the running ones.

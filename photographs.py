@@ -1,0 +1,344 @@
+"""Photographs of any size, too many for memory: read, decoded and cropped as needed.
+
+From TFDS's files of encoded images (array_record; tfrecord, whose records must first be
+counted) or from folders, one per class. Threads decode a few batches ahead; a batch is
+a function of what it is told to hold, not of them. No tf.data here: single operations
+of TensorFlow run in the threads and release Python's lock, one after the other for each
+image, so that a picture that cannot be decoded is an exception with a name.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+import cache
+import crops
+import data_sources
+import folders
+import tfrecords
+from data_sources import DataError
+
+ON_ERROR = ("raise", "skip")
+IN_A_ROW = 100  # photographs that cannot be decoded: it must be something else
+
+
+@dataclasses.dataclass(frozen=True)
+class Photographs:
+    """A split, encoded: labels (N,) int32 and how to read the N images.
+
+    read: number -> encoded image; name: number -> what messages call it. mean, std: per
+    channel, 0..255. crop, size, on_error: data.crop, .image_size, .on_error.
+    """
+
+    labels: np.ndarray
+    read: Callable[[int], bytes]
+    name: Callable[[int], str]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: str
+    size: int
+    on_error: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, 3
+
+
+class Rows(NamedTuple):
+    """What a training batch is made of.
+
+    index: (b,) int, of photographs; flip: (b,) bool; draws: (b, crops.DRAWS), 0..1.
+    """
+
+    index: np.ndarray
+    flip: np.ndarray
+    draws: np.ndarray
+
+
+class Made(NamedTuple):
+    """A row that is there: label, 1 or 0 for the mask, and what was not decodable."""
+
+    label: int
+    mask: float
+    failures: list[str]
+
+
+def load(data: ConfigDict, split: str) -> Photographs:
+    """The photographs of config.data, 'train' or 'test', always in the same order.
+
+    Of TFDS sets, all records are read once, for their labels, which are then kept in
+    data.cache_dir; with tfrecord, so is where the records lie. Sets that
+    data_sources.STATISTICS does not know are normalised as ImageNet is. Raises
+    DataError for what is missing, damaged or misnamed.
+    """
+    if data.pipeline != "tf.data":
+        raise DataError(
+            f"data.crop={data.crop!r} reads photographs from files; "
+            f"data.pipeline={data.pipeline!r} keeps a set in memory: use tf.data, or "
+            "crop=pad for images of one size"
+        )
+    if data.on_error not in ON_ERROR:
+        choices = ", ".join(ON_ERROR)
+        raise DataError(f"data.on_error={data.on_error!r}: choose from {choices}")
+    if data.image_size < 8:
+        raise DataError(f"data.image_size={data.image_size} must be 8 or more")
+    root = data_sources.root_of(data)
+    directory = data_sources.find(root, data.name)
+    if directory is None and (folder := folders.find(root, data.name)):
+        labels, *source = _of_folder(folder, split)
+    else:
+        directory = directory or data_sources.fetched(data)
+        labels, *source = _of_records(directory, split, data.cache_dir)
+    read, name, num_classes = source
+    labels = data_sources.checked(data.name, split, labels, num_classes)
+    imagenet = data_sources.STATISTICS["imagenet2012"]
+    statistics = data_sources.normalization(data, lambda: imagenet)
+    how = data.crop, data.image_size, data.on_error
+    return Photographs(labels, read, name, num_classes, *statistics, *how)
+
+
+def _of_folder(folder: pathlib.Path, split: str):
+    with data_sources.in_folders():
+        paths, labels, classes = folders.read(folder, split)
+    return (
+        labels,
+        lambda i: paths[i].read_bytes(),
+        lambda i: str(paths[i]),
+        len(classes),
+    )
+
+
+def _of_records(directory: pathlib.Path, split: str, cache_dir: str):
+    import tensorflow_datasets as tfds
+
+    builder, split, keys, features = data_sources.described(directory, split)
+    image, label = features
+    if image.shape[-1] not in (None, 1, 3) or image.np_dtype != np.uint8:
+        raise DataError(
+            f"{directory}: images are {image.np_dtype} {image.shape}, not uint8 with 1 "
+            "or 3 channels"
+        )
+    parser = tfds.features.FeaturesDict(dict(zip(keys, features, strict=True)))
+    encoded = {keys[0]: tfds.decode.SkipDecoding()}
+    expected = builder.info.splits[split].num_examples
+    with data_sources.reading(directory):
+        paths = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
+        stats = {path: path.stat() for path in paths}
+    by_place = all(".tfrecord" in path.name for path in paths)
+
+    def parse(record: bytes) -> dict:
+        return parser.deserialize_example_np(record, decoders=encoded)
+
+    def reader(places: np.ndarray) -> Callable[[list[int]], list[bytes]]:
+        if by_place:
+            return lambda numbers: [_record(paths, *places[i]) for i in numbers]
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        return builder.as_data_source(split, deserialize_method=raw).__getitems__
+
+    def scan() -> dict[str, np.ndarray]:
+        logging.info("reading the labels of %s, %s, once", directory, split)
+        with data_sources.reading(directory):
+            places = _places(paths) if by_place else np.empty((0, 3), np.int64)
+            if by_place and len(places) != expected:
+                raise ValueError(f"{len(places)} {split} records, not {expected}")
+            labels = _labels(reader(places), lambda x: parse(x)[keys[1]], expected)
+        return {"labels": labels, "places": places}
+
+    facts = [(x.name, y.st_size, y.st_mtime_ns) for x, y in stats.items()]
+    digest = zlib.crc32(repr((image, label, facts)).encode())
+    key = f"{builder.info.full_name.replace('/', '-')}-{split}-labels-{digest:08x}"
+    kept = cache.kept(cache_dir, key, scan)
+    records = reader(kept["places"])
+    return (
+        kept["labels"],
+        lambda i: parse(records([i])[0])[keys[0]],
+        lambda i: f"record {i} of the {split} split of {directory}",
+        label.num_classes,
+    )
+
+
+def _places(paths: list[pathlib.Path]) -> np.ndarray:
+    """(N, 3) int64: file, start and length of each record of TFRecord files.
+
+    This is what they lose against array_record, which knows: their headers are read one
+    after the other, and the checksums of the records are not verified.
+    """
+    logging.info(
+        "counting the records of %d files: array_record needs no count", len(paths)
+    )
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(tfrecords.index, paths))
+    parts = [np.stack([np.full_like(x, i), x, y], 1) for i, (x, y) in enumerate(found)]
+    return np.concatenate(parts)
+
+
+def _record(paths: list[pathlib.Path], file: int, start: int, length: int) -> bytes:
+    with open(paths[file], "rb", buffering=0) as opened:
+        content = os.pread(opened.fileno(), length, start)
+    if len(content) != length:
+        raise ValueError(f"{paths[file]} is cut off at byte {start + len(content)}")
+    return content
+
+
+def _labels(records: Callable, label: Callable, count: int) -> np.ndarray:
+    """(count,) int64, a few records at a time in each thread."""
+
+    def some(start):
+        numbers = list(range(start, min(start + 64, count)))
+        return [int(label(record)) for record in records(numbers)]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(some, range(0, count, 64))
+        return np.array([x for part in parts for x in part], np.int64)
+
+
+def train_batches(
+    photographs: Photographs,
+    tf: ModuleType,
+    draw: Callable[[int], Rows],
+    start_step: int,
+    workers: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """image (b, H, W, 3) uint8 and label (b,) int32 of what draw(step) says, endlessly.
+
+    With on_error='skip', a photograph that cannot be decoded is replaced by the next
+    that can, in the order of the files; a pass tells its number at its end.
+    """
+    total, done, failures = len(photographs.labels), 0, []
+
+    def make(rows, image, i):
+        reasons = []
+        for number in range(rows.index[i], rows.index[i] + IN_A_ROW):
+            number %= total
+            cut = lambda x: crops.train(
+                tf, x, photographs.crop, photographs.size, rows.draws[i]
+            )
+            if _decoded(photographs, number, cut, image[i], reasons):
+                if rows.flip[i]:
+                    image[i] = image[i, :, ::-1].copy()
+                return Made(photographs.labels[number], 1, reasons)
+        raise DataError(f"{IN_A_ROW} photographs in a row: {reasons[0]}")
+
+    def batches():
+        step = start_step
+        while True:
+            rows = draw(step)
+            image = np.empty((len(rows.index), *photographs.image_shape), np.uint8)
+            yield image, [(make, rows, image, i) for i in range(len(rows.index))]
+            step += 1
+
+    for image, made in _in_threads(batches(), workers):
+        failures += [x for row in made for x in row.failures]
+        done += len(made)
+        if done >= total:
+            done -= total
+            _tell(failures, "were replaced by the ones after them")
+        yield {"image": image, "label": np.array([x.label for x in made], np.int32)}
+
+
+def evaluation_batches(
+    photographs: Photographs,
+    tf: ModuleType,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass in order: image, label and mask (b,) float32, b the process's share.
+
+    The last batch is filled up with zeros of mask 0; so is, with on_error='skip', what
+    cannot be decoded, and the end of the pass tells its number.
+    """
+    share, total = -(-batch_size // process_count), len(photographs.labels)
+    failures = []
+
+    def make(image, i, number):
+        reasons = []
+        cut = lambda x: crops.test(tf, x, photographs.crop, photographs.size)
+        present = _decoded(photographs, number, cut, image[i], reasons)
+        return Made(photographs.labels[number], float(present), reasons)
+
+    def batches():
+        for batch_start in range(0, total, share * process_count):
+            start = batch_start + process_index * share
+            numbers = range(min(start, total), min(start + share, total))
+            image = np.zeros((share, *photographs.image_shape), np.uint8)
+            yield image, [(make, image, i, n) for i, n in enumerate(numbers)]
+
+    for image, made in _in_threads(batches(), workers):
+        failures += [x for row in made for x in row.failures]
+        label, mask = np.zeros(share, np.int32), np.zeros(share, np.float32)
+        label[: len(made)] = [x.label for x in made]
+        mask[: len(made)] = [x.mask for x in made]
+        yield {"image": image, "label": label, "mask": mask}
+    _tell(failures, "are not counted")
+
+
+def _decoded(
+    photographs: Photographs,
+    number: int,
+    cut: Callable[[bytes], np.ndarray],
+    out: np.ndarray,
+    failures: list[str],
+) -> bool:
+    """Writes a photograph to `out`, or a failure to the list; raises it if wished."""
+    try:
+        out[:] = cut(photographs.read(number))
+    except Exception as error:  # the decoders raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        failure = f"{photographs.name(number)} cannot be decoded: {reason}"
+        if photographs.on_error == "raise":
+            raise DataError(
+                f"{failure}. Restore it, or set --config.data.on_error=skip"
+            ) from error
+        failures.append(failure)
+        return False
+    return True
+
+
+def _tell(failures: list[str], consequence: str) -> None:
+    if failures:
+        different = sorted(set(failures))
+        logging.warning(
+            "%d photographs %s in this pass: %s",
+            len(different),
+            consequence,
+            "; ".join(different[:3]) + ("; ..." if len(different) > 3 else ""),
+        )
+        failures.clear()
+
+
+def _in_threads(
+    batches: Iterator[tuple[np.ndarray, list[tuple]]], workers: int | None
+) -> Iterator[tuple[np.ndarray, list]]:
+    """(image, results) of (image, tasks) in order, a few batches ahead.
+
+    A task is a function and its arguments. Ahead is the batch after the one that is
+    wanted, and tasks enough to keep the threads busy: memory is bounded.
+    """
+    workers = workers or os.cpu_count()
+    pool = concurrent.futures.ThreadPoolExecutor(workers, "photographs")
+    queue = collections.deque()
+    try:
+        for image, tasks in batches:
+            queue.append((image, [pool.submit(*task) for task in tasks]))
+            waiting = sum(len(futures) for _, futures in list(queue)[1:])
+            if len(queue) > 2 and waiting >= 4 * workers:
+                image, futures = queue.popleft()
+                yield image, [future.result() for future in futures]
+        while queue:
+            image, futures = queue.popleft()
+            yield image, [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,82 @@
+"""The sheet shows what the pipeline and the step make of images."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from analysis import augmentations
+from configs import cfmz
+
+
+@pytest.fixture
+def config():
+    config = cfmz.get_config("20,digits")
+    config.data.pipeline = "device"  # equal to the other, without TensorFlow
+    config.data.border = "zero"
+    return config
+
+
+def test_versions_are_crops_of_the_same_image(config):
+    plain, seen, shares = augmentations.versions(config, 4, 3)
+    assert plain.shape == (4, 32, 32, 3)
+    assert seen.shape == (3, 4, 32, 32, 3)
+    np.testing.assert_array_equal(shares, np.broadcast_to(np.eye(4), (3, 4, 4)))
+    padded = np.pad(plain, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))
+    for step in seen:
+        for image, crops in zip(step, windows, strict=True):
+            found = (crops == image.transpose(2, 0, 1)).all(axis=(2, 3, 4))
+            assert found.sum() == 1
+    assert (seen[0] != seen[1]).any()
+
+
+def test_shares_are_those_of_the_mixed_pixels(config):
+    config.data.pad = 0
+    config.augment.mixup = 1.0
+    plain, seen, shares = augmentations.versions(config, 4, 2)
+    mixed = np.einsum("vij,jhwc->vihwc", shares, plain.astype(float))
+    np.testing.assert_allclose(seen, mixed, atol=0.51)
+    assert ((shares > 0).sum(axis=-1) == 2).all()
+
+
+def test_the_command_writes_a_sheet_with_captions(tmp_path):
+    out = tmp_path / "sheet.png"
+    command = [sys.executable, "-m", "analysis.augmentations", f"--out={out}"]
+    config = ["--config=configs/cfmz.py:20,digits", "--config.data.pipeline=device"]
+    sizes = ["--images=4", "--versions=2"]
+    mixing = ["--config.augment.ricap=0.5"]
+    done = subprocess.run(
+        [*command, *config, *mixing, *sizes], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    picture = np.asarray(Image.open(out))
+    # Four rows of 96 pixels, two lines of captions; three columns.
+    assert picture.shape == (4 + 4 * (96 + 24 + 4), 20 + 3 * (96 + 4), 3)
+    captions = picture[100:124]
+    assert (captions[:, :116] == 255).all()  # none below the test image
+    assert (captions[:, 124:] < 128).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--config.augment.mixup=1.0", "--images=3"], "mixup mixes .* groups of 2"),
+        (["--config.augment.mixupp=1.0"], "did you mean 'mixup'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, named, tmp_path):
+    command = [sys.executable, "-m", "analysis.augmentations"]
+    command += [f"--out={tmp_path / 'x.png'}", "--config=configs/cfmz.py:20,digits"]
+    done = subprocess.run(
+        [*command, "--config.data.pipeline=device", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+    assert re.search(named, line)
