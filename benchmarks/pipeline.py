@@ -10,9 +10,13 @@ The peer is PyTorch's DataLoader with a process per core and torchvision's trans
 (torch_loader.py); without PyTorch it is left out. All in turns, in one run: median of
 the repeats. ratio: ours by the peer's. grown_mb: memory of this process, in the repeats
 after the first; they are more than a pass. A few minutes.
+
+waits-*.csv: the share of a training run on this machine that its loop waits for tf.data
+to give a batch, while the step before it may still be computing.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import os
@@ -20,16 +24,22 @@ import pathlib
 import statistics
 import tempfile
 import time
+import unittest.mock
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from PIL import Image
 
 import benchmarks
+import devices
+import environment
 import input_pipeline
+import train
 from configs import common
 
 REPEATS, SECONDS, MADE_UP = 5, 4.0, 300
+TRAINED, STEPS = ("cfmz:20", "xdensenet:40-24-2"), 40
 SMALL_BATCH, LARGE_BATCH, WARM_UP = 128, 64, {"small": 50, "photographs": 8}
 
 
@@ -37,12 +47,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--photographs", type=pathlib.Path, help="folder of JPEGs")
     folder = parser.parse_args().photographs
+    environment.settle()  # as main.py
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or make_photographs(pathlib.Path(temporary, "made_up"))
         paths = small_paths() | photograph_paths(folder, pathlib.Path(temporary, "set"))
         rows = measure(paths)
     name = benchmarks.machine(jax.devices()[0].device_kind)
     benchmarks.write(f"pipeline-{name}-jax{jax.__version__}", rows)
+    rows = [waits(variant) for variant in TRAINED]
+    benchmarks.write(f"waits-{name}-jax{jax.__version__}", rows)
 
 
 def measure(paths: dict) -> list[dict]:
@@ -85,9 +98,7 @@ def measure(paths: dict) -> list[dict]:
 def small_paths() -> dict:
     config = common.base()
     config.train.batch_size = SMALL_BATCH
-    images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
-    labels = np.zeros(len(images), np.int32)
-    examples = input_pipeline.Examples(images, labels, 10, (0.0,) * 3, (1.0,) * 3)
+    examples = small_examples()
     batches = input_pipeline.batches(config, "train", examples=examples)
     paths = {
         ("small", "tf.data"): (lambda: next(batches), SMALL_BATCH),
@@ -96,10 +107,16 @@ def small_paths() -> dict:
     if version("torch"):
         from benchmarks import torch_loader
 
-        dataset = torch_loader.Small(images)
+        dataset = torch_loader.Small(examples.images)
         peer = torch_loader.batches(dataset, SMALL_BATCH, os.cpu_count())
         paths["small", "torch"] = lambda: next(peer), SMALL_BATCH
     return paths
+
+
+def small_examples() -> input_pipeline.Examples:
+    images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
+    labels = np.zeros(len(images), np.int32)
+    return input_pipeline.Examples(images, labels, 10, (125.0,) * 3, (60.0,) * 3)
 
 
 def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
@@ -138,6 +155,59 @@ def make_photographs(folder: pathlib.Path) -> pathlib.Path:
         picture = Image.fromarray(pixels.astype(np.uint8))
         picture.save(folder / f"{i}.jpg", quality=92)
     return folder
+
+
+class Timed:
+    """An iterator, and the seconds that its reader waited."""
+
+    def __init__(self, iterator):
+        self._iterator, self.seconds = iterator, 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        try:
+            return next(self._iterator)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def waits(variant: str) -> dict:
+    """Trains a few steps of a row of the tables, as train.py does."""
+    family, _, row = variant.partition(":")
+    config = importlib.import_module(f"configs.{family}").get_config(row)
+    config.train.batch_size = SMALL_BATCH
+    examples = small_examples()
+    mesh, timed = devices.make_mesh(), []
+    program, state = train.create_train_state(config, examples)
+    state = jax.device_put(state, NamedSharding(mesh, devices.REPLICATED))
+    batches = input_pipeline.batches
+
+    def watched(*arguments, **options):
+        timed.append(Timed(batches(*arguments, **options)))
+        return timed[0]
+
+    with unittest.mock.patch.object(input_pipeline, "batches", watched):
+        step = functools.partial(train.train_step, program)
+        advance = devices.make_advance(config, step, mesh, examples, state, 0)
+    for _ in range(2):  # the first round compiles and warms up
+        timed[0].seconds, start = 0.0, time.perf_counter()
+        for _ in range(STEPS):
+            state, totals, _ = advance(state, 1)
+        jax.block_until_ready(totals)
+        seconds = time.perf_counter() - start
+    found = {
+        "variant": variant,
+        "images_per_second": round(STEPS * SMALL_BATCH / seconds, 1),
+        "waited_share": round(timed[0].seconds / seconds, 4),
+        "steps": STEPS,
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
+    print("  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+    return found
 
 
 def device_path(config, examples):

@@ -162,7 +162,9 @@ def test_refused_runs_leave_no_trace(results, cache):
     reference = launch.reference(cache)
     for name in ("damaged", "other"):
         names = {x.relative_to(cache / name) for x in (cache / name).rglob("*")}
-        assert names == {x.relative_to(reference) for x in reference.rglob("*")}
+        there = {x.relative_to(reference) for x in reference.rglob("*")}
+        # Another test may have evaluated the reference.
+        assert names == {x for x in there if not x.match("*-180.csv")}
     kept = (cache / "other" / "config.json").read_text()
     assert kept == (reference / "config.json").read_text()
     assert not (cache / "refused" / "no batch").exists()
