@@ -13,18 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.delugenets import VARIANTS
-from importers.sources import Importer, Path, Source, by_layer
+from importers.sources import TORCH_LEAVES, Importer, Path, Source, by_layer
 from nets.delugenet import CompositeLayer, DelugeNet
 
 EPS = 1e-5  # of every normalisation
-LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "edges": "mask",  # of an expander variant, which the original does not have
-}
 CROSS_LEAVES = ("scale", "bias", "mean", "var")
 
 
@@ -41,7 +33,7 @@ class Reader(NamedTuple):
 
     def shapes(self, *leaves: str) -> dict[str, tuple[int, int]]:
         shape = (self.channels, len(self.norms))
-        return {f"{self.name}.{LEAVES[leaf]}": shape for leaf in leaves}
+        return {f"{self.name}.{TORCH_LEAVES[leaf]}": shape for leaf in leaves}
 
     def column(self, norm: Path) -> int:
         """Where the original has the source: it counts from the newest."""
@@ -79,7 +71,7 @@ def name(net: DelugeNet, path: Path) -> str:
             where = "head.fc"
         case _:
             raise LookupError(f"DelugeNets have no layer like {path}")
-    return f"{where}.{LEAVES[path[-1]]}"
+    return f"{where}.{TORCH_LEAVES[path[-1]]}"
 
 
 def readers(net: DelugeNet) -> list[Reader]:

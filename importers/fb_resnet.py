@@ -4,17 +4,8 @@ from collections.abc import Mapping
 
 from flax import nnx
 
-from importers.sources import Importer, Path, by_layer
+from importers.sources import TORCH_LEAVES, Importer, Path, by_layer
 from nets.resnet import ResNet
-
-LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "edges": "mask",  # of an expander variant, which the original does not have
-}
 
 
 def resnet(path: Path, layer: nnx.Module) -> str:
@@ -28,7 +19,7 @@ def resnet(path: Path, layer: nnx.Module) -> str:
             where = names.get(part, "fc")
         case _:
             raise LookupError(f"fb.resnet.torch has no layer like {path}")
-    return f"{where}.{LEAVES[path[-1]]}"
+    return f"{where}.{TORCH_LEAVES[path[-1]]}"
 
 
 def preresnet(path: Path, layer: nnx.Module) -> str:

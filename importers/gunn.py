@@ -11,18 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
-from importers.sources import Importer, Path, Source, by_layer
+from importers.sources import TORCH_LEAVES, Importer, Path, Source, by_layer
 from nets.gunn import Gunn
 from nets.layers.gradual import unstacked
 
-LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "edges": "mask",  # of an expander variant, which the original does not have
-}
 # (depth, wide): stages of channels and segments, expansion.
 MODELS = {
     (15, False): ((240, 300, 360), (20, 25, 30), 2),
@@ -103,7 +95,7 @@ def layer_name(units, prefix: str, segment: int, path: Path, layer) -> str:
     if units.bottlenecks[index].shortcut != "none":  # a table of branches: 1 and 2
         place += [1, 1 if part in PROJECTION else 2]
     place.append((PROJECTION | BOTTLENECK)[part])
-    return f"{prefix}{'.'.join(map(str, place))}.{LEAVES[leaf]}"
+    return f"{prefix}{'.'.join(map(str, place))}.{TORCH_LEAVES[leaf]}"
 
 
 def _positions(net: Gunn) -> list[tuple[int, int]]:
@@ -118,7 +110,7 @@ def _positions(net: Gunn) -> list[tuple[int, int]]:
 
 
 def _name(net: Gunn, path: Path, layer: nnx.Module) -> str:
-    return f"{_position(net, path[:-1])}.{LEAVES[path[-1]]}"
+    return f"{_position(net, path[:-1])}.{TORCH_LEAVES[path[-1]]}"
 
 
 def _position(net: Gunn, path: Path) -> int:

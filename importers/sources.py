@@ -17,6 +17,15 @@ from nets.layers.expander import Connectivity, Expander
 
 Path = tuple[str | int, ...]
 
+TORCH_LEAVES = {  # our variables -> Torch's and PyTorch's names of a layer's tensors
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "edges": "mask",  # X-Nets, and expander variants that no original has
+}
+
 
 class ImportMismatch(ValueError):
     """Reference tensors that do not fit the net; the message names them all."""

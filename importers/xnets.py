@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flax import nnx
 
-from importers.sources import Importer, Path, by_layer
+from importers.sources import TORCH_LEAVES, Importer, Path, by_layer
 from nets.alexnet import CONVOLUTIONS, AlexNet
 from nets.densenet import DenseNet, ImageNetDenseNet
 from nets.layers.expander import ExpanderConv
@@ -12,20 +12,11 @@ from nets.mobilenet import MobileNet
 from nets.resnet import ResNet
 from nets.vgg import VGG
 
-LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "edges": "mask",
-}
-
 
 def leaf(attribute: str, layer: nnx.Module) -> str:
     if isinstance(layer, ExpanderConv) and attribute == "kernel":
         return "fpWeight"
-    return LEAVES[attribute]
+    return TORCH_LEAVES[attribute]
 
 
 def densenet_cifar(path: Path) -> str:

@@ -7,9 +7,9 @@ import numpy as np
 from flax import nnx
 from golden_checks import Comparison, evaluate, train
 
-from importers.delugenets import LEAVES, Reader, cross_layers
+from importers.delugenets import Reader, cross_layers
 from importers.golden import draw, normal
-from importers.sources import assign, by_layer, empty
+from importers.sources import TORCH_LEAVES, assign, by_layer, empty
 from nets.delugenet import Block, CompositeLayer, Transition
 from nets.layers.cross_layer import CrossLayer, Source
 from nets.layers.norm import BatchNorm
@@ -169,7 +169,7 @@ def _name(path: tuple, prefix: str) -> str:
             where = "cross"
         case _:  # statistics of maps: cross_layers tells where they come from
             return ".".join(map(str, path))
-    return f"{prefix}{where.replace('norm', 'bn')}.{LEAVES[leaf]}"
+    return f"{prefix}{where.replace('norm', 'bn')}.{TORCH_LEAVES[leaf]}"
 
 
 def _values(entry) -> np.ndarray:
