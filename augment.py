@@ -125,8 +125,9 @@ def check(options: Mapping[str, Any], rows_per_device: int) -> None:
         raise ValueError(f"config.augment: {reason}")
 
     for name, value in options.items():
-        if min(value, default=0) < 0 if name == "hls" else value < 0:
-            refuse(f"{name}={value} is negative")
+        numbers = value if name == "hls" else [value]
+        if not all(0 <= number < np.inf for number in numbers):
+            refuse(f"{name}={value} is not a number from 0 on")
     if len(options["hls"]) not in (0, 3):
         refuse(f"hls={tuple(options['hls'])} is not hue, lightness, saturation")
     if options["autoaugment"] and options["randaugment_ops"]:
@@ -134,6 +135,7 @@ def check(options: Mapping[str, Any], rows_per_device: int) -> None:
     for name, largest in (
         ("randaugment_magnitude", policies.MAX_MAGNITUDE),
         ("cutmix_probability", 1),
+        ("jitter", 1),  # beyond, colours turn into their opposites
     ):
         if options[name] > largest:
             refuse(f"{name}={options[name]} is more than {largest}")
@@ -144,7 +146,8 @@ def check(options: Mapping[str, Any], rows_per_device: int) -> None:
     if mixings and rows_per_device % multiple:
         refuse(
             f"{mixings[0]} mixes images in groups of {multiple}, which do not divide "
-            f"the {rows_per_device} images of a device (train.batch_size over devices)"
+            f"the {rows_per_device} images of a device: change train.batch_size, or, "
+            "if it is the last batch, --config.train.last_batch=fill"
         )
 
 

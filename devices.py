@@ -81,7 +81,7 @@ def make_advance(
     config: ConfigDict,
     train_step: Callable,
     mesh: Mesh,
-    examples: input_pipeline.Examples,
+    examples: input_pipeline.Split,
     state,
     step: int,
 ) -> Callable:

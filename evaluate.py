@@ -54,7 +54,7 @@ def evaluate(
     The means are named test_loss, test_accuracy, ...; the matrix counts examples for
     each (true class, predicted class).
     """
-    totals = metrics.zeros(confusion=num_classes)
+    totals = metrics.zeros(num_classes, confusion=True)
     totals = jax.device_put(totals, NamedSharding(mesh, REPLICATED))
     for batch in batches:  # nothing is fetched before the end
         totals = eval_step(variables, totals, shard(batch, mesh))
@@ -67,7 +67,7 @@ def make_test(
     definition: nets.Definition,
     normalization: Mapping,
     mesh: Mesh,
-    examples: input_pipeline.Examples,
+    examples: input_pipeline.Split,
 ) -> Callable:
     """variables -> evaluate() over all examples; compiled with its first call."""
     eval_step = make_eval_step(definition, mesh, normalization)
@@ -78,7 +78,7 @@ def make_test(
 
 
 def test_batches(
-    config: ConfigDict, mesh: Mesh, examples: input_pipeline.Examples
+    config: ConfigDict, mesh: Mesh, examples: input_pipeline.Split
 ) -> Iterator[dict]:
     """One pass over the test images; batches are rounded up to the device count."""
     config = config.copy_and_resolve_references()

@@ -23,11 +23,12 @@ from photographs import Photographs
 
 PIPELINES = ("tf.data", "device")
 CROPS = ("pad", *crops.CROPS)
+Split = Examples | Photographs  # in memory, or in their files
 STEPS_PER_BLOCK = 128
 _ORDER, _AUGMENTATION, _CROPS = 0, 1, 2  # independent random streams of a seed
 
 
-def load(data: ConfigDict, split: str) -> Examples | Photographs:
+def load(data: ConfigDict, split: str) -> Split:
     """The examples of config.data, 'train' or 'test': see data_sources.load.
 
     Unless data.crop is 'pad', they stay in their files: see photographs.load. Raises
@@ -157,7 +158,7 @@ def batches(
     split: str,
     start_step: int = 0,
     *,
-    examples: Examples | Photographs | None = None,
+    examples: Split | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:

@@ -3,6 +3,8 @@
 Nothing else in the project knows the name of a metric.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +41,8 @@ def sums(
     """Sums over the examples whose mask is 1, and their number as `examples`.
 
     targets as in cross_entropy; of shares, the class with the largest is the right
-    answer. confusion: also the (classes, classes) counts of (true, predicted).
+    answer; top5 needs more than 5 classes. confusion: also the (classes, classes)
+    counts of (true, predicted).
     """
     labels = targets if targets.ndim == 1 else jnp.argmax(targets, 1)
     mask = jnp.ones(labels.shape, logits.dtype) if mask is None else mask
@@ -51,9 +54,10 @@ def sums(
     per_example = {
         "loss": cross_entropy(logits, targets, label_smoothing),
         "accuracy": rank < 1,
-        "top5": rank < 5,
         "examples": jnp.ones_like(mask),
     }
+    if logits.shape[-1] > 5:
+        per_example["top5"] = rank < 5
     # `where`, so that a padded example cannot spoil the sum even with a NaN.
     total = {k: jnp.sum(jnp.where(mask > 0, v, 0)) for k, v in per_example.items()}
     if confusion:
@@ -63,16 +67,20 @@ def sums(
     return total
 
 
-def zeros(confusion: int = 0) -> dict[str, jax.Array]:
-    """What `sums` adds up to before the first example; confusion: classes, or none."""
-    totals = {k: jnp.zeros(()) for k in ("loss", "accuracy", "top5", "examples")}
-    if confusion:
-        totals["confusion"] = jnp.zeros((confusion, confusion))
-    return totals
+def zeros(num_classes: int, *, confusion: bool = False) -> dict[str, jax.Array]:
+    """What `sums` adds up to before the first example."""
+    example = jnp.zeros((1, num_classes)), jnp.zeros(1, int)
+    shapes = jax.eval_shape(functools.partial(sums, confusion=confusion), *example)
+    return {name: jnp.zeros(shape.shape) for name, shape in shapes.items()}
 
 
 def means(totals: dict[str, jax.Array], prefix: str) -> dict[str, float]:
-    """Sums on any device -> means over all examples, named with the prefix."""
+    """Sums on any device -> means over all examples, named with the prefix.
+
+    Raises ValueError where there were none: none that could be read.
+    """
     totals = {k: float(v) for k, v in jax.device_get(totals).items()}
     examples = totals.pop("examples")
+    if not examples:
+        raise ValueError(f"no {prefix} example could be read (data.on_error=skip)")
     return {f"{prefix}_{k}": v / examples for k, v in totals.items()}

@@ -143,7 +143,8 @@ def _cosine(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Sche
     SGDR (arXiv 1608.03983) without restarts.
     """
     rate, least = recipe["learning_rate"], recipe["min_learning_rate"]
-    decay = optax.cosine_decay_schedule(rate, total - warmup, alpha=least / rate)
+    alpha = least / rate if rate else 0.0
+    decay = optax.cosine_decay_schedule(rate, total - warmup, alpha)
     return lambda step: decay(jnp.maximum(step - warmup, 0))
 
 

@@ -30,7 +30,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "seed",
-    "train.batch_norm_group",
+    "train.batch_norm_groups",
     "checkpoint.every_steps",
     "optimizer.learning_rate",
     "optimizer.min_learning_rate",
@@ -124,7 +124,12 @@ def runs(
         yield run, pathlib.Path(workdir) / f"seed{seed}"
 
 
-def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> None:
+def check(
+    config: ConfigDict,
+    examples: input_pipeline.Split,
+    test_examples: input_pipeline.Split,
+    mesh: Mesh,
+) -> None:
     """Refuses, with a ValueError, values that no run can have."""
     fields = _flat(config)
     for field in POSITIVE:
@@ -145,12 +150,17 @@ def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> 
             f"train.batch_size {config.train.batch_size} does not divide among "
             f"{mesh.size} devices: choose a multiple of {mesh.size}"
         )
-    group = config.train.batch_norm_group
-    if group and config.train.batch_size // mesh.size % group:
+    groups = config.train.batch_norm_groups
+    if groups and config.train.batch_size % groups:
         raise ValueError(
-            f"train.batch_norm_group {group} does not divide the "
-            f"{config.train.batch_size // mesh.size} images of a device: change it, or "
-            "train.batch_size"
+            f"train.batch_norm_groups {groups} does not divide a batch of "
+            f"{config.train.batch_size}: change it, or train.batch_size"
+        )
+    if groups and math.gcd(groups, mesh.size) < min(groups, mesh.size):
+        raise ValueError(
+            f"train.batch_norm_groups {groups} cannot be made of {mesh.size} devices: "
+            f"choose a divisor or a multiple of {mesh.size}; 1 is the whole batch, 0 "
+            "each device alone"
         )
     for size in input_pipeline.batch_sizes(config, len(examples.labels))[1:]:
         if size % mesh.size:
@@ -171,6 +181,12 @@ def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> 
         )
     for size in input_pipeline.batch_sizes(config, len(examples.labels)):
         augment.check(config.augment, size // mesh.size)
+    if test_examples.image_shape != examples.image_shape:
+        raise ValueError(
+            f"the test images of {config.data.name} are {test_examples.image_shape}, "
+            f"those to train on {examples.image_shape}: bring them to one size, or set "
+            "--config.data.crop=random_resized"
+        )
     if config.net.num_classes != examples.num_classes:
         raise ValueError(
             f"the net has {config.net.num_classes} classes, data set "
@@ -179,7 +195,7 @@ def check(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> 
         )
 
 
-def describe(config: ConfigDict, examples: input_pipeline.Examples, mesh: Mesh) -> None:
+def describe(config: ConfigDict, examples: input_pipeline.Split, mesh: Mesh) -> None:
     """Logs what is about to be trained."""
     shape = examples.image_shape
     net = nnx.eval_shape(lambda: nets.create(config.net, nnx.Rngs(0)))

@@ -29,8 +29,9 @@ from optimizers import Clock
 from preemption import Preempted, sigterm
 from reporting import Reporter, read_rows, write_confusion
 
-# Keys of a step are folded with a device's number, or with this: no device has it.
-AUGMENTATION = 2**31 - 1
+# Keys of a step are folded with a device's number, or with the first of these, and the
+# seed's with the second: no device has that number, no net so many layers.
+AUGMENTATION, STEPS = 2**31 - 1, 2**31 - 2
 
 
 @jax.tree_util.register_dataclass
@@ -77,14 +78,14 @@ class Program:
 
 
 def create_train_state(
-    config: ConfigDict, examples: input_pipeline.Examples
+    config: ConfigDict, examples: input_pipeline.Split
 ) -> tuple[Program, TrainState]:
     """The program of a configuration and its state before the first step."""
     net = nets.create(config.net, nnx.Rngs(config.seed))
     for _, module in nnx.iter_modules(net):
         if isinstance(module, BatchNorm):
-            module.axis_name = "data" if config.train.sync_batch_norm else None
-            module.group_size = config.train.batch_norm_group
+            groups = config.train.batch_norm_groups
+            module.axis_name, module.groups = ("data", groups) if groups else (None, 1)
     definition, variables = nets.split(net)
     rate = optimizers.schedule(config, len(examples.labels))
     optimizer = optimizers.create(config.optimizer, rate)
@@ -93,12 +94,12 @@ def create_train_state(
         **variables,
         opt_state=jax.jit(optimizer.init)(variables["params"]),  # one compilation
         ema=_averaged(variables) if config.train.ema else {},
-        totals=metrics.zeros(),
+        totals=metrics.zeros(config.net.num_classes),
         bad_step=jnp.full((), -1, jnp.int32),
     )
     normalization = dict(
-        mean=tuple(config.data.mean) or examples.mean,
-        std=tuple(config.data.std) or examples.std,
+        mean=examples.mean,
+        std=examples.std,
         dtype=jnp.dtype(config.train.dtype),
     )
     program = Program(
@@ -122,7 +123,8 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     devices. Running statistics of devices that keep their own are averaged.
     """
     device = jax.lax.axis_index("data")
-    step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+    keys = jax.random.fold_in(jax.random.key(program.seed), STEPS)
+    step_key = jax.random.fold_in(keys, state.step)
     key = jax.random.fold_in(step_key, device)
     x, targets = augment.augmented(
         batch["image"],
@@ -183,7 +185,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     workdir, mesh, started = pathlib.Path(workdir), make_mesh(), time.perf_counter()
     examples = input_pipeline.load(config.data, "train")
     test_examples = input_pipeline.load(config.data, "test")
-    preflight.check(config, examples, mesh)
+    preflight.check(config, examples, test_examples, mesh)
     clock = Clock.of(config, len(examples.labels))
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         if preflight.is_complete(config, workdir, checkpoints, clock.total):
@@ -279,7 +281,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
     mesh = make_mesh()
     examples = input_pipeline.load(config.data, "train")
     test_examples = input_pipeline.load(config.data, "test")
-    preflight.check(config, examples, mesh)
+    preflight.check(config, examples, test_examples, mesh)
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         program, state = create_train_state(config, examples)
         state = jax.device_put(state, NamedSharding(mesh, REPLICATED))

@@ -43,10 +43,7 @@ def versions(
     config.train.batch_size = config.eval.batch_size = images
     examples = _spread(input_pipeline.load(config.data, "train"), images)
     augment.check(config.augment, images)
-    normalization = dict(
-        mean=tuple(config.data.mean) or examples.mean,
-        std=tuple(config.data.std) or examples.std,
-    )
+    normalization = dict(mean=examples.mean, std=examples.std)
 
     @jax.jit
     def step(batch, key):
@@ -130,10 +127,10 @@ def _caption(shares: np.ndarray) -> str:
 def main(_):
     try:
         found = versions(flags.FLAGS.config, flags.FLAGS.images, flags.FLAGS.versions)
+        picture = sheet(*found)
+        picture.save(flags.FLAGS.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    picture = sheet(*found)
-    picture.save(flags.FLAGS.out)
     print(f"{flags.FLAGS.out}: {picture.width} x {picture.height} pixels")
 
 

@@ -1,9 +1,11 @@
 """Runs side by side: final, best, mean, standard deviation; a plot of their curves.
 
-python -m analysis.curves /tmp/run /tmp/other/seed* --out=curves.png
+python -m analysis.curves /tmp/run /tmp/other --out=curves.png
 
-Runs that differ in nothing but their seed are one row. Errors are of the test set, in
-percent; "best" is the best epoch on that same set, as several papers report it.
+A folder is a run, or has the runs of --config.seeds in it. Runs that differ in nothing
+but their seed, and have come as far, are one row. Errors are of the test set, in
+percent; "best" is the best epoch on that same set, as several papers report it; "last
+5" is the median of the last five evaluations, as others do.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
     Raises ValueError for a folder that holds no run with an evaluation.
     """
     groups, names = {}, {}
-    for workdir in workdirs:
+    for workdir in dict.fromkeys(run for path in workdirs for run in _runs(path)):
         try:
             config = json.loads((workdir / "config.json").read_text())
             rows = read_rows(workdir / "metrics.csv")
@@ -38,26 +40,35 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
         if not rows:
             raise ValueError(f"{workdir} has no evaluation yet")
         name = f"{config['net']['name']} {config['variant']}, {config['data']['name']}"
-        same = json.dumps(config | {"seed": 0, "seeds": 1}, sort_keys=True)
-        if same not in names:
-            taken = sum(other.startswith(name) for other in names.values())
-            names[same] = f"{name} ({taken + 1})" if taken else name
-        groups.setdefault(names[same], []).append(rows)
+        like = config | {"seed": 0, "seeds": 1, "step": rows[-1]["step"]}
+        alike = names.setdefault(name, [])
+        if like not in alike:
+            alike.append(like)
+        number = alike.index(like)
+        label = f"{name} ({number + 1})" if number else name
+        groups.setdefault(label, []).append(rows)
     return groups
+
+
+def _runs(path: pathlib.Path) -> list[pathlib.Path]:
+    path = path.resolve()
+    seeds = sorted(path.glob("seed*/config.json"))
+    if (path / "config.json").exists() or not seeds:
+        return [path]
+    return [config.parent for config in seeds]
 
 
 def table(groups: dict[str, list[Curve]]) -> str:
     """Markdown: test errors in percent, mean and deviation over the runs of a row."""
     lines = [
-        "| run | epochs | n | final, mean | final, sd | best, mean | best, sd |",
-        "|---|---|---|---|---|---|---|",
+        "| run | epochs | n | final, mean | sd | last 5, mean | sd | best, mean | sd |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, curves in groups.items():
-        final = [errors(curve)[-1] for curve in curves]
-        best = [min(errors(curve)) for curve in curves]
-        epochs = sorted({f"{curve[-1]['epoch']:g}" for curve in curves})
-        cells = [name, ", ".join(epochs), str(len(curves)), *_spread(final)]
-        lines.append(f"| {' | '.join([*cells, *_spread(best)])} |")
+        cells = [name, f"{curves[0][-1]['epoch']:g}", str(len(curves))]
+        for of in (lambda x: x[-1], lambda x: statistics.median(x[-5:]), min):
+            cells += _spread([of(errors(curve)) for curve in curves])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -91,11 +102,11 @@ def main() -> None:
     options = parser.parse_args()
     try:
         groups = read(options.workdirs)
-    except ValueError as error:
+        print(table(groups))
+        if options.out:
+            figure(groups).savefig(options.out, dpi=120)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(table(groups))
-    if options.out:
-        figure(groups).savefig(options.out, dpi=120)
 
 
 if __name__ == "__main__":

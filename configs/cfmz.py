@@ -26,6 +26,7 @@ VARIANTS = {
     "44": _variant(44, 658_596),  # not in cfmz: the same rule
     "56": _variant(56, 853_028, 6.31),
     "110": _variant(110, 1_727_972, 6.00),
+    "1202": _variant(1202, 19_421_284),  # nor is this one
 }
 
 

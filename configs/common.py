@@ -130,8 +130,9 @@ def base() -> ConfigDict:
             epochs=300.0,  # passes over the training images
             steps_per_dispatch=1,  # pipeline='device': steps a call of the device makes
             dtype="float32",  # of the computation; parameters stay float32
-            sync_batch_norm=True,  # statistics over all devices, else per device
-            batch_norm_group=0,  # images that share statistics; 0: all of them
+            # Equal parts of a batch that have their own statistics, as on so many GPUs;
+            # 1: those of the whole batch, on any devices; 0: each device has its own.
+            batch_norm_groups=1,
             log_every_steps=100,  # progress line, TensorBoard
             tensorboard=True,  # where TensorFlow is installed
             compilation_cache=True,  # keep compiled programs in the cache directory
@@ -202,8 +203,6 @@ def select(
     config.data.flip = data not in DIGITS
     if data == IMAGENET:
         config.data.crop = "inception"
-        config.data.mean = (123.675, 116.28, 103.53)
-        config.data.std = (58.395, 57.12, 57.375)
     return config
 
 

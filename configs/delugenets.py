@@ -52,7 +52,6 @@ def get_config(argument: str = ""):
     if data == IMAGENET:
         config.augment.update(common.COLORS)
         # Eight GPUs, each with the statistics of its 32 images.
-        config.train.update(batch_size=256, epochs=100.0)
-        config.train.update(sync_batch_norm=False, batch_norm_group=32)
+        config.train.update(batch_size=256, epochs=100.0, batch_norm_groups=8)
         config.optimizer.update(drop_epochs=(30.0, 60.0, 90.0))
     return common.with_recipe(config)

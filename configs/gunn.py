@@ -10,7 +10,7 @@ count; which one is meant, only the data set whose count rounds to 29.6M says.
 """
 
 from configs import common
-from configs.common import Published, Variant
+from configs.common import IMAGENET, Published, Variant
 
 README = "GUNN README: best of all epochs on the test set"
 DERIVED = f"{README}; the net is derived, not published"
@@ -36,8 +36,8 @@ def _imagenet(channels, segments, parameters, errors, source, printed):
     published = Published(top1, "best", source, printed, top5)
     return Variant(
         net | {"shortcuts": ("none",)},
-        {"imagenet2012": parameters},
-        {"imagenet2012": published},
+        {IMAGENET: parameters},
+        {IMAGENET: published},
     )
 
 
@@ -97,12 +97,12 @@ def get_config(argument: str = ""):
     config.augment.jigsaw = True  # in the code, not in the paper
     # The published runs had 4 GPUs, each with statistics of its own.
     config.train.update(batch_size=64, epochs=300.0, last_batch="partial")
-    config.train.update(sync_batch_norm=False, batch_norm_group=16)
+    config.train.update(batch_norm_groups=4)
     # Epochs 150 and 225 of the original, which counts from 1.
     config.optimizer.update(drop_epochs=(149.0, 224.0))
-    if data == common.IMAGENET:
+    if data == IMAGENET:
         config.augment.update(common.COLORS, jigsaw=False)
-        config.train.update(batch_size=256, epochs=120.0, batch_norm_group=64)
+        config.train.update(batch_size=256, epochs=120.0)
         # The code skips 1e-4: from 1e-3 to 1e-5.
         config.optimizer.update(drop_epochs=(30.0, 60.0, 90.0, 90.0))
     return common.with_recipe(config)

@@ -29,6 +29,9 @@ FIELDS = {
         norm_scale="uniform",  # initial, torch 0.3's U(0, 1); or ones
     ),
 }
+# How many the logs ran on, each with the statistics of its share of the batch; one for
+# the others.
+GPUS = {"resnet-50": 2, "densenet-121": 2, "densenet-161": 4, "densenet-169": 2}
 # Parameters; top-1 and top-5 error, and the epochs of the log.
 NETS = {
     "resnet-18": (11_689_512,),
@@ -72,5 +75,7 @@ def get_config(argument: str = ""):
     config = common.select(argument, VARIANTS, "resnet-34-2")
     config.data.crop = "random_resized"
     config.train.update(batch_size=128, epochs=90.0, last_batch="partial")
+    gpus = GPUS.get(config.variant.removesuffix("-2"), 1)
+    config.train.update(batch_norm_groups=gpus)
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
     return common.with_recipe(config)

@@ -71,6 +71,7 @@ def get_config(argument: str = ""):
     )
     config.data.crop = "random_resized"
     config.train.update(batch_size=256, epochs=150.0, last_batch="partial")
+    config.train.update(batch_norm_groups=2)  # the log's GPUs
     config.optimizer.update(
         drop_epochs=tuple(15.0 * i for i in range(1, 10)),
         drop_factor=0.316227766,

@@ -207,6 +207,25 @@ def test_the_number_of_devices_does_not_matter(options):
     assert (x != augment.normalize(images, **NORMALIZATION)).any(axis=(1, 2, 3)).all()
 
 
+def test_strengths_are_those_of_the_configuration():
+    images, labels = random_images(4, 16, 16, 3), np.arange(4)
+    plain = augment.normalize(images, **NORMALIZATION)
+
+    def change(**options):
+        return np.abs(
+            augmented(images, labels, jax.random.key(3), **options)[0] - plain
+        )
+
+    for weak, strong in (
+        (dict(jitter=0.01), dict(jitter=0.4)),
+        (dict(lighting=0.01), dict(lighting=0.4)),
+        (dict(hls=(1.0, 1.0, 1.0)), dict(hls=(36.0, 50.0, 50.0))),
+    ):
+        assert 0 < 5 * change(**weak).mean() < change(**strong).mean()
+    assert change(cutmix=1.0, cutmix_probability=0.0).max() == 0
+    assert change(cutmix=1.0, cutmix_probability=1.0).max() > 0
+
+
 def test_images_of_a_batch_are_changed_each_in_its_own_way_and_anew_every_step():
     images = np.repeat(random_images(1, 16, 16, 3), 6, axis=0)
     options = dict(jigsaw=True, cutout=8) | COLOUR
@@ -298,12 +317,14 @@ def test_cutout_zeroes_a_square_with_its_centre_anywhere(size):
     [
         (dict(mixup=1.0, ricap=0.3), "one of mixup, ricap"),
         (dict(autoaugment=True, randaugment_ops=2), "one of autoaugment"),
-        (dict(cutout=-1), "cutout=-1 is negative"),
-        (dict(hls=(36.0, -1.0, 50.0)), "hls=.* is negative"),
+        (dict(cutout=-1), "cutout=-1 is not a number from 0 on"),
+        (dict(hls=(36.0, -1.0, 50.0)), "hls=.* is not a number"),
+        (dict(mixup=float("nan")), "mixup=nan is not a number"),
+        (dict(jitter=1.5), "jitter=1.5 is more than 1"),
         (dict(hls=(36.0,)), "hue, lightness, saturation"),
         (dict(randaugment_magnitude=31.0), "31.0 is more than 30"),
         (dict(cutmix_probability=1.5), "1.5 is more than 1"),
-        (dict(mixup=1.0), "groups of 2, .* the 7 images"),
+        (dict(mixup=1.0), "groups of 2, .* the 7 images .*last_batch=fill"),
         (dict(ricap=0.3), "groups of 4, .* the 7 images"),
     ],
 )

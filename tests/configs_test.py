@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import data_sources
 import devices
 import optimizers
 import preflight
@@ -38,8 +39,7 @@ ORIGINALS = {
     "data.crop": "pad",
     "data.flip": True,
     "train.last_batch": "partial",
-    "train.batch_norm_group": 0,
-    "train.sync_batch_norm": True,
+    "train.batch_norm_groups": 1,
     "train.label_smoothing": 0.0,
     "train.ema": 0.0,
     "optimizer.schedule": "steps",
@@ -77,8 +77,8 @@ SVHN = {
 }
 
 
-def per_gpu(images):
-    return {"train.batch_norm_group": images, "train.sync_batch_norm": False}
+def gpus(count):
+    return {"train.batch_norm_groups": count}
 
 
 TABLE = {
@@ -95,24 +95,24 @@ TABLE = {
     ),
     "fb_resnet:resnet-20,cifar100": (
         steps(31_280, 47_311, total=64_124, rates=TENTHS),
-        FB | {"train.batch_size": 128} | per_gpu(64),
+        FB | {"train.batch_size": 128} | gpus(2),
     ),
     "fb_resnet:preresnet-200,imagenet2012": (
         steps(150_150, 300_300, total=450_450, rates=TENTHS),
-        FB_IMAGENET | per_gpu(64),
+        FB_IMAGENET | gpus(4),
     ),
     "delugenets:wide-146,cifar10": (DELUGE, FB | {"train.batch_size": 64}),
     "delugenets:92,imagenet2012": (
         steps(150_150, 300_300, 450_450, total=500_500, rates=(*TENTHS, 1e-4)),
-        FB_IMAGENET | per_gpu(32),
+        FB_IMAGENET | gpus(8),
     ),
     "gunn:15,cifar100": (
         DELUGE,
-        FB | {"train.batch_size": 64, "augment": {"jigsaw": True}} | per_gpu(16),
+        FB | {"train.batch_size": 64, "augment": {"jigsaw": True}} | gpus(4),
     ),
     "gunn:18,imagenet2012": (
         steps(150_150, 300_300, 450_450, total=600_600, rates=(*TENTHS, 1e-5)),
-        FB_IMAGENET | per_gpu(64),
+        FB_IMAGENET | gpus(4),
     ),
     "igcnets:plain-20-L450M2,cifar10": (
         steps(156_200, 234_300, 273_350, total=312_500, rates=(*TENTHS, 1e-4)),
@@ -122,11 +122,21 @@ TABLE = {
             "data.mean": (125.307, 122.950, 113.865),
             "data.std": (62.993, 62.089, 66.705),
         }
-        | per_gpu(32),
+        | gpus(2),
+    ),
+    "igcnets:plain-20-L450M2,cifar100": (
+        steps(156_200, 234_300, 273_350, total=312_500, rates=(*TENTHS, 1e-4)),
+        IGC
+        | {
+            "train.batch_size": 64,
+            "data.mean": (129.304, 124.070, 112.434),
+            "data.std": (68.170, 65.392, 70.418),
+        }
+        | gpus(2),
     ),
     "igcnets:plain-20-L16M32,svhn_cropped_extra": (
         steps(188_860, 283_290, 330_505, total=377_743, rates=(*TENTHS, 1e-4)),
-        IGC | SVHN | per_gpu(32),
+        IGC | SVHN | gpus(2),
     ),
     "igcnets:imagenet-L100M2,imagenet2012": (
         steps(150_120, 300_240, 450_360, total=600_548, rates=(*TENTHS, 1e-4)),
@@ -139,11 +149,16 @@ TABLE = {
             "data.std": (68.998, 66.093, 68.292),
             "augment": {"hls": (36, 50, 50)},
         }
-        | per_gpu(32),
+        | gpus(8),
     ),
     "xdensenet:40-24-2,cifar10": (
         steps(117_300, 175_950, total=234_600, rates=TENTHS),
-        {"train.batch_size": 64, "data.border": "zero"},
+        {
+            "train.batch_size": 64,
+            "data.border": "zero",
+            "data.mean": (125.3, 123.0, 113.9),
+            "data.std": (63.0, 62.1, 66.7),
+        },
     ),
     "xvgg:16-bn-expander,cifar10": (
         steps(*range(11_730, 82_111, 11_730), total=117_300, rates=HALVES),
@@ -162,11 +177,16 @@ TABLE = {
             "optimizer.nesterov": False,
             "optimizer.weight_decay": 4e-5,
             "net.norm_scale": "uniform",
-        },
+        }
+        | gpus(2),
     ),
     "ximagenet:densenet-121-2,imagenet2012": (
         steps(300_300, 600_600, total=900_900, rates=TENTHS),
-        X_IMAGENET | {"net.norm_scale": "uniform"},
+        X_IMAGENET | {"net.norm_scale": "uniform"} | gpus(2),
+    ),
+    "ximagenet:densenet-161-2,imagenet2012": (
+        steps(300_300, 600_600, total=900_900, rates=TENTHS),
+        X_IMAGENET | {"net.norm_scale": "uniform"} | gpus(4),
     ),
     "ximagenet:resnet-34-2,imagenet2012": (
         steps(300_300, 600_600, total=900_900, rates=TENTHS),
@@ -174,6 +194,10 @@ TABLE = {
     ),
     "xalexnet:expander,imagenet2012": (
         steps(300_300, 600_600, total=900_900, rates=TENTHS),
+        X_IMAGENET | {"net.norm_scale": "uniform"},
+    ),
+    "xalexnet:dense,imagenet2012": (
+        steps(300_300, 600_600, total=900_900, rates=(0.01, 0.001, 0.0001)),
         X_IMAGENET | {"net.norm_scale": "uniform"},
     ),
 }
@@ -187,6 +211,8 @@ def plain(value):
 def test_a_recipe_has_the_fields_of_its_original(argument):
     config, wanted = get_config(argument), ORIGINALS | TABLE[argument][1]
     wanted["augment"] = common.base().augment.to_dict() | wanted.get("augment", {})
+    data = config.data
+    data.mean, data.std = data_sources.normalization(data, otherwise=None)
     found = {}
     for path in wanted:
         value = config
@@ -220,7 +246,7 @@ def test_a_recipe_can_be_run(argument):
     examples = types.SimpleNamespace(
         labels=labels, num_classes=config.net.num_classes, image_shape=(32, 32, 3)
     )
-    preflight.check(config, examples, devices.make_mesh(jax.devices()[:1]))
+    preflight.check(config, examples, examples, devices.make_mesh(jax.devices()[:1]))
 
 
 def test_every_family_and_published_data_set_has_a_row():

@@ -33,8 +33,38 @@ def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
     rows = curves.table(groups).splitlines()[2:]
     # Errors 30 and 10: mean 20, deviation 14.14; best 20 and 10: 15 and 7.07.
     name = "cfmz_resnet 20, cifar10"
-    assert rows[0] == f"| {name} | 3 | 2 | 20.00 | 14.14 | 15.00 | 7.07 |"
-    assert rows[1] == f"| {name} (2) | 1 | 1 | 75.00 |  | 75.00 |  |"
+    # Medians of the last five: 30 and 40.
+    spread = "20.00 | 14.14 | 35.00 | 7.07 | 15.00 | 7.07"
+    assert rows[0] == f"| {name} | 3 | 2 | {spread} |"
+    assert rows[1] == f"| {name} (2) | 1 | 1 | 75.00 |  | 75.00 |  | 75.00 |  |"
+
+
+def test_the_median_is_that_of_the_last_five(tmp_path):
+    groups = curves.read([save(tmp_path / "a", [0.5, 0.9, 0.1, 0.8, 0.2, 0.7])])
+    assert curves.table(groups).splitlines()[2].split(" | ")[5] == "30.00"
+
+
+def test_the_seeds_of_a_workdir_are_found_and_a_run_counts_once(tmp_path):
+    (tmp_path / "run").mkdir()
+    runs = [save(tmp_path / "run" / f"seed{i}", [0.5], seed=i) for i in range(3)]
+    groups = curves.read([tmp_path / "run", runs[1]])
+    assert [len(runs) for runs in groups.values()] == [3]
+
+
+def test_what_came_less_far_is_a_row_of_its_own(tmp_path):
+    runs = [save(tmp_path / "a", [0.5, 0.8]), save(tmp_path / "b", [0.5], seed=1)]
+    assert [len(runs) for runs in curves.read(runs).values()] == [1, 1]
+
+
+def test_names_of_one_data_set_do_not_number_those_of_another(tmp_path):
+    runs = [
+        save(tmp_path / name, [0.5], data={"name": name})
+        for name in ("cifar100", "cifar10")
+    ]
+    assert list(curves.read(runs)) == [
+        "cfmz_resnet 20, cifar100",
+        "cfmz_resnet 20, cifar10",
+    ]
 
 
 def test_the_plot_holds_every_run(tmp_path):

@@ -45,7 +45,7 @@ REFUSED = {
         "train.steps_per_dispatch 4 data.pipeline=device",
     ),
     "border": (DIGITS, {"data.border": "black"}, "'black' zero mean"),
-    "group": (DIGITS, {"train.batch_norm_group": 5}, "5 16"),
+    "group": (DIGITS, {"train.batch_norm_groups": 5}, "5 16"),
     "depth": (DIGITS, {"net.depth": 23}, "23 6 n + 4"),
     "cfmz depth": ("configs/cfmz.py:20,digits", {"net.depth": 21}, "21 6 n + 2"),
     "growth": (DIGITS, {"net.growth": 0}, "0 output channels"),

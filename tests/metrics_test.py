@@ -33,6 +33,16 @@ def test_top5_counts_the_five_best():
     assert correct([4, 4, 5, 5], "top5") == [1, 1, 0, 0]
 
 
+def test_five_classes_have_no_top5():
+    sums = metrics.sums(LOGITS[:, :5], jnp.zeros(4, int))
+    assert sums.keys() == metrics.zeros(5).keys() == {"loss", "accuracy", "examples"}
+
+
+def test_no_examples_have_no_means():
+    with pytest.raises(ValueError, match=r"no test example .*on_error=skip"):
+        metrics.means(metrics.zeros(10), "test")
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite(bad):
     """A NaN is never right, alone or in a row of its kind; infinities compare."""
@@ -60,7 +70,7 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
     logits = random.normal(size=(23, 10)).astype(np.float32)
     labels = random.integers(0, 10, 23)
     whole = metrics.means(metrics.sums(jnp.asarray(logits), jnp.asarray(labels)), "x")
-    totals = metrics.zeros()
+    totals = metrics.zeros(10)
     for start in range(0, 23, 5):
         rows = slice(start, start + 5)
         part = metrics.sums(jnp.asarray(logits[rows]), jnp.asarray(labels[rows]))

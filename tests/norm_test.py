@@ -79,10 +79,14 @@ def assert_equal_runs(actual, expected):
 
 
 @pytest.mark.parametrize("kind", ["biased", "unbiased"])
-def test_synchronised_statistics_are_those_of_the_whole_batch(kind):
-    """Eight devices with two images each, against one device with sixteen."""
+@pytest.mark.parametrize(
+    ("groups", "devices"), [(1, 8), (2, 8), (8, 8), (8, 4), (4, 1)]
+)
+def test_statistics_do_not_depend_on_the_devices(kind, groups, devices):
+    """Devices with two images each or more, against one device with sixteen."""
     x = 3 + 2 * normal(16, 3, 3, 5)
     layer = batch_norm(running_var=kind)
+    layer.groups = groups
     expected = run(layer, x)
     layer.axis_name = "data"
     definition, variables = nets.split(layer)
@@ -90,9 +94,11 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(kind):
 
     def shard(variables, x, weights):
         y, stats, d_params, d_x = training(definition.apply, variables, x, weights)
+        # As the train step does with those that devices have alone.
+        stats = jax.lax.pmean(stats, "data")
         return y, stats, jax.lax.psum(d_params, "data"), d_x
 
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     data, everywhere = PartitionSpec("data"), PartitionSpec()
     sharded = jax.shard_map(
         shard,
@@ -108,7 +114,7 @@ def test_ghost_groups_are_separate_batches():
     """Runs of four images are normalised alone; running statistics get their mean."""
     x = 3 + 2 * normal(12, 3, 3, 5)
     layer = batch_norm()
-    layer.group_size = 4
+    layer.groups = 3
     y, stats, *_ = run(layer, x)
     runs = [run(batch_norm(), group) for group in np.split(x, 3)]
     np.testing.assert_allclose(
@@ -120,13 +126,13 @@ def test_ghost_groups_are_separate_batches():
 
 
 @pytest.mark.parametrize(
-    ("images", "size", "group"), [(12, 5, 4), (8, 5, 4), (3, 5, 3), (7, 5, 1)]
+    ("images", "groups", "equal"), [(12, 4, 4), (10, 4, 5), (3, 4, 3), (7, 2, 7)]
 )
-def test_ghost_groups_of_a_smaller_batch_are_equal(images, size, group):
-    """As large as they can be: never above the size, none smaller than another."""
+def test_ghost_groups_of_a_smaller_batch_are_equal(images, groups, equal):
+    """As many as were asked for, or the next number that the batch can have."""
     x = 3 + 2 * normal(images, 3, 3, 5)
     found, wanted = batch_norm(), batch_norm()
-    found.group_size, wanted.group_size = size, group
+    found.groups, wanted.groups = groups, equal
     assert_equal_runs(run(found, x)[:2], run(wanted, x)[:2])
 
 

@@ -153,7 +153,7 @@ def rates(steps, num_examples=1000, **fields):
     """The rates at these steps; 1,000 images in batches of 100, 10 epochs."""
     config = xdensenet.get_config()
     config.train.update(batch_size=100, epochs=10.0)
-    config.optimizer.update(learning_rate=0.5, min_learning_rate=0.0, **fields)
+    config.optimizer.update(dict(learning_rate=0.5, min_learning_rate=0.0) | fields)
     rate = optimizers.schedule(config, num_examples)
     return [float(rate(step)) for step in steps]
 
@@ -168,6 +168,10 @@ def test_a_warm_up_is_a_line_from_nothing():
     found = rates([0, 5, 10, 19, 20, 49, 50], **fields)
     wanted = [0, 0.125, 0.25, 0.475, 0.5, 0.5, 0.05]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_a_cosine_of_no_rate_is_none():
+    assert list(rates([0, 50], schedule="cosine", learning_rate=0.0)) == [0, 0]
 
 
 def test_a_cosine_goes_from_the_warm_up_to_the_least_rate():

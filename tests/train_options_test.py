@@ -1,13 +1,17 @@
 """What a recipe may ask of the step: smaller batches, averages, augmentation."""
 
 import contextlib
+import itertools
 
 import jax
 import numpy as np
 import pytest
 from stepping import SLOWLY, Compilations, Steps, configured, save_images
 
+import augment
 import input_pipeline
+import metrics
+import preflight
 import train
 from devices import make_mesh
 from reporting import read_rows
@@ -69,6 +73,58 @@ def test_averaged_weights_are_those_of_the_formula(npz):
     assert kernel(tested) is not kernel(steps.state.variables())
     np.testing.assert_array_equal(kernel(tested), kernel(steps.state.ema))
     assert not np.allclose(kernel(tested), kernel(steps.state.variables()), rtol=1e-4)
+
+
+def test_averaged_weights_are_those_that_are_tested(npz, tmp_path):
+    rows = {}
+    for ema in (0.0, 0.999):
+        config = configured(npz, train__ema=ema, eval__checkpoint="last")
+        rows[ema] = train.train_and_evaluate(config, tmp_path / str(ema))
+        again = train.evaluate_checkpoint(config, tmp_path / str(ema))
+        assert again["test_loss"] == rows[ema]["test_loss"]
+    assert rows[0.0]["train_loss"] == rows[0.999]["train_loss"]
+    assert rows[0.0]["test_loss"] != rows[0.999]["test_loss"]
+
+
+def test_every_step_augments_anew(npz):
+    still = dict(optimizer__learning_rate=0.0, optimizer__weight_decay=0.0)
+    for cutout in (0, 4):
+        steps = Steps(configured(npz, augment__cutout=cutout, **still), 1)
+        steps.batches = itertools.repeat(next(steps.batches))
+        first, second = steps.losses(2)
+        assert (abs(first - second) > 1e-3) == bool(cutout)
+
+
+def test_the_loss_is_smoothed_as_configured(npz):
+    fields = dict(train__label_smoothing=0.3, train__batch_norm_groups=0)
+    steps = Steps(configured(npz, **fields), 1)
+    batch = next(steps.batches)
+    x = augment.normalize(batch["image"], **steps.program.normalization)
+    apply, variables = steps.program.definition.apply, steps.state.variables()
+    logits, _ = apply(variables, x, train=True, key=jax.random.key(0))
+    wanted = metrics.cross_entropy(logits, batch["label"], 0.3).mean()
+    steps.batches = iter([batch])
+    np.testing.assert_allclose(steps.loss(), wanted, rtol=1e-5)
+
+
+def test_test_images_of_another_size_are_refused(npz, tmp_path):
+    arrays = dict(np.load(npz))
+    arrays["x_test"] = arrays["x_test"][:, 1:]
+    np.savez(tmp_path / "other.npz", **arrays)
+    config = configured(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match=r"test images .*\(7, 8, 3\).*\(8, 8, 3\)"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("groups", "refused"), [(1, False), (4, False), (8, False), (24, False), (3, True)]
+)
+def test_groups_and_devices_that_do_not_fit_are_refused(npz, groups, refused):
+    config = configured(npz, train__batch_size=48, train__batch_norm_groups=groups)
+    examples = input_pipeline.load(config.data, "train")
+    refuse = pytest.raises(ValueError, match="groups 3 cannot be made of 8 devices")
+    with refuse if refused else contextlib.nullcontext():
+        preflight.check(config, examples, examples, make_mesh())
 
 
 def test_augmentation_does_not_depend_on_the_devices(npz):

@@ -64,8 +64,8 @@ def test_eight_devices_compute_what_one_does(images, name):
 def test_statistics_per_device_are_those_of_groups(images, name):
     """Each device alone normalises as one device does that has groups of as many."""
     options = [
-        {"train__sync_batch_norm": False},
-        {"train__batch_norm_group": BATCH // 4},
+        {"train__batch_norm_groups": 0},
+        {"train__batch_norm_groups": 4},
     ]
     alone, groups, together = (
         Steps(configured(images, name, **fields, **SLOWLY), devices)
@@ -95,7 +95,7 @@ def collectives(compiled):
 def test_devices_exchange_nothing_but_sums(images, name, wiring):
     lowering = "native" if wiring == "grouped" else "auto"
     fields = dict(net__wiring=wiring, net__lowering=lowering)
-    config = configured(images, name, train__sync_batch_norm=False, **fields)
+    config = configured(images, name, train__batch_norm_groups=0, **fields)
     found = collectives(Steps(config, 8).compiled)
     assert found.keys() == {"all-reduce"}
     assert found["all-reduce"] <= 3
@@ -110,8 +110,15 @@ def test_synchronised_statistics_cost_two_sums_a_layer(images, name):
     assert collectives(steps.compiled)["all-reduce"] <= sums * layers + 3
 
 
+def test_groups_over_several_devices_exchange_nothing_but_sums(npz):
+    fields = dict(train__batch_norm_groups=4)
+    one, eight = (Steps(configured(npz, **fields, **SLOWLY), n) for n in (1, 8))
+    np.testing.assert_allclose(one.losses(), eight.losses(), rtol=1e-4)
+    assert collectives(eight.compiled).keys() == {"all-reduce"}
+
+
 def test_plans_are_carried_out_where_the_images_are(npz):
-    config = configured(npz, train__steps_per_dispatch=3, train__sync_batch_norm=False)
+    config = configured(npz, train__steps_per_dispatch=3, train__batch_norm_groups=0)
     examples = input_pipeline.load(config.data, "train")
     mesh = make_mesh()
     program, state = train.create_train_state(config, examples)
@@ -156,7 +163,7 @@ def test_dropout_is_a_function_of_seed_and_step(npz):
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_devices_drop_out_on_their_own(npz, rate):
     """Two devices with the same images: twice the loss of one, if they drew alike."""
-    options = dict(net__dropout=rate, train__sync_batch_norm=False)
+    options = dict(net__dropout=rate, train__batch_norm_groups=0)
     one = Steps(configured(npz, train__batch_size=BATCH // 2, **options), 1)
     two = Steps(configured(npz, **options), 2)
     batch = next(one.batches)

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -18,9 +19,10 @@ class BatchNorm(nnx.Module):
     initial_var: running variance before the first step (neon and MXNet: 0).
     affine: whether it has a gain (scale) and a shift (bias) per channel.
 
-    Whose statistics (set by the trainer, not by a net): with `axis_name` those of
-    all devices on that mesh axis; with `group_size` = n > 0 those of each run of n
-    images ("ghost" groups, for originals that trained on n images a GPU).
+    Whose statistics (set by the trainer, not by a net): those of each of `groups`
+    equal runs of images ("ghost" groups, for originals that trained on so many GPUs).
+    The batch is all that the devices of the mesh axis `axis_name` have; without the
+    name it is what this device has. Of groups and devices one divides the other.
     Statistics are at least float32; the output has the dtype of the input.
     """
 
@@ -41,7 +43,7 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.full(channels, initial_var, float))
         self.eps, self.keep, self.running_var = eps, keep, running_var
         self.axis_name: str | None = None
-        self.group_size = 0
+        self.groups = 1
         self.use_running_average = False  # flipped by net.train() and net.eval()
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,13 +62,13 @@ class BatchNorm(nnx.Module):
         return y if self.use_running_average else y.reshape(shape)
 
     def _split_into_groups(self, x: jax.Array) -> jax.Array:
-        """(N, ..., C) -> (groups, N/groups, ..., C).
+        """(N, ..., C) -> (groups, N/groups, ..., C), of the images of this device.
 
-        A last batch that is smaller and no multiple of the group has equal groups too,
-        as large as can be: fb.resnet.torch's 80 images on two GPUs are 40 and 40.
+        A smaller last batch that cannot have as many equal groups has the next number
+        that it can have.
         """
         images = x.shape[0]
-        groups = -(-images // self.group_size) if self.group_size else 1
+        groups = min(images, max(1, self.groups // self._devices()))
         while images % groups:
             groups += 1
         return x.reshape(groups, images // groups, *x.shape[1:])
@@ -83,8 +85,7 @@ class BatchNorm(nnx.Module):
         reference = self.mean[...]
         if dtype == jnp.float64:
             reference = jnp.mean(x, axes, keepdims=True)
-            if self.axis_name:
-                reference = jax.lax.pmean(reference, self.axis_name)
+            reference = self._over_devices(reference)
         reference = jax.lax.stop_gradient(reference)
         centred = x.astype(dtype) - reference
         moments = jnp.stack(
@@ -93,17 +94,25 @@ class BatchNorm(nnx.Module):
                 jnp.mean(jnp.square(centred), axes, keepdims=True),
             ]
         )
-        if self.axis_name:
-            moments = jax.lax.pmean(moments, self.axis_name)
-        offset, square = moments
+        offset, square = self._over_devices(moments)
         mean = offset + reference
         var = jnp.maximum(square - jnp.square(offset), 0.0)
-        self._update_running(mean, var, count=x[0].size // x.shape[-1])
+        count = x[0].size // x.shape[-1] * max(1, self._devices() // self.groups)
+        self._update_running(mean, var, count)
         return mean, var
 
+    def _devices(self) -> int:
+        return jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+
+    def _over_devices(self, x: jax.Array) -> jax.Array:
+        """The mean over the devices that have the images of a group together."""
+        share = self._devices() // self.groups
+        if share <= 1:
+            return x
+        together = np.arange(self._devices()).reshape(self.groups, share).tolist()
+        return jax.lax.pmean(x, self.axis_name, axis_index_groups=together)
+
     def _update_running(self, mean: jax.Array, var: jax.Array, count: int) -> None:
-        if self.axis_name:
-            count *= jax.lax.axis_size(self.axis_name)
         if self.running_var == "unbiased":
             # One value per channel has no unbiased variance; torch refuses it.
             var = var * (count / max(count - 1, 1))
