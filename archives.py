@@ -24,12 +24,14 @@ class ArchiveError(ValueError):
 class Archive(NamedTuple):
     """Where a CIFAR set lies: archive and folder names, files of each split.
 
-    label: key of a pickled batch, or the byte of a binary record.
+    count: images that each file of a split has. label: key of a pickled batch, or the
+    byte of a binary record.
     """
 
     file: str
     folder: str
     splits: dict[str, list[str]]
+    count: dict[str, int]
     label: bytes | int
     num_classes: int
 
@@ -40,6 +42,7 @@ CIFAR: dict[str, list[Archive]] = {
             "cifar-10-python.tar.gz",
             "cifar-10-batches-py",
             {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
+            {"train": 10_000, "test": 10_000},
             b"labels",
             10,
         ),
@@ -50,6 +53,7 @@ CIFAR: dict[str, list[Archive]] = {
                 "train": [f"data_batch_{i}.bin" for i in range(1, 6)],
                 "test": ["test_batch.bin"],
             },
+            {"train": 10_000, "test": 10_000},
             0,
             10,
         ),
@@ -59,6 +63,7 @@ CIFAR: dict[str, list[Archive]] = {
             "cifar-100-python.tar.gz",
             "cifar-100-python",
             {"train": ["train"], "test": ["test"]},
+            {"train": 50_000, "test": 10_000},
             b"fine_labels",
             100,
         ),
@@ -66,6 +71,7 @@ CIFAR: dict[str, list[Archive]] = {
             "cifar-100-binary.tar.gz",
             "cifar-100-binary",
             {"train": ["train.bin"], "test": ["test.bin"]},
+            {"train": 50_000, "test": 10_000},
             1,  # after the coarse label
             100,
         ),
@@ -112,6 +118,8 @@ def _cifar(place: pathlib.Path, archive: Archive, split: str):
                 f"{place}, {name}: {rows.shape} values for {len(batch)} labels, not "
                 "3,072 a label"
             )
+        if len(rows) != (count := archive.count[split]):
+            raise ArchiveError(f"{place}, {name}: {len(rows)} images, not {count}")
         images.append(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(batch)
     images = np.ascontiguousarray(np.concatenate(images))
@@ -126,11 +134,13 @@ def _members(place: pathlib.Path, names: list[str]) -> Iterator[tuple[str, bytes
                 yield name, (place / name).read_bytes()
         return
     try:
-        with tarfile.open(place) as tar:
+        with gzip.open(place) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = pathlib.PurePosixPath(member.name).name
                 if name in names and member.isfile():
                     yield name, tar.extractfile(member).read()
+            while file.read(1 << 20):  # tar stops before gzip's checksum is compared
+                pass
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, OSError, zlib.error) as error:
         raise ArchiveError(f"{place} is damaged or incomplete: {error}") from error
 
@@ -195,6 +205,8 @@ def _svhn(root: pathlib.Path, parts: list[str]):
             raise ArchiveError(
                 f"{path}: images are {rows.dtype} {rows.shape} for {len(batch)} labels"
             )
+        if (wrong := batch[(batch < 1) | (batch > 10)]).size:
+            raise ArchiveError(f"{path}: label {wrong[0]} is not one of 1 to 10")
         images.append(rows.transpose(3, 0, 1, 2))
         labels.append(batch % 10)
     return np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels), 10

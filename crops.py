@@ -2,7 +2,7 @@
 
 inception       fb.resnet.torch's RandomSizedCrop and bicubic (also DelugeNets, GUNN)
 random_resized  torchvision's RandomResizedCrop of 2018, bilinear with antialiasing
-                (X-Nets): the same windows
+                (X-Nets): the same windows, but where none fits
 scale_aspect    IGCNets: random scale and aspect on a canvas, then a random window
 
 Sizes follow from that of the crop as the originals' do from 224: tests see the middle
@@ -39,8 +39,10 @@ def train(
         scale, aspect = _between(SCALE, draws[0]), _between(IGC_ASPECT, draws[1])
         pixels = decode(tf, content, picture)
         return _on_canvas(tf, pixels, size, scale, aspect, draws[2:4])
-    window = random_window(*picture.size, draws)
-    pixels = decode(tf, content, picture, window)
+    window = _window_that_fits(*picture.size, draws)
+    if window is None and crop == "inception":
+        return _middle(tf, decode(tf, content, picture), size, size)
+    pixels = decode(tf, content, picture, window or _square(*picture.size))
     if crop == "random_resized":
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.BILINEAR))
     return bicubic(tf, pixels, (size, size), (0, 0), size)
@@ -55,13 +57,13 @@ def test(tf: ModuleType, content: bytes, crop: str, size: int) -> np.ndarray:
     pixels = decode(tf, content, picture)
     if crop == "scale_aspect":
         return _on_canvas(tf, pixels, size, SCALE[0], 1.0, None)
-    height, width = resized = _shorter_side(pixels, _in_proportion(256, size))
-    if crop == "random_resized":
-        picture = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
-        top, left = (round((x - size) / 2) for x in resized)
-        return np.asarray(picture)[top : top + size, left : left + size]
-    offset = tuple(math.ceil((x - size) / 2) for x in resized)
-    return bicubic(tf, pixels, resized, offset, size)
+    side = _in_proportion(256, size)
+    if crop == "inception":
+        return _middle(tf, pixels, side, size)
+    height, width = resized = _shorter_side(pixels, side)
+    picture = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
+    top, left = (round((x - size) / 2) for x in resized)
+    return np.asarray(picture)[top : top + size, left : left + size]
 
 
 def random_window(
@@ -71,8 +73,14 @@ def random_window(
 
     Up to ten tries: share of the area uniform in AREA, width to height uniform in
     ASPECT, not its logarithm, the sides swapped every other time, any position. If none
-    fits, the square in the middle.
+    fits, the square in the middle: torchvision's choice, for random_resized.
     """
+    return _window_that_fits(width, height, draws) or _square(width, height)
+
+
+def _window_that_fits(
+    width: int, height: int, draws: np.ndarray
+) -> tuple[int, int, int, int] | None:
     for area, aspect, swap, y, x in draws.reshape(TRIES, 5):
         area = _between(AREA, area) * width * height
         ratio = _between(ASPECT, aspect)
@@ -81,8 +89,19 @@ def random_window(
             w, h = h, w
         if 0 < w <= width and 0 < h <= height:
             return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+    return None
+
+
+def _square(width: int, height: int) -> tuple[int, int, int, int]:
     side = min(width, height)
     return (height - side) // 2, (width - side) // 2, side, side
+
+
+def _middle(tf: ModuleType, pixels: np.ndarray, side: int, size: int) -> np.ndarray:
+    """fb.resnet.torch's Scale(side) and CenterCrop(size), also where no window fits."""
+    resized = _shorter_side(pixels, side)
+    offset = tuple(math.ceil((x - size) / 2) for x in resized)
+    return bicubic(tf, pixels, resized, offset, size)
 
 
 def decode(
@@ -95,8 +114,13 @@ def decode(
 
     picture: the same image, opened. Grey and colour JPEGs are decoded in one pass with
     the crop; PNG, JPEG in CMYK and what else Pillow knows, whole. Transparency is
-    ignored. Raises ValueError for pixels of more than 8 bits.
+    ignored. Raises ValueError for pixels of more than 8 bits, and for a JPEG that is
+    cut off, whatever the window.
     """
+    # Up to its first scan, Pillow has read. An end marker before that is a thumbnail's,
+    # and in a scan these bytes are nothing else; behind the true one may lie anything.
+    if picture.format == "JPEG" and content.rfind(b"\xff\xd9", picture.fp.tell()) < 0:
+        raise ValueError("it is cut off: a JPEG without its end marker")
     if picture.format == "JPEG" and picture.mode in ("L", "RGB"):
         # The default of TensorFlow is a fast DCT, which is not exact.
         options = dict(channels=3, dct_method="INTEGER_ACCURATE")
@@ -109,13 +133,18 @@ def decode(
         wider = top, start, height, end - start
         pixels = tf.io.decode_and_crop_jpeg(content, wider, **options).numpy()
         return pixels[:, left - start : left - start + width]
-    if picture.mode[0] in "IF":
-        raise ValueError(f"pixels are of mode {picture.mode!r}, not of 8 bits")
-    pixels = np.asarray(picture.convert("RGB"))
+    pixels = rgb(picture)
     if window is None:
         return pixels
     top, left, height, width = window
     return pixels[top : top + height, left : left + width]
+
+
+def rgb(picture: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8; ValueError for more than 8 bits, which Pillow would clip."""
+    if picture.mode[0] in "IF":
+        raise ValueError(f"pixels are of mode {picture.mode!r}, not of 8 bits")
+    return np.asarray(picture.convert("RGB"))
 
 
 def bicubic(

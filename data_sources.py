@@ -11,7 +11,7 @@ import alone takes longer than decoding 50,000 small images with Pillow (11 s ag
 import concurrent.futures
 import contextlib
 import dataclasses
-import difflib
+import errno
 import io
 import os
 import pathlib
@@ -25,6 +25,7 @@ from PIL import Image
 
 import archives
 import cache
+import crops
 import downloads
 import folders
 import tfrecords
@@ -38,9 +39,13 @@ STATISTICS = {
     # fb.resnet.torch's, and torchvision's: 0.485, 0.456, 0.406 of 0..1.
     "imagenet2012": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
-# Which split is 'test', where several are; the labels of ImageNet's own are secret.
+# Which split is 'test', where several are; the labels of ImageNet's own are secret, and
+# many have deleted it. Of other sets, the first label tells.
 HELD_OUT = ("test", "validation", "val")
 WITHOUT_TEST = ("imagenet2012",)
+# Ours that TFDS has under another name, and what they train on there.
+JOINED = {"svhn_cropped_extra": ("svhn_cropped", "train+extra")}
+ON_ERROR = ("raise", "skip")
 WAYS_OUT = "--config.data.dir=... (where it lies), --config.data.name=digits (no files)"
 
 
@@ -75,6 +80,7 @@ def load(data: ConfigDict, split: str) -> Examples:
     """
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}: choose train or test")
+    refuse_on_error(data)
     images, labels, num_classes = _read(data, split)
 
     def of_training_images():
@@ -84,6 +90,12 @@ def load(data: ConfigDict, split: str) -> Examples:
     return Examples(images, labels, num_classes, mean, std)
 
 
+def refuse_on_error(data: ConfigDict) -> None:
+    if data.on_error not in ON_ERROR:
+        choices = ", ".join(ON_ERROR)
+        raise DataError(f"data.on_error={data.on_error!r}: choose from {choices}")
+
+
 def normalization(data: ConfigDict, otherwise: Callable) -> tuple[tuple, tuple]:
     """Mean and standard deviation: those of data, else of STATISTICS, else otherwise().
 
@@ -91,7 +103,7 @@ def normalization(data: ConfigDict, otherwise: Callable) -> tuple[tuple, tuple]:
     """
     mean, std = tuple(data.mean), tuple(data.std)
     if not (mean and std):
-        known = STATISTICS.get(re.split("[:/]", data.name)[0]) or otherwise()
+        known = STATISTICS.get(_base(data.name)) or otherwise()
         mean, std = mean or known[0], std or known[1]
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise DataError(
@@ -140,9 +152,19 @@ def reading(path: pathlib.Path):
     try:
         yield
     except Exception as error:  # zip files, TFDS, Pillow, array_record raise anything
+        refuse_limit(error)
         reason = str(error) or type(error).__name__
         raise DataError(
             f"{path} is damaged or incomplete: {reason}. Restore it, or use {WAYS_OUT}"
+        ) from error
+
+
+def refuse_limit(error: Exception) -> None:
+    """Raises DataError if too many files are open: then nothing is damaged."""
+    reason = os.strerror(errno.EMFILE)
+    if reason in str(error):  # of whatever class: array_record's has no number
+        raise DataError(
+            f"{reason}: raise the limit with `ulimit -n`, or write fewer shards"
         ) from error
 
 
@@ -187,11 +209,8 @@ def _npz(data: ConfigDict, split: str):
             "(N, H, W, 1) or (N, H, W, 3)"
         )
     for name in ("y_train", "y_test"):
-        array = arrays[name]
-        if array.dtype.kind not in "iu" or array.shape not in (
-            (n := array.size,),
-            (n, 1),
-        ):
+        array, n = arrays[name], arrays[name].size
+        if array.dtype.kind not in "iu" or array.shape not in ((n,), (n, 1)):
             raise DataError(
                 f"{path}: {name} is {array.dtype} {array.shape}, not integers (N,)"
             )
@@ -213,8 +232,9 @@ def _tfds(data: ConfigDict, split: str):
     if directory is None and (folder := folders.find(root, data.name)):
         with in_folders():
             paths, labels, classes = folders.read(folder, split)
-            return folders.decode(paths), labels, len(classes)
-    return _prepared(directory or fetched(data), split, data.cache_dir)
+            images, kept = folders.decode(paths, data.on_error)
+            return images, labels[kept], len(classes)
+    return _prepared(data, directory or fetched(data), split)
 
 
 def root_of(data: ConfigDict) -> pathlib.Path:
@@ -237,7 +257,16 @@ def fetched(data: ConfigDict) -> pathlib.Path:
     Raises DataError if it does not, and for names that TFDS does not know.
     """
     root = root_of(data)
-    _refuse_unknown(root, data.name)
+    if pathlib.Path(os.path.expanduser(data.name)).is_absolute():
+        raise DataError(
+            f"{data.name}: no {data.name.rstrip('/')}/train/CLASS/*.jpg. A TFDS set is "
+            "named without its place: --config.data.dir says that"
+        )
+    base = _base(data.name)
+    if nearest := downloads.nearest(root, base, (*STATISTICS, *archives.SVHN)):
+        raise DataError(
+            f"no data set is called {base!r}; nearest: {', '.join(nearest)}, or an .npz"
+        )
     if not data.download:
         wanted = ["a TFDS folder", f"{data.name}/train/CLASS/*.jpg"]
         files = " or ".join([*wanted, *archives.known(data.name)])
@@ -246,18 +275,28 @@ def fetched(data: ConfigDict) -> pathlib.Path:
             f"{WAYS_OUT}, --config.data.download=True (fetches it there)"
         )
     try:
-        downloads.fetch(root, data.name)
+        downloads.fetch(root, _in_tfds(data.name))
     except Exception as error:
         reason = f"{data.name} could not be fetched to {root.absolute()}: {error}"
         raise DataError(f"{reason}. Ways out: {WAYS_OUT}") from error
     return find(root, data.name)
 
 
+def _base(name: str) -> str:
+    return re.split("[:/]", name)[0]
+
+
+def _in_tfds(name: str) -> str:
+    """TFDS's name of a set; its configuration and version stay behind it."""
+    base = _base(name)
+    return JOINED.get(base, (base,))[0] + name[len(base) :]
+
+
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
     """The newest version below root/NAME[/CONFIG][:VERSION], None without one."""
     if not re.fullmatch(r"\w[\w./-]*(:[\d.]+)?", name):
         return None  # no pattern or path of another place for glob
-    name, _, version = name.partition(":")
+    name, _, version = _in_tfds(name).partition(":")
     files = list(root.glob(f"{name}/{version or '*'}/dataset_info.json"))
     files = files or list(root.glob(f"{name}/*/{version or '*'}/dataset_info.json"))
     found = [x.parent for x in files if re.fullmatch(r"\d+\.\d+\.\d+", x.parent.name)]
@@ -267,30 +306,11 @@ def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
     return max(found, key=lambda x: tuple(map(int, x.name.split("."))), default=None)
 
 
-def _refuse_unknown(root: pathlib.Path, name: str) -> None:
-    import tensorflow_datasets as tfds
+def described(data: ConfigDict, directory: pathlib.Path, split: str):
+    """What TFDS says of a set: builder, splits, keys and features.
 
-    name = re.split("[:/]", name)[0]
-    here = {x.name for x in root.iterdir()} if root.is_dir() else set()
-    known = {
-        "digits",
-        *archives.SVHN,
-        *here,
-        *tfds.list_builders(with_community_datasets=False),
-    }
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3) or sorted(STATISTICS)
-        nearest = ", ".join(nearest)
-        raise DataError(
-            f"no data set is called {name!r}; nearest: {nearest}, or an .npz"
-        )
-
-
-def described(directory: pathlib.Path, split: str):
-    """What TFDS says of a set: builder, its name of the split, keys and features.
-
-    keys: of image and label in an example; features: those two. Raises DataError unless
-    each image has one class.
+    splits: its name of 'train' or 'test', or two and a +; keys: of image and label in
+    an example; features: those two. Raises DataError unless each image has one class.
     """
     import tensorflow_datasets as tfds
 
@@ -298,23 +318,29 @@ def described(directory: pathlib.Path, split: str):
         builder = tfds.builder_from_directory(directory)
         features, splits = dict(builder.info.features.items()), builder.info.splits
         keys = builder.info.supervised_keys or ("image", "label")
-    names = HELD_OUT if split == "test" else (split,)
-    names = names[1:] if split == "test" and builder.name in WITHOUT_TEST else names
-    stored = [name for name in names if name in splits]
-    if not stored:
-        raise DataError(f"{directory} has no {split} split, only {', '.join(splits)}")
     pair = [features.get(key) if isinstance(key, str) else None for key in keys]
     if [*map(type, pair)] != [tfds.features.Image, tfds.features.ClassLabel]:
         raise DataError(f"{directory} holds no images with one class each: {features}")
+    joined = JOINED.get(_base(data.name), ("", "train"))[1]
+    names = HELD_OUT if split == "test" else (joined,)
+    names = names[1:] if split == "test" and builder.name in WITHOUT_TEST else names
+    stored = [name for name in names if {*name.split("+")} <= {*splits}]
+    if not stored:
+        raise DataError(
+            f"{directory} has no {names[0]} split, only {', '.join(splits)}. Divide it "
+            "yourself: into folders NAME/{train,test}/CLASS, or, small images of one "
+            "size, an .npz with x_train, y_train, x_test, y_test"
+        )
+    with reading(directory):
+        feature = {keys[1]: pair[1]}
+        while stored[1:] and tfrecords.first(builder, stored[0], feature) == -1:
+            del stored[0]  # nobody is told its labels
     return builder, stored[0], keys, pair
 
 
-def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
+def _prepared(data: ConfigDict, directory: pathlib.Path, split: str):
     """A split of files that TFDS wrote, from the cache if they have not changed."""
-    import tensorflow_datasets as tfds
-
-    builder, split, keys, (image, label) = described(directory, split)
-    splits = builder.info.splits
+    builder, split, keys, (image, label) = described(data, directory, split)
     shape, dtype = image.shape, image.np_dtype
     if None in shape or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise DataError(
@@ -322,7 +348,7 @@ def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
             "or 3 channels; photographs of any size need --config.data.crop=inception"
         )
     with reading(directory):
-        paths = [pathlib.Path(path) for path in splits[split].filepaths]
+        paths = tfrecords.files(builder, split)
         files = {path.name: path.read_bytes() for path in paths}
     digest = zlib.crc32(repr((image, label, list(files))).encode())
     for content in files.values():
@@ -330,22 +356,20 @@ def _prepared(directory: pathlib.Path, split: str, cache_dir: str):
 
     def decode():
         with reading(directory):
-            expected = splits[split].num_examples
+            expected = builder.info.splits[split].num_examples
             if all(".tfrecord" in name for name in files):
                 records = [
                     x for item in files.items() for x in tfrecords.records(*item)
                 ]
             else:
-                raw = tfds.decode.DeserializeMethod.RAW_BYTES
-                source = builder.as_data_source(split, deserialize_method=raw)
-                records = source.__getitems__(range(expected))
+                records = tfrecords.source(builder, split).__getitems__(range(expected))
             if len(records) != expected:
                 raise ValueError(f"{len(records)} {split} records, not {expected}")
             images, labels = _decode(records, *keys, image, label)
             return {"images": images, "labels": labels}
 
     key = f"{builder.info.full_name.replace('/', '-')}-{split}-{digest:08x}"
-    arrays = cache.kept(cache_dir, key, decode)
+    arrays = cache.kept(data.cache_dir, key, decode)
     return arrays["images"], arrays["labels"], label.num_classes
 
 
@@ -367,7 +391,7 @@ def _decode(records: list[bytes], image_key, label_key, image, label):
             picture = Image.open(io.BytesIO(example[image_key]))
             if picture.size != (width, height):
                 raise ValueError(f"image {i} is {picture.size}, not {(width, height)}")
-            images[i] = picture.convert("RGB")
+            images[i] = crops.rgb(picture)
             labels[i] = example[label_key]
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

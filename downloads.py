@@ -1,13 +1,26 @@
 """Data sets from the network, through TFDS, and only when asked."""
 
 import contextlib
+import difflib
 import pathlib
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 
 PROBE_SECONDS = 10.0
+
+
+def nearest(root: pathlib.Path, name: str, known: Sequence[str]) -> list[str]:
+    """Names like one that is neither known to us or TFDS nor in root; else nothing."""
+    import tensorflow_datasets as tfds
+
+    here = {x.name for x in root.iterdir()} if root.is_dir() else set()
+    every = {*known, *here, *tfds.list_builders(with_community_datasets=False)}
+    if name in every:
+        return []
+    return difflib.get_close_matches(name, every, n=3) or sorted(known)
 
 
 def fetch(root: pathlib.Path, name: str) -> None:

@@ -1,13 +1,16 @@
 """Image directories with one folder per class: NAME/{train,test}/CLASS/*.jpg."""
 
+import collections
 import os
 import pathlib
-import re
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
-SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
+import crops
+
+SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 SUFFIXES = (".jpg", ".jpeg", ".png")  # in capitals, too
 
 
@@ -16,9 +19,10 @@ class FolderError(ValueError):
 
 
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """root/NAME, if it has a folder 'train'; None if not."""
-    plain = re.fullmatch(r"\w[\w./-]*", name) and ".." not in name
-    return root / name if plain and (root / name / "train").is_dir() else None
+    """root/NAME, or NAME where it starts at /, if it has a folder 'train'."""
+    path = pathlib.Path(os.path.expanduser(name))
+    plain = path.name and ".." not in path.parts
+    return root / path if plain and (root / path / "train").is_dir() else None
 
 
 def read(
@@ -27,7 +31,8 @@ def read(
     """The files of a split, in order, the class of each, (N,) int32, and their names.
 
     Classes are numbered as the names of their folders are sorted. Raises FolderError if
-    a folder is missing or empty, or if the other split has other classes.
+    a folder is missing or empty, if there is but one class, or if the other split has
+    other classes. What is not read for its suffix is told.
     """
     places = {name: _place(directory, name) for name in SPLITS}
     classes = {name: _classes(place) for name, place in places.items()}
@@ -37,29 +42,50 @@ def read(
             f"{places['train']} has {len(classes['train'])} classes, {places['test']} "
             f"{len(classes['test'])}: only one of them has {listed}"
         )
-    paths, labels = [], []
+    if len(classes[split]) < 2:
+        raise FolderError(
+            f"{places[split]} has the class {classes[split][0]} alone, and nothing to "
+            "tell it from: there must be a folder for each of two classes or more"
+        )
+    paths, labels, left_out = [], [], collections.Counter()
     for label, name in enumerate(classes[split]):
-        found = _files(places[split] / name)
+        found, others = _files(places[split] / name)
         if not found:
             raise FolderError(
                 f"{places[split] / name} has no pictures ({', '.join(SUFFIXES)})"
             )
         paths += found
         labels += [label] * len(found)
+        left_out.update(others)
+    if left_out:
+        listed = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common())
+        logging.warning(
+            "%s: %d files are left out, for their suffixes (%s); read are %s",
+            *(places[split], left_out.total(), listed, ", ".join(SUFFIXES)),
+        )
     return paths, np.array(labels, np.int32), classes[split]
 
 
-def decode(paths: list[pathlib.Path]) -> np.ndarray:
-    """(N, H, W, 3) uint8 of pictures of one size.
+def decode(
+    paths: list[pathlib.Path], on_error: str = "raise"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W, 3) uint8 of pictures of one size, and which of the files they are.
 
-    Raises FolderError with the name of the file that has another size or is damaged.
+    Raises FolderError with the name of the file that has another size or is damaged;
+    with on_error 'skip' the damaged ones are left out, and told.
     """
-    images = None
+    images, kept, failures = None, [], []
     for i, path in enumerate(paths):
         try:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
+            with Image.open(path) as picture:
+                pixels = crops.rgb(picture)
         except Exception as error:  # Pillow raises anything on damaged files
-            raise FolderError(f"{path} is damaged or no picture: {error}") from error
+            failure = f"{path} is damaged or no picture: {error}"
+            if on_error != "skip":
+                remedy = "Restore it, or set --config.data.on_error=skip"
+                raise FolderError(f"{failure}. {remedy}") from error
+            failures.append(failure)
+            continue
         if images is None:
             images = np.empty((len(paths), *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:
@@ -70,8 +96,15 @@ def decode(paths: list[pathlib.Path]) -> np.ndarray:
                 f"{path} is {sizes[1]}, the first picture {sizes[0]}: photographs of "
                 "several sizes need --config.data.crop=inception"
             )
-        images[i] = pixels
-    return images
+        images[len(kept)] = pixels
+        kept.append(i)
+    if not kept:
+        raise FolderError(f"none of {len(paths)} pictures is left: {failures[0]}")
+    if failures:
+        logging.warning(
+            "%d pictures are left out: %s", len(failures), "; ".join(failures[:3])
+        )
+    return images[: len(kept)], np.array(kept)
 
 
 def _place(directory: pathlib.Path, split: str) -> pathlib.Path:
@@ -91,11 +124,12 @@ def _classes(place: pathlib.Path) -> list[str]:
     return names
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """The pictures of a folder, sorted, and the suffixes of its other files."""
     with os.scandir(folder) as entries:
-        names = sorted(
-            x.name
-            for x in entries
-            if x.name.lower().endswith(SUFFIXES) and not x.name.startswith(".")
-        )
-    return [folder / name for name in names]
+        names = sorted(x.name for x in entries if not x.name.startswith("."))
+    found = [x for x in names if x.lower().endswith(SUFFIXES)]
+    others = [
+        pathlib.Path(x).suffix.lower() or "without" for x in set(names) - {*found}
+    ]
+    return [folder / name for name in found], others

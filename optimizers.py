@@ -22,7 +22,11 @@ def step_of_epoch(
     steps_per_epoch = num_examples / batch_size
     if partial:
         steps_per_epoch = math.ceil(steps_per_epoch)
-    return math.ceil(epoch * steps_per_epoch - 1e-6)
+    return _step(epoch, steps_per_epoch)
+
+
+def _step(epoch: float, steps_per_epoch: float) -> int:
+    return math.ceil(epoch * steps_per_epoch - 1e-6)  # but for rounding errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +74,13 @@ class Clock:
         """The first step after `step` that ends an evaluation interval, or the last."""
         every = self.eval_every_epochs
         interval = int(self.epoch(step) / every)
-        while (stop := self._step(interval * every)) <= step:
+        while (stop := _step(interval * every, self.steps_per_epoch)) <= step:
             interval += 1
         return min(stop, self.total)
 
     def next_save(self, step: int) -> int:
         every = self.save_every or self.total
         return min((step // every + 1) * every, self.total)
-
-    def _step(self, epoch: float) -> int:
-        return math.ceil(epoch * self.steps_per_epoch - 1e-6)
 
 
 def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:

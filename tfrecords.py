@@ -1,6 +1,9 @@
-"""TFRecord files read in numpy, without TensorFlow; checksums are verified."""
+"""Records in the files of TFDS; TFRecord without TensorFlow, its checksums verified."""
 
+import contextlib
 import os
+import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,6 +58,66 @@ def index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"record {bad[0]} of {path} has a damaged header")
     lengths = rows[:, :8].copy().view("<i8")[:, 0]
     return np.array(starts, np.int64), lengths.astype(np.int64)
+
+
+def files(builder, split: str) -> list[pathlib.Path]:
+    """Those of a split of TFDS, or of 'one+other', which TFDS sorts by their names."""
+    parts = [builder.info.splits[part].filepaths for part in split.split("+")]
+    return [pathlib.Path(path) for part in parts for path in part]
+
+
+def source(builder, split: str) -> Sequence[bytes]:
+    """The records by number, where the format knows it; TFRecord does not.
+
+    Files are opened when first needed, and stay open.
+    """
+    import tensorflow_datasets as tfds
+
+    _allow_open_files(len(files(builder, split)))
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return builder.as_data_source(split, deserialize_method=raw)
+
+
+def _allow_open_files(more: int) -> None:
+    """Raises the soft limit, often 1,024: ImageNet's training split has 1,024 files."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + more
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):  # macOS has another limit beside it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def first(builder, split: str, feature: dict) -> int | np.ndarray:
+    """A feature, {key: description}, of the first record of a split.
+
+    Anything is raised if there is none.
+    """
+    import tensorflow_datasets as tfds
+
+    paths = files(builder, split)
+    if all(".tfrecord" in path.name for path in paths):
+        places = ((path, *index(path)) for path in paths)
+        record = next(read(x, y[0], z[0]) for x, y, z in places if len(y))
+    else:
+        record = source(builder, split)[0]
+    example = tfds.features.FeaturesDict(feature).deserialize_example_np(record)
+    return example[next(iter(feature))]
+
+
+def read(path: str | os.PathLike, start: int, length: int) -> bytes:
+    """A record, of which `index` said where it lies. Its checksum is not verified."""
+    with open(path, "rb", buffering=0) as file:
+        content = os.pread(file.fileno(), length, start)
+    if len(content) != length:
+        raise ValueError(f"{path} is cut off at byte {start + len(content)}")
+    return content
 
 
 def _masked(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

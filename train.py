@@ -1,5 +1,6 @@
 """Training: the step is a pure function, the run can die at any moment and go on."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -32,6 +33,9 @@ from reporting import Reporter, read_rows, write_confusion
 # Keys of a step are folded with a device's number, or with the first of these, and the
 # seed's with the second: no device has that number, no net so many layers.
 AUGMENTATION, STEPS = 2**31 - 1, 2**31 - 2
+# Dispatches that wait while one is computed: they keep the devices busy, but a SIGTERM
+# has to see them through, and their batches take memory.
+AHEAD = 4
 
 
 @jax.tree_util.register_dataclass
@@ -204,7 +208,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
             config, program.definition, program.normalization, mesh, test_examples
         )
         with contextlib.closing(reporter), sigterm() as terminated:
-            saved, bad_step = step, state.bad_step
+            saved, bad_step, in_flight = step, state.bad_step, collections.deque()
             while step < clock.total:
                 next_eval = clock.next_eval(step)
                 stop = min(next_eval, clock.next_save(step))
@@ -213,6 +217,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                     state, totals, bad_step = advance(state, count)
                     step += count
                     reporter.trained(step, totals)
+                    in_flight.append(bad_step)
+                    if len(in_flight) > AHEAD:
+                        jax.block_until_ready(in_flight.popleft())
                 _refuse(bad_step, checkpoints)
                 row = None
                 if step == next_eval:

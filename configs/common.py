@@ -88,8 +88,8 @@ def base() -> ConfigDict:
     )
     config.data = ConfigDict(
         dict(
-            # A TFDS set, a folder of class folders (folders.py), 'digits' (embedded),
-            # or a path to an .npz.
+            # A TFDS set, 'digits' (embedded), or the name or path of a folder of class
+            # folders (folders.py) or of an .npz.
             name="cifar10",
             dir="",  # '': $TFDS_DATA_DIR or ~/tensorflow_datasets
             download=False,  # the network is used only when asked
@@ -99,7 +99,7 @@ def base() -> ConfigDict:
             pad=4,  # crop='pad': pixels a side before the random crop; 0: no crop
             border="zero",  # crop='pad': what fills them: augment.BORDERS
             image_size=224,  # rows and columns of the latter
-            on_error="raise",  # photographs that cannot be decoded; or 'skip', counted
+            on_error="raise",  # pictures that cannot be decoded; or 'skip', counted
             flip=True,  # horizontally, with probability 1/2
             mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
             std=(),

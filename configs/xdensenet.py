@@ -143,8 +143,7 @@ def get_config(argument: str = ""):
 
 
 def _digits(config):
-    """1,437 images of digits: few and easy, and a mirrored digit is another one."""
-    config.data.flip = False
+    """1,437 images of digits: few and easy."""
     config.data.pad = 2
     config.train.update(batch_size=32, epochs=12.0, log_every_steps=20)
     config.train.last_batch = "fill"  # one shape of batches, one program

@@ -8,9 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 from scipy.io import savemat
+from tfds_writer import FORMATS, png, write_set
 
 import archives
 import data_sources
+import downloads
+import input_pipeline
 from configs import common
 
 COUNT = 7  # images in a file
@@ -57,11 +60,21 @@ def save(root, archive, *, packed, leave_out=(), spoil=None):
     return expected
 
 
+OFFICIAL = archives.CIFAR
+SMALL = {
+    name: [x._replace(count=dict.fromkeys(x.splits, COUNT)) for x in choices]
+    for name, choices in OFFICIAL.items()
+}
 ARCHIVES = [
     pytest.param(name, archive, id=archive.folder)
-    for name, choices in archives.CIFAR.items()
+    for name, choices in SMALL.items()
     for archive in choices
 ]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(archives, "CIFAR", SMALL)
 
 
 def load(root, name, split="train"):
@@ -101,7 +114,7 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, packed):
     target = tmp_path / "executed"
     spoil = pickle.dumps({b"data": Malicious(target), b"labels": [0]})
-    save(tmp_path, archives.CIFAR["cifar10"][0], packed=packed, spoil=spoil)
+    save(tmp_path, SMALL["cifar10"][0], packed=packed, spoil=spoil)
     with pytest.raises(data_sources.DataError, match=r"data_batch_1.*mkdir: refused"):
         load(tmp_path, "cifar10")
     assert not target.exists()
@@ -130,6 +143,43 @@ def test_a_truncated_archive_is_an_error_that_names_it(tmp_path, name, archive, 
 
 
 @pytest.mark.parametrize(("name", "archive"), ARCHIVES)
+def test_a_damaged_archive_is_never_trained_on(tmp_path, name, archive):
+    """Not one flipped bit: tar has no checksum of its contents, gzip has."""
+    save(tmp_path, archive, packed=True)
+    path = tmp_path / archive.file
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    for position in rng.integers(200, len(content), 20):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        with pytest.raises(data_sources.DataError, match=archive.file):
+            load(tmp_path, name)
+    for kept in (-1, -8):  # the trailer: checksum and length
+        path.write_bytes(content[:kept])
+        with pytest.raises(data_sources.DataError, match=archive.file):
+            load(tmp_path, name)
+
+
+@pytest.mark.parametrize(("name", "archive"), ARCHIVES)
+def test_a_file_with_fewer_images_is_refused(tmp_path, monkeypatch, name, archive):
+    more = archive._replace(count=archive.count | {"train": COUNT + 1})
+    monkeypatch.setitem(archives.CIFAR, name, [more])
+    save(tmp_path, archive, packed=False)
+    first = archive.splits["train"][0]
+    with pytest.raises(data_sources.DataError, match=f"{first}: 7 images, not 8"):
+        load(tmp_path, name)
+    assert len(load(tmp_path, name, "test").labels) == COUNT * len(
+        archive.splits["test"]
+    )
+
+
+def test_the_official_files_have_60_000_images():
+    for archive in [x for choices in OFFICIAL.values() for x in choices]:
+        images = {s: n * len(archive.splits[s]) for s, n in archive.count.items()}
+        assert images == {"train": 50_000, "test": 10_000}
+
+
+@pytest.mark.parametrize(("name", "archive"), ARCHIVES)
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, archive):
     save(tmp_path, archive, packed=False, spoil=b"not a batch")
     first = archive.splits["train"][0]
@@ -138,7 +188,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, archive):
 
 
 def test_a_label_out_of_range_is_refused(tmp_path):
-    archive = archives.CIFAR["cifar10"][1]
+    archive = SMALL["cifar10"][1]
     save(tmp_path, archive, packed=False)
     path = tmp_path / archive.folder / "test_batch.bin"
     path.write_bytes(b"\x0a" + path.read_bytes()[1:])
@@ -169,6 +219,53 @@ def test_svhn_with_and_without_its_extra_images(tmp_path):
         np.testing.assert_array_equal(examples.labels, y)
 
 
+def save_in_tfds(root, file_format="array_record"):
+    parts = {x: images(n, n) for x, n in (("train", 5), ("extra", 8), ("test", 3))}
+    encoded = {x: [(png(y), i) for i, y in enumerate(z)] for x, z in parts.items()}
+    options = dict(shape=(32, 32, 3), classes=10, shards=2, encoded=encoded)
+    write_set(root, file_format, set_name="svhn_cropped", **options)
+    return parts
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("crop", ["pad", "inception"])
+def test_svhn_with_its_extra_images_from_tfds(tmp_path, file_format, crop):
+    parts = save_in_tfds(tmp_path, file_format)
+    data = common.base().data
+    data.update(dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), crop=crop)
+    for name, split, wanted in (
+        ("svhn_cropped", "train", ["train"]),
+        ("svhn_cropped_extra", "train", ["train", "extra"]),
+        ("svhn_cropped_extra:1.0.0", "test", ["test"]),
+        ("svhn_cropped", "train", ["train"]),  # in the cache the two do not meet
+        ("svhn_cropped_extra", "train", ["train", "extra"]),
+    ):
+        data.name = name
+        examples = input_pipeline.load(data, split)
+        x = np.concatenate([parts[part] for part in wanted])
+        y = np.concatenate([np.arange(len(parts[part])) for part in wanted])
+        np.testing.assert_array_equal(examples.labels, y)
+        if crop == "pad":
+            np.testing.assert_array_equal(examples.images, x)
+        else:
+            assert [examples.read(i) for i in range(len(x))] == [png(i) for i in x]
+
+
+def test_svhn_with_its_extra_images_is_downloaded(tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(root, name):
+        fetched.append(name)
+        save_in_tfds(root)
+
+    monkeypatch.setattr(downloads, "fetch", fetch)
+    data = common.base().data
+    data.update(name="svhn_cropped_extra", dir=str(tmp_path), download=True)
+    data.cache_dir = str(tmp_path / "cache")
+    assert len(data_sources.load(data, "train").labels) == 13
+    assert fetched == ["svhn_cropped"]
+
+
 def test_damaged_svhn_is_an_error_that_names_the_file(tmp_path):
     save_svhn(tmp_path, y=np.zeros((3, 1), np.uint8))
     with pytest.raises(data_sources.DataError, match=r"train_32x32.*for 3 labels"):
@@ -179,6 +276,13 @@ def test_damaged_svhn_is_an_error_that_names_the_file(tmp_path):
         load(tmp_path, "svhn_cropped")
     path.unlink()
     with pytest.raises(data_sources.DataError, match=r"lacks train_32x32"):
+        load(tmp_path, "svhn_cropped")
+
+
+@pytest.mark.parametrize("label", [0, 11, 255])
+def test_svhn_labels_out_of_range_are_refused(tmp_path, label):
+    save_svhn(tmp_path, y=np.array([[1, 2, 3, label, 5, 6, 7]], np.uint8).T)
+    with pytest.raises(data_sources.DataError, match=f"train_32x32.*label {label} is"):
         load(tmp_path, "svhn_cropped")
 
 

@@ -71,6 +71,17 @@ def torch_bicubic(pixels, resized):
     return np.clip(np.rint(pixels), 0, 255)
 
 
+def torch_middle(pixels, side, size):
+    """The shorter side made `side`, the fraction of the other dropped; its middle."""
+    shorter = min(pixels.shape[:2])
+    resized = [
+        side if x == shorter else int(x * (side / shorter) + 1e-9)
+        for x in pixels.shape[:2]
+    ]
+    y, x = (math.ceil((r - size) / 2) for r in resized)
+    return torch_bicubic(pixels, resized)[y : y + size, x : x + size]
+
+
 def assert_near(ours, expected, levels=1, share=0.01):
     """Equal but for roundings of a half: at most so many levels, in so many places."""
     assert ours.dtype == np.uint8
@@ -96,19 +107,14 @@ def test_windows_are_decoded_as_the_whole_image_is(tf, photographs):
 def test_inception_is_torchs_bicubic(tf, photographs, size):
     for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
         pixels = whole(content)
-        top, left, height, width = crops.random_window(*pixels.shape[1::-1], draws)
-        window = pixels[top : top + height, left : left + width]
-        ours = crops.train(tf, content, "inception", size, draws)
-        assert_near(ours, torch_bicubic(window, (size, size)))
+        expected = torch_middle(pixels, size, size)
+        if window := crops._window_that_fits(*pixels.shape[1::-1], draws):
+            top, left, height, width = window
+            pixels_inside = pixels[top : top + height, left : left + width]
+            expected = torch_bicubic(pixels_inside, (size, size))
+        assert_near(crops.train(tf, content, "inception", size, draws), expected)
 
-        side = round(size * 256 / 224)
-        ratio = side / min(pixels.shape[:2])
-        resized = [
-            side if x == min(pixels.shape[:2]) else int(x * ratio + 1e-9)
-            for x in pixels.shape[:2]
-        ]
-        y, x = (math.ceil((r - size) / 2) for r in resized)
-        expected = torch_bicubic(pixels, resized)[y : y + size, x : x + size]
+        expected = torch_middle(pixels, round(size * 256 / 224), size)
         assert_near(crops.test(tf, content, "inception", size), expected)
 
 
@@ -217,6 +223,23 @@ def test_the_square_in_the_middle_where_nothing_fits():
     assert crops.random_window(10, 900, draws.ravel()) == (445, 0, 10, 10)
 
 
+@pytest.mark.parametrize("shape", [(40, 1200), (1200, 40)])
+@pytest.mark.parametrize("size", [224, 32])
+def test_inception_scales_where_nothing_fits(tf, shape, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    content = encode(Image.fromarray(pixels), "png")
+    draws = np.ones(crops.DRAWS)  # the whole area, ten times
+    ours = crops.train(tf, content, "inception", size, draws)
+    assert_near(ours, torch_middle(pixels, size, size))
+
+    image = Image.fromarray(pixels).crop(
+        [(s - 40) // 2 + k for k in (0, 40) for s in shape[::-1]]
+    )
+    expected = np.asarray(image.resize((size, size), Image.BILINEAR))
+    ours = crops.train(tf, content, "random_resized", size, draws)
+    np.testing.assert_array_equal(ours, expected)
+
+
 @pytest.mark.parametrize("crop", crops.CROPS)
 @pytest.mark.parametrize("size", [(1, 1), (2, 60), (60, 2)])
 def test_the_smallest_images_are_cropped(tf, crop, size):
@@ -235,3 +258,28 @@ def test_more_than_8_bits_are_refused(tf):
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(buffer, "png")
     with pytest.raises(ValueError, match="8 bits"):
         crops.test(tf, buffer.getvalue(), "inception", 32)
+
+
+def with_thumbnail(image, **options):
+    """A JPEG with another whole one in its header, as cameras write them."""
+    header = b"Exif\x00\x00" + encode(image.resize((16, 16)))
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", exif=header, quality=90, **options)
+    assert buffer.getvalue().count(b"\xff\xd9") == 2
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+@pytest.mark.parametrize("crop", crops.CROPS)
+def test_a_jpeg_that_is_cut_off_is_refused_whatever_the_crop(tf, crop, progressive):
+    image = picture(np.random.default_rng(1), 2).resize((90, 80))
+    content = with_thumbnail(image, progressive=progressive)
+    for draws in draws_for(30):
+        for cut in (-2, -1, -100, len(content) // 2, 2 * len(content) // 3):
+            for filled in (content[:cut], content[:cut].ljust(len(content), b"\0")):
+                with pytest.raises(ValueError, match="cut off"):
+                    crops.train(tf, filled, crop, 32, draws)
+        whole = crops.train(tf, content, crop, 32, draws)
+        for appended in (b"\0" * 3000, b"\n", bytes(range(256)) * 20):
+            ours = crops.train(tf, content + appended, crop, 32, draws)
+            np.testing.assert_array_equal(ours, whole)

@@ -159,10 +159,27 @@ def test_missing_data_names_the_directory_and_the_ways_out(data, monkeypatch):
         data_sources.load(data, "train")
 
 
-@pytest.mark.parametrize("name", ["cifra10", "cifar_10/", "../cifar10", "*", "", "/"])
-def test_misspelt_names_are_answered_with_the_nearest(data, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifra10", "no data set is called 'cifra10'; nearest: cifar10, "),
+        ("cifar_10/", "no data set is called 'cifar_10'; nearest: cifar10, "),
+        ("../cifar10", "no data set is called '..'; nearest: cifar10, cifar100, "),
+        ("*", r"no data set is called '\*'; nearest: cifar10, cifar100, "),
+        ("", "no data set is called ''; nearest: cifar10, cifar100, "),
+        ("/", "^/: no /train/CLASS"),
+        ("/nowhere/flowers", "^/nowhere/flowers: no /nowhere/flowers/train/CLASS"),
+    ],
+)
+def test_misspelt_names_are_answered_with_the_nearest(data, name, message):
     data.name = name
-    with pytest.raises(DataError, match=r"cifar10|cifar100|not in"):
+    with pytest.raises(DataError, match=message):
+        data_sources.load(data, "train")
+
+
+def test_an_unknown_on_error_is_refused(data):
+    data.name, data.on_error = "digits", "ignore"
+    with pytest.raises(DataError, match=r"'ignore': choose from raise, skip"):
         data_sources.load(data, "train")
 
 

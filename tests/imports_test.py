@@ -30,14 +30,16 @@ MAY_IMPORT = {
     "augment": {"color", "mixing", "policies"},
     "mixing": set(),
     "policies": set(),
-    "data_sources": {"archives", "cache", "downloads", "folders", "tfrecords"},
+    "data_sources": {
+        *("archives", "cache", "crops", "downloads", "folders", "tfrecords")
+    },
     "photographs": {"cache", "crops", "data_sources", "folders", "tfrecords"},
     "archives": set(),
     "cache": set(),
     "color": set(),
     "crops": set(),
     "downloads": set(),
-    "folders": set(),
+    "folders": {"crops"},
     "tfrecords": set(),
     "environment": set(),
     "metrics": set(),

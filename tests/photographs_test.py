@@ -179,6 +179,7 @@ def test_records_are_scanned_once(written, file_format, monkeypatch):
     config = make_config(written / file_format)
     first = input_pipeline.load(config.data, "train")
     monkeypatch.setattr(photographs, "_labels", None)
+    monkeypatch.setattr(photographs, "_labels_in_order", None)
     monkeypatch.setattr(tfrecords, "index", None)
     again = input_pipeline.load(config.data, "train")
     np.testing.assert_array_equal(first.labels, again.labels)
@@ -204,6 +205,17 @@ def test_a_broken_photograph_is_named(own):
         list(input_pipeline.batches(own, "test"))
 
 
+def test_tensorflow_reasons_are_told_without_its_nodes(own):
+    path = pathlib.Path(own.data.dir, "tiny", "train", CLASSES[1], "0051.JPEG")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"\xff\xc4")  # of the Huffman tables
+    content[start + 5 : start + 20] = b"\xff" * 15
+    path.write_bytes(content)
+    own.train.batch_size = 200
+    with pytest.raises(DataError, match=rf"{path} cannot be decoded: \w[^{{}}]+$"):
+        take(own, 1)
+
+
 def test_broken_training_photographs_are_counted_once_a_pass(own, warnings):
     own.data.on_error, own.train.batch_size = "skip", 40
     files = [damage(own, number=i) for i in (3, 9)]
@@ -214,6 +226,20 @@ def test_broken_training_photographs_are_counted_once_a_pass(own, warnings):
     for text in warnings:
         assert text.startswith("2 photographs were replaced")
         assert all(str(path) in text for path in files)
+
+
+def test_broken_photographs_of_a_part_of_a_pass_are_told_at_its_end(own, warnings):
+    own.data.on_error = "skip"
+    examples = input_pipeline.load(own.data, "train")
+    path = pathlib.Path(examples.name(input_pipeline.plan(own, 200, 0).index[0]))
+    path.write_bytes(path.read_bytes()[:200])
+    batches = input_pipeline.batches(own, "train", examples=examples)
+    next(batches)
+    assert not warnings
+    batches.close()
+    assert len(warnings) == 1
+    assert warnings[0].startswith("1 photographs were replaced")
+    assert str(path) in warnings[0]
 
 
 def test_a_replacement_is_the_next_photograph_that_can_be_decoded(own, warnings):

@@ -26,6 +26,7 @@ def write_set(
     root,
     file_format,
     *,
+    set_name="tiny",
     version="1.0.0",
     shape=(8, 6, 3),
     declared=None,
@@ -34,7 +35,7 @@ def write_set(
     shards=1,
     encoded=None,
 ):
-    """The directory of a TFDS set 'tiny', 23 train and 7 test images.
+    """The directory of a TFDS set, 23 train and 7 test images.
 
     declared: the shape that the description says, if not the true one. encoded: instead
     of these images, split -> [(encoded image, label)].
@@ -42,7 +43,7 @@ def write_set(
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
-    directory = pathlib.Path(root) / "tiny" / version
+    directory = pathlib.Path(root) / set_name / version
     directory.mkdir(parents=True)
     tfds.features.FeaturesDict(
         {
@@ -68,7 +69,7 @@ def write_set(
             records.append(example.SerializeToString())
         parts = np.array_split(np.arange(len(records)), shards)
         for shard, part in enumerate(parts):
-            name = f"tiny-{split}.{file_format}-{shard:05}-of-{shards:05}"
+            name = f"{set_name}-{split}.{file_format}-{shard:05}-of-{shards:05}"
             FORMATS[file_format](directory / name, [records[i] for i in part])
         lengths = [str(len(part)) for part in parts]
         splits.append(
@@ -80,7 +81,7 @@ def write_set(
             }
         )
     keys = [{"featureKey": "image"}, {"featureKey": "label"}]
-    info = {"name": "tiny", "version": version, "fileFormat": file_format}
+    info = {"name": set_name, "version": version, "fileFormat": file_format}
     info |= {"splits": splits, "supervisedKeys": {"tuple": {"items": keys}}}
     (directory / "dataset_info.json").write_text(json.dumps(info))
     return directory

@@ -202,9 +202,10 @@ def test_nothing_is_compiled_again(npz, tmp_path, monkeypatch, compilations, pip
 
 def test_the_host_waits_for_no_step(npz, tmp_path, monkeypatch):
     """What is fetched comes late and seldom: nothing between two lines of the log."""
-    events = []
+    events, dispatched, lags = [], [], []
     array = type(jnp.zeros(()))
     fetch, make_advance = array._value, train.make_advance
+    wait = jax.block_until_ready
 
     def fetching(self):
         events.append("fetch")
@@ -212,8 +213,19 @@ def test_the_host_waits_for_no_step(npz, tmp_path, monkeypatch):
 
     def counting(*arguments):
         advance = make_advance(*arguments)
-        return lambda *state: events.append("step") or advance(*state)
 
+        def counted(*state):
+            events.append("step")
+            dispatched.append(advance(*state))
+            return dispatched[-1]
+
+        return counted
+
+    def waiting(x):
+        lags.extend(i for i, made in enumerate(reversed(dispatched)) if made[2] is x)
+        return wait(x)
+
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
     monkeypatch.setattr(array, "_value", property(fetching))
     monkeypatch.setattr(train, "make_advance", counting)
     config = configured(npz, train__epochs=4.0, train__log_every_steps=10)
@@ -225,6 +237,8 @@ def test_the_host_waits_for_no_step(npz, tmp_path, monkeypatch):
     # end fetches at will.
     told = [number for number, event in numbered(events) if event == "fetch"]
     assert {n for n in told if 0 < n < 25} == {1, 11, 21}
+    # So that no more than a few are under way.
+    assert lags == [train.AHEAD] * (25 - train.AHEAD)
 
 
 def numbered(events):
