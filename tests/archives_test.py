@@ -228,7 +228,9 @@ def save_in_tfds(root, file_format="array_record"):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("crop", ["pad", "inception"])
+@pytest.mark.parametrize(
+    "crop", ["pad", pytest.param("inception", marks=pytest.mark.slow)]
+)
 def test_svhn_with_its_extra_images_from_tfds(tmp_path, file_format, crop):
     parts = save_in_tfds(tmp_path, file_format)
     data = common.base().data

@@ -208,13 +208,12 @@ def test_the_number_of_devices_does_not_matter(options):
 
 
 def test_strengths_are_those_of_the_configuration():
-    images, labels = random_images(4, 16, 16, 3), np.arange(4)
+    images, labels, key = random_images(4, 16, 16, 3), np.arange(4), jax.random.key(3)
     plain = augment.normalize(images, **NORMALIZATION)
 
     def change(**options):
-        return np.abs(
-            augmented(images, labels, jax.random.key(3), **options)[0] - plain
-        )
+        step = jax.jit(lambda images: augmented(images, labels, key, **options)[0])
+        return np.abs(step(images) - plain)
 
     for weak, strong in (
         (dict(jitter=0.01), dict(jitter=0.4)),

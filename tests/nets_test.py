@@ -35,6 +35,14 @@ TINY = {
 }
 SIZE = {"alexnet": 63}  # of images; 32 for every other net
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
+# Those of millions of weights, however small the form, only in CI.
+EVERY_NET_RUN = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in ("alexnet", "vgg") else ())
+        for x in nets.names()
+    ],
+)
 # Each pair is compiled: one wiring of every net always, the others in CI.
 EVERY_PAIR = pytest.mark.parametrize(
     ("name", "wiring"),
@@ -111,14 +119,14 @@ def test_every_wiring_takes_a_step(name, wiring):
         assert np.any(change), path
 
 
-@EVERY_NET
+@EVERY_NET_RUN
 def test_evaluation_ignores_the_rest_of_the_batch(name):
     x, other, net = images(name, 4), images(name, 4, seed=1), forward(name)
     other[0] = x[0]
     np.testing.assert_array_equal(net(x)[0][0], net(other)[0][0])
 
 
-@EVERY_NET
+@EVERY_NET_RUN
 def test_training_does_not(name):
     x, other, net = images(name, 4), images(name, 4, seed=1), forward(name, train=True)
     other[0] = x[0]
@@ -147,7 +155,7 @@ def test_the_input_decides_the_precision(name, given, expected):
     assert {s.dtype for s in jax.tree.leaves(stats)} == {np.dtype(expected)}
 
 
-@EVERY_NET
+@EVERY_NET_RUN
 def test_half_precision_follows_single(name):
     net, x = forward(name), images(name, 4)
     (exact, _), (rounded, _) = net(x), net(x.astype(jnp.bfloat16))

@@ -247,7 +247,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("hard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_more_files_than_the_usual_limit_can_be_open(tmp_path, hard):
     write_tfds(tmp_path, "array_record", shards=40)
     result = subprocess.run(

@@ -22,7 +22,9 @@ def npz(tmp_path_factory):
     return save_images(tmp_path_factory.mktemp("data") / "small.npz", 8)
 
 
-@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
+@pytest.mark.parametrize(
+    "pipeline", ["device", pytest.param("tf.data", marks=pytest.mark.slow)]
+)
 def test_a_pass_may_end_with_a_smaller_batch(npz, tmp_path, pipeline):
     """100 images in batches of 16: seven steps a pass, the last of 4 images."""
     config = configured(npz, data__pipeline=pipeline, train__last_batch="partial")
@@ -50,6 +52,7 @@ def one_device():
         yield
 
 
+@pytest.mark.slow
 def test_smaller_batches_are_the_same_on_both_paths(npz, tmp_path):
     rows = {}
     for pipeline in ("device", "tf.data"):
@@ -75,6 +78,7 @@ def test_averaged_weights_are_those_of_the_formula(npz):
     assert not np.allclose(kernel(tested), kernel(steps.state.variables()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_those_that_are_tested(npz, tmp_path):
     rows = {}
     for ema in (0.0, 0.999):
@@ -101,7 +105,8 @@ def test_the_loss_is_smoothed_as_configured(npz):
     batch = next(steps.batches)
     x = augment.normalize(batch["image"], **steps.program.normalization)
     apply, variables = steps.program.definition.apply, steps.state.variables()
-    logits, _ = apply(variables, x, train=True, key=jax.random.key(0))
+    key = jax.random.key(0)
+    logits, _ = jax.jit(lambda v, x: apply(v, x, train=True, key=key))(variables, x)
     wanted = metrics.cross_entropy(logits, batch["label"], 0.3).mean()
     steps.batches = iter([batch])
     np.testing.assert_allclose(steps.loss(), wanted, rtol=1e-5)
