@@ -19,7 +19,7 @@ import crops
 import data_sources
 import photographs
 from data_sources import DataError, Examples
-from photographs import Photographs
+from photographs import Photographs, tensorflow
 
 PIPELINES = ("tf.data", "device")
 CROPS = ("pad", *crops.CROPS)
@@ -284,17 +284,3 @@ def _tf_batches(
             variable.assign(np.stack([filled(x) for x in rows]))
         for drawn_plan, batch in zip(drawn, block.as_numpy_iterator(), strict=True):
             yield {k: v[: len(drawn_plan.index)] for k, v in batch.items()}
-
-
-def tensorflow():
-    """The module, kept off the accelerators, whose memory it would take for itself."""
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise DataError(
-            f"data.pipeline='tf.data' needs TensorFlow ({error}); "
-            "--config.data.pipeline=device does not"
-        ) from error
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
-    return tf

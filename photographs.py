@@ -187,10 +187,7 @@ def _labels_in_order(paths: list[pathlib.Path], label: Callable) -> np.ndarray:
 
     By TensorFlow, which crops.py needs anyway, at 1.2 GB/s; in numpy it is 27 MB/s.
     """
-    import tensorflow as tf
-
-    for kind in ("GPU", "TPU"):  # else it would take their memory
-        tf.config.set_visible_devices([], kind)
+    tf = tensorflow()
 
     def some(path):
         try:
@@ -365,3 +362,17 @@ def _in_threads(
             yield image, [future.result() for future in futures]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tensorflow() -> ModuleType:
+    """The module, kept off the accelerators, whose memory it would take for itself."""
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise DataError(
+            f"data.pipeline='tf.data' needs TensorFlow ({error}); "
+            "--config.data.pipeline=device does not"
+        ) from error
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    return tf

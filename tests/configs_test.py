@@ -63,13 +63,15 @@ X_IMAGENET = FB_IMAGENET | {
     "data.crop": "random_resized",
     "train.batch_size": 128,
 }
+IGC_CIFAR = steps(156_200, 234_300, 273_350, total=312_500, rates=(*TENTHS, 1e-4))
 IGC = {
+    "train.batch_size": 64,
+    "train.batch_norm_groups": 2,
     "train.last_batch": "fill",
     "data.border": "dataset_mean",
     "net.initial_var": 0.0,
 }
 SVHN = {
-    "train.batch_size": 64,
     "data.flip": False,
     "data.pad": 0,
     "data.mean": (111.609, 113.161, 120.565),
@@ -115,28 +117,24 @@ TABLE = {
         FB_IMAGENET | gpus(4),
     ),
     "igcnets:plain-20-L450M2,cifar10": (
-        steps(156_200, 234_300, 273_350, total=312_500, rates=(*TENTHS, 1e-4)),
+        IGC_CIFAR,
         IGC
         | {
-            "train.batch_size": 64,
             "data.mean": (125.307, 122.950, 113.865),
             "data.std": (62.993, 62.089, 66.705),
-        }
-        | gpus(2),
+        },
     ),
     "igcnets:plain-20-L450M2,cifar100": (
-        steps(156_200, 234_300, 273_350, total=312_500, rates=(*TENTHS, 1e-4)),
+        IGC_CIFAR,
         IGC
         | {
-            "train.batch_size": 64,
             "data.mean": (129.304, 124.070, 112.434),
             "data.std": (68.170, 65.392, 70.418),
-        }
-        | gpus(2),
+        },
     ),
     "igcnets:plain-20-L16M32,svhn_cropped_extra": (
         steps(188_860, 283_290, 330_505, total=377_743, rates=(*TENTHS, 1e-4)),
-        IGC | SVHN | gpus(2),
+        IGC | SVHN,
     ),
     "igcnets:imagenet-L100M2,imagenet2012": (
         steps(150_120, 300_240, 450_360, total=600_548, rates=(*TENTHS, 1e-4)),
