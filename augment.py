@@ -43,9 +43,8 @@ def pad(
     padded[:] = fill
     padded[:, pad : pad + height, pad : pad + width] = images
     if border == "mean" and pad:
-        for start in range(
-            0, n, 1000
-        ):  # the sums of a whole data set would not be small
+        # In pieces: the sums of a whole data set would not be small.
+        for start in range(0, n, 1000):
             _fill_with_mean(padded[start : start + 1000], pad)
     return padded
 

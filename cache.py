@@ -9,34 +9,38 @@ import numpy as np
 from absl import logging
 
 
+def directory(cache_dir: str = "") -> pathlib.Path:
+    """cache_dir, or wirings in $XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(cache_dir or pathlib.Path(home, "wirings")).expanduser()
+
+
 def kept(
     cache_dir: str, key: str, build: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """build(), kept as KEY.npz, whose checksums are verified on load.
+    """build(), kept as KEY.npz in directory(cache_dir); its checksums are verified.
 
-    cache_dir '': wirings in $XDG_CACHE_HOME or ~/.cache. A damaged entry is built
-    again; a directory that cannot be written is a warning.
+    A damaged entry is built again; a directory that cannot be written is a warning.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    directory = pathlib.Path(cache_dir or pathlib.Path(home, "wirings")).expanduser()
-    path = directory / f"{key}.npz"
+    folder = directory(cache_dir)
+    path = folder / f"{key}.npz"
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         pass
     except Exception as error:  # a flipped bit of a zip file can raise anything
-        logging.warning("%s is damaged (%s): decoding again", path, error)
+        logging.warning("%s is damaged (%s): reading the data again", path, error)
     arrays = build()
     temporary = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             temporary = file.name
             np.savez(file, **arrays)
         os.replace(temporary, path)  # another process may be reading or writing it
     except OSError as error:
-        logging.warning("decoded images are not kept in %s: %s", directory, error)
+        logging.warning("what was read is not kept in %s: %s", folder, error)
         if temporary:
             pathlib.Path(temporary).unlink(missing_ok=True)
     return arrays

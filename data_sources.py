@@ -1,11 +1,11 @@
-"""Where images come from: every source -> uint8 arrays in memory, decoded only once.
+"""Where images come from: every source -> uint8 arrays in memory.
 
 By config.data.name: 'digits' (inside scikit-learn), a set whose files lie in
 config.data.dir (TFDS's tfrecord or array_record, the authors' own: archives.py, or
 pictures in class folders: folders.py), or the path of an .npz. What is too large for
 memory or of many sizes is read by photographs.py. Nothing here imports TensorFlow: its
 import alone takes longer than decoding 50,000 small images with Pillow (11 s against
-4 s on 2 cores), and the result is the same to the bit.
+4 s on 2 cores), and the result is the same to the bit. TFDS's are then kept decoded.
 """
 
 import concurrent.futures

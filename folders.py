@@ -19,10 +19,13 @@ class FolderError(ValueError):
 
 
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """root/NAME, or NAME where it starts at /, if it has a folder 'train'."""
+    """root/NAME, or NAME if that is a path with a /, where a folder 'train' is."""
     path = pathlib.Path(os.path.expanduser(name))
-    plain = path.name and ".." not in path.parts
-    return root / path if plain and (root / path / "train").is_dir() else None
+    places = [] if ".." in path.parts else [root / path]
+    if os.path.dirname(name):
+        places.append(path)
+    found = (x for x in places if path.name and (x / "train").is_dir())
+    return next(found, None)
 
 
 def read(
@@ -61,7 +64,10 @@ def read(
         listed = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common())
         logging.warning(
             "%s: %d files are left out, for their suffixes (%s); read are %s",
-            *(places[split], left_out.total(), listed, ", ".join(SUFFIXES)),
+            places[split],
+            left_out.total(),
+            listed,
+            ", ".join(SUFFIXES),
         )
     return paths, np.array(labels, np.int32), classes[split]
 

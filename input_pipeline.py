@@ -1,8 +1,9 @@
 """Examples to batches; a training batch is a function of (seed, step), nothing else.
 
-One plan per step, drawn in numpy, says what the batch is made of. Two paths carry it
-out and return the same bits: tf.data on the host (only this imports TensorFlow), or JAX
-inside the train step, with the images on the accelerator (pipeline='device').
+One plan per step, drawn in numpy, says what the batch is made of. Images in memory have
+two paths that return the same bits: tf.data on the host, or JAX inside the train step,
+with the images on the accelerator (pipeline='device', without TensorFlow). Photographs
+stay in their files, which threads of the host read (photographs.py).
 """
 
 import dataclasses
@@ -50,6 +51,14 @@ def load(data: ConfigDict, split: str) -> Split:
         raise DataError(f"unknown split {split!r}: choose train or test")
     source = data_sources if data.crop == "pad" else photographs
     return source.load(data, split)
+
+
+def load_both(data: ConfigDict) -> tuple[Split, Split]:
+    """load() for 'train' and 'test', with the mean and std of the former for both."""
+    train = load(data, "train")
+    data = data.copy_and_resolve_references()
+    data.mean, data.std = train.mean, train.std
+    return train, load(data, "test")
 
 
 @functools.partial(
@@ -215,18 +224,18 @@ def pad(data: ConfigDict, examples: Examples) -> np.ndarray:
 def _test_batches(
     examples: Examples, batch_size: int, process_index: int, process_count: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    share = -(-batch_size // process_count)
+    count = -(-batch_size // process_count)
     total = len(examples.labels)
 
     def rows(array, start):
-        part = array[start : start + share]
-        filled = np.zeros((share, *array.shape[1:]), array.dtype)
+        part = array[start : start + count]
+        filled = np.zeros((count, *array.shape[1:]), array.dtype)
         filled[: len(part)] = part
         return filled
 
     ones = np.ones(total, np.float32)
-    for batch_start in range(0, total, share * process_count):
-        start = batch_start + process_index * share
+    for batch_start in range(0, total, count * process_count):
+        start = batch_start + process_index * count
         yield {
             "image": rows(examples.images, start),
             "label": rows(examples.labels, start),

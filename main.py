@@ -11,6 +11,7 @@ import environment
 if __name__ == "__main__":
     environment.settle()  # before jax is imported
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -21,7 +22,7 @@ import train
 config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py:VARIANT,DATA,RECIPE")
 flags.DEFINE_string("workdir", None, "where the run lives; an existing one resumes")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint")
-flags.DEFINE_bool("distributed", False, "one of several processes: preflight.py")
+flags.DEFINE_bool("distributed", False, "this is one of several processes of a run")
 flags.mark_flags_as_required(["config", "workdir"])
 FLAGS = flags.FLAGS
 
@@ -40,6 +41,14 @@ def main(_):
     except (ValueError, FloatingPointError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        sys.exit(
+            "error: out of memory; choose a smaller --config.train.batch_size or "
+            f".eval.batch_size, or --config.train.dtype=bfloat16 ({reason})"
+        )
     except train.Preempted as message:
         print(message, file=sys.stderr)
         sys.exit(128 + 15)  # as a shell reports SIGTERM
@@ -60,17 +69,5 @@ def _log_plainly():
     handler.python_handler.setFormatter(logging.logging.Formatter("%(message)s"))
 
 
-def _parse(argv):
-    """The flags; what is wrong with them in one line, where absl prints a page."""
-    try:
-        unused = FLAGS(argv)[1:]
-        FLAGS.config.to_dict()  # a file that was not found is an error only here
-    except Exception as error:
-        sys.exit(f"error: {preflight.flag_error(error, argv)}")
-    if unused:
-        sys.exit(f"error: {unused[0]!r} belongs to no flag")
-    return argv[:1]
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=preflight.parsed)

@@ -370,8 +370,8 @@ def tensorflow() -> ModuleType:
         import tensorflow as tf
     except ImportError as error:
         raise DataError(
-            f"data.pipeline='tf.data' needs TensorFlow ({error}); "
-            "--config.data.pipeline=device does not"
+            f"data.pipeline='tf.data' needs TensorFlow ({error}); for sets in memory, "
+            "not for photographs, --config.data.pipeline=device does without"
         ) from error
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)

@@ -3,9 +3,9 @@
 The operations are Pillow's: nearest neighbour in its 16.16 fixed point, integer
 luminance, blends that truncate. Where Pillow's floats fall just short of a whole number
 (autocontrast, a few factors of enhancements) it is one grey level darker; otherwise the
-bytes are equal (tests/policies_test.py). What a geometric
-operation uncovers takes the mean colour, zero after normalisation, as in AutoAugment's
-CIFAR code (there one that follows may still see black below it).
+bytes are equal (tests/policies_test.py). What a geometric operation uncovers takes the
+mean colour, zero after normalisation, as in AutoAugment's CIFAR code (there one that
+follows may still see black below it).
 
 Every magnitude is known before compilation, so their arguments are tables in NumPy and
 the step only looks rows up. All operations are computed for every image, since a switch

@@ -1,9 +1,11 @@
 """Before the first step: what is refused, what is announced, what has been done."""
 
+import contextlib
 import math
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -13,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import augment
+import cache
 import input_pipeline
 import nets
 from checkpoints import Checkpoints, load_config
@@ -43,6 +46,18 @@ CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "train.last_batch": ("fill", "partial"),
 }
+
+
+def parsed(argv: Sequence[str]) -> list[str]:
+    """app.run's flags_parser: what is wrong in one line, where absl prints a page."""
+    try:
+        unused = flags.FLAGS(argv)[1:]
+        flags.FLAGS.config.to_dict()  # a file that was not found is an error only here
+    except Exception as error:
+        sys.exit(f"error: {flag_error(error, argv)}")
+    if unused:
+        sys.exit(f"error: {unused[0]!r} belongs to no flag")
+    return argv[:1]
 
 
 def flag_error(error: Exception, argv: Sequence[str]) -> str:
@@ -98,8 +113,7 @@ def use_compilation_cache(config: ConfigDict) -> None:
     """Keeps compiled programs in the user's cache directory and says where."""
     if not config.train.compilation_cache:
         return
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    path = pathlib.Path(cache) / "wirings" / "jax"
+    path = cache.directory() / "jax"
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     logging.info("compiled programs are kept in %s", path)
@@ -124,13 +138,43 @@ def runs(
         yield run, pathlib.Path(workdir) / f"seed{seed}"
 
 
-def check(
-    config: ConfigDict,
-    examples: input_pipeline.Split,
-    test_examples: input_pipeline.Split,
-    mesh: Mesh,
-) -> None:
-    """Refuses, with a ValueError, values that no run can have."""
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds a workdir while a run writes to it; ValueError if another one does.
+
+    Two runs would sweep away each other's checkpoints. The system lets go of it when a
+    process ends, however it does. Nothing is held where files cannot be locked.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    if jax.process_index() != 0:  # the others do not write
+        yield
+        return
+    path = workdir / ".lock"
+    workdir.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process trains in {workdir}: wait for its end, or use "
+                "another --workdir"
+            ) from error
+        except OSError as error:  # some network file systems
+            logging.warning("%s cannot be locked: %s", path, error)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what was refused leaves no trace
+                workdir.rmdir()
+
+
+def check_evaluation(config: ConfigDict, examples: input_pipeline.Split) -> None:
+    """Refuses, with a ValueError, impossible values and classes that do not fit."""
     fields = _flat(config)
     for field in POSITIVE:
         if not 0 < fields[field] < math.inf:
@@ -145,6 +189,27 @@ def check(
     for field in SHARES:
         if not 0 <= fields[field] < 1:
             raise ValueError(f"{field} must lie in [0, 1), got {fields[field]}")
+    if config.net.num_classes != examples.num_classes:
+        raise ValueError(
+            f"the net has {config.net.num_classes} classes, data set "
+            f"{config.data.name!r} has {examples.num_classes}: "
+            f"set --config.net.num_classes={examples.num_classes}"
+        )
+
+
+def check(
+    config: ConfigDict,
+    examples: input_pipeline.Split,
+    test_examples: input_pipeline.Split,
+    mesh: Mesh,
+) -> None:
+    """Refuses, with a ValueError, values that no run can have."""
+    check_evaluation(config, examples)
+    if config.train.batch_size > len(examples.labels):
+        raise ValueError(
+            f"train.batch_size {config.train.batch_size} is larger than the "
+            f"{len(examples.labels)} training images of {config.data.name}"
+        )
     if config.train.batch_size % mesh.size:
         raise ValueError(
             f"train.batch_size {config.train.batch_size} does not divide among "
@@ -169,11 +234,6 @@ def check(
                 f"images, which {mesh.size} devices cannot share: choose "
                 "--config.train.last_batch=fill, or another train.batch_size"
             )
-    if config.train.batch_size > len(examples.labels):
-        raise ValueError(
-            f"train.batch_size {config.train.batch_size} is larger than the "
-            f"{len(examples.labels)} training images of {config.data.name}"
-        )
     if config.train.steps_per_dispatch > 1 and config.data.pipeline != "device":
         raise ValueError(
             f"train.steps_per_dispatch={config.train.steps_per_dispatch} needs "
@@ -186,12 +246,6 @@ def check(
             f"the test images of {config.data.name} are {test_examples.image_shape}, "
             f"those to train on {examples.image_shape}: bring them to one size, or set "
             "--config.data.crop=random_resized"
-        )
-    if config.net.num_classes != examples.num_classes:
-        raise ValueError(
-            f"the net has {config.net.num_classes} classes, data set "
-            f"{config.data.name!r} has {examples.num_classes}: "
-            f"set --config.net.num_classes={examples.num_classes}"
         )
 
 
@@ -232,10 +286,11 @@ def describe(config: ConfigDict, examples: input_pipeline.Split, mesh: Mesh) -> 
     )
 
 
-def is_complete(
-    config: ConfigDict, workdir: pathlib.Path, checkpoints: Checkpoints, total: int
-) -> bool:
-    if total not in checkpoints.steps() or changes(config, workdir):
+def is_complete(config: ConfigDict, workdir: pathlib.Path, total: int) -> bool:
+    """Whether the workdir holds the whole of this run, to its step `total`."""
+    with Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+    if total not in steps or changes(config, workdir):
         return False
     rows = read_rows(workdir / "metrics.csv")
     return bool(rows) and rows[-1]["step"] == total

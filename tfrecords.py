@@ -113,8 +113,9 @@ def first(builder, split: str, feature: dict) -> int | np.ndarray:
 
 def read(path: str | os.PathLike, start: int, length: int) -> bytes:
     """A record, of which `index` said where it lies. Its checksum is not verified."""
-    with open(path, "rb", buffering=0) as file:
-        content = os.pread(file.fileno(), length, start)
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(length)
     if len(content) != length:
         raise ValueError(f"{path} is cut off at byte {start + len(content)}")
     return content

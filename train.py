@@ -30,9 +30,10 @@ from optimizers import Clock
 from preemption import Preempted, sigterm
 from reporting import Reporter, read_rows, write_confusion
 
-# Keys of a step are folded with a device's number, or with the first of these, and the
-# seed's with the second: no device has that number, no net so many layers.
-AUGMENTATION, STEPS = 2**31 - 1, 2**31 - 2
+# Numbers that random keys are folded with. A step's: its devices take 0, 1, ...
+AUGMENTATION = 2**31 - 1
+# A seed's: the layers of the net take 0, 1, ...
+STEPS = 2**31 - 2
 # Dispatches that wait while one is computed: they keep the devices busy, but a SIGTERM
 # has to see them through, and their batches take memory.
 AHEAD = 4
@@ -82,16 +83,21 @@ class Program:
 
 
 def create_train_state(
-    config: ConfigDict, examples: input_pipeline.Split
+    config: ConfigDict,
+    examples: input_pipeline.Split,
+    rate: optax.Schedule | None = None,
 ) -> tuple[Program, TrainState]:
-    """The program of a configuration and its state before the first step."""
+    """The program of a configuration and its state before the first step.
+
+    rate: None is that of training on these examples.
+    """
     net = nets.create(config.net, nnx.Rngs(config.seed))
     for _, module in nnx.iter_modules(net):
         if isinstance(module, BatchNorm):
             groups = config.train.batch_norm_groups
             module.axis_name, module.groups = ("data", groups) if groups else (None, 1)
     definition, variables = nets.split(net)
-    rate = optimizers.schedule(config, len(examples.labels))
+    rate = rate or optimizers.schedule(config, len(examples.labels))
     optimizer = optimizers.create(config.optimizer, rate)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -187,18 +193,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     Preempted after SIGTERM.
     """
     workdir, mesh, started = pathlib.Path(workdir), make_mesh(), time.perf_counter()
-    examples = input_pipeline.load(config.data, "train")
-    test_examples = input_pipeline.load(config.data, "test")
+    examples, test_examples = input_pipeline.load_both(config.data)
     preflight.check(config, examples, test_examples, mesh)
     clock = Clock.of(config, len(examples.labels))
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        if preflight.is_complete(config, workdir, checkpoints, clock.total):
-            logging.info("%s holds this run, complete", workdir)
-            return summary(read_rows(workdir / "metrics.csv"))
+    if preflight.is_complete(config, workdir, clock.total):
+        logging.info("%s holds this run, complete", workdir)
+        return summary(read_rows(workdir / "metrics.csv"))
+    with (
+        preflight.claimed(workdir),
+        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+    ):
         program, state = create_train_state(config, examples)
         preflight.describe(config, examples, mesh)
         state = jax.device_put(state, NamedSharding(mesh, REPLICATED))
-        state, step = _resume(config, workdir, checkpoints, state)
+        state, step = _resume(config, workdir, checkpoints, state, clock.total)
+        if step == clock.total:
+            return summary(read_rows(workdir / "metrics.csv"))
         save_config(workdir, config)
         reporter = Reporter(workdir, clock, step, config.train.tensorboard)
         step_fn = functools.partial(train_step, program)
@@ -240,12 +250,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
 
 
 def _resume(
-    config: ConfigDict, workdir: pathlib.Path, checkpoints: Checkpoints, state
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    total: int,
 ) -> tuple[TrainState, int]:
     """The state that the workdir holds, else the given one, and its step."""
     if not checkpoints.steps():
         return state, 0
     state, step = checkpoints.restore(state, "last")
+    if step > total:
+        raise ValueError(
+            f"{workdir} holds step {step} already, this run ends at step {total} "
+            f"(train.epochs={config.train.epochs:g}): use another --workdir"
+        )
     for change in preflight.changes(config, workdir):
         logging.warning(change)
     logging.info("resuming %s from step %d", workdir, step)
@@ -285,16 +304,15 @@ def _preempted(checkpoints: Checkpoints, workdir: pathlib.Path, saved: int) -> N
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     """Evaluates config.eval.checkpoint of a workdir: `step` and `test_*`."""
-    mesh = make_mesh()
-    examples = input_pipeline.load(config.data, "train")
-    test_examples = input_pipeline.load(config.data, "test")
-    preflight.check(config, examples, test_examples, mesh)
+    mesh, examples = make_mesh(), input_pipeline.load(config.data, "test")
+    preflight.check_evaluation(config, examples)
+    no_rate = optax.constant_schedule(0.0)  # nothing is trained
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        program, state = create_train_state(config, examples)
+        program, state = create_train_state(config, examples, no_rate)
         state = jax.device_put(state, NamedSharding(mesh, REPLICATED))
         state, step = checkpoints.restore(state, config.eval.checkpoint)
     test = evaluate.make_test(
-        config, program.definition, program.normalization, mesh, test_examples
+        config, program.definition, program.normalization, mesh, examples
     )
     means, confusion = test(state.evaluated())
     write_confusion(pathlib.Path(workdir), confusion, f"-{step}")

@@ -125,6 +125,9 @@ def _caption(shares: np.ndarray) -> str:
 
 
 def main(_):
+    folder = pathlib.Path(flags.FLAGS.out).absolute().parent
+    if not folder.is_dir():
+        sys.exit(f"error: --out: no folder {folder}")
     try:
         found = versions(flags.FLAGS.config, flags.FLAGS.images, flags.FLAGS.versions)
         picture = sheet(*found)
@@ -134,25 +137,10 @@ def main(_):
     print(f"{flags.FLAGS.out}: {picture.width} x {picture.height} pixels")
 
 
-def _parse(argv):
-    """The flags; what is wrong with them in one line."""
+if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py[:VARIANT,DATA]")
     flags.DEFINE_string("out", None, "where the sheet goes, a PNG")
     flags.DEFINE_integer("images", 8, "rows of the sheet", lower_bound=1)
     flags.DEFINE_integer("versions", 10, "of each in training", lower_bound=1)
     flags.mark_flags_as_required(["config", "out"])
-    try:
-        unused = flags.FLAGS(argv)[1:]
-        flags.FLAGS.config.to_dict()  # a file that was not found is an error only here
-    except Exception as error:
-        sys.exit(f"error: {preflight.flag_error(error, argv)}")
-    if unused:
-        sys.exit(f"error: {unused[0]!r} belongs to no flag")
-    folder = pathlib.Path(flags.FLAGS.out).absolute().parent
-    if not folder.is_dir():
-        sys.exit(f"error: --out: no folder {folder}")
-    return argv[:1]
-
-
-if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=preflight.parsed)

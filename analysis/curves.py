@@ -15,10 +15,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from reporting import read_rows
 
@@ -81,9 +78,10 @@ def _spread(values: list[float]) -> tuple[str, str]:
     return f"{statistics.mean(values):.2f}", deviation
 
 
-def figure(groups: dict[str, list[Curve]]) -> plt.Figure:
+def figure(groups: dict[str, list[Curve]]) -> Figure:
     """Test error by epoch, one colour a row, one line a run."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for i, (name, curves) in enumerate(groups.items()):
         for j, curve in enumerate(curves):
             epochs = [row["epoch"] for row in curve]

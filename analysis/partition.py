@@ -74,6 +74,8 @@ def best_partitions(
     ):
         if given not in choices:
             raise ValueError(f"unknown {name} {given!r}: choose from {choices}")
+    if min_secondary < 1 or not math.isfinite(budget):
+        raise ValueError("min_secondary must be at least 1, and the budget finite")
     net = dict(kernel=kernel, stages=stages, blocks=blocks, num_classes=num_classes)
     plans = list(_within(budget, count, min_secondary, dict(grow=grow, **net)))
     if objective == "width":
@@ -167,7 +169,10 @@ def main() -> None:
     depth, top = options.pop("depth"), options.pop("top")
     if depth < 5 or (depth - 2) % 3:
         parser.error(f"--depth {depth}: a plain net has depth 3 n + 2")
-    plans = best_partitions(**options, blocks=(depth - 2) // 3)
+    try:
+        plans = best_partitions(**options, blocks=(depth - 2) // 3)
+    except ValueError as error:
+        parser.error(str(error))
     if not plans:
         parser.error(f"--budget {options['budget']:,.0f}: no net is as small as that")
     print(table(plans[:top]))

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from flax import nnx
 
 import nets
-from configs.common import IMAGE_SIZE
+from configs.common import IMAGE_SIZE, Published
 from nets import cost
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NO_FAMILY = ("common", "__init__")
-HEADER = ("family", "variant", "data", "parameters", "dense", "MACs", "layers", "error")
-WIDTHS = ("18", "24", "12", ">12", ">12", ">10", ">6", "")
+HEADER = ("family", "variant", "data", "parameters", "dense", "MACs", "layers")
+HEADER += ("published", "error")  # parameters and operations as printed; test error
+WIDTHS = ("18", "24", "12", ">12", ">12", ">10", ">6", "14", "")
 LAYER_HEADER = ("layer", "kind", "output", "parameters", "dense", "MACs")
 LAYER_WIDTHS = ("32", "14", "14", ">12", ">12", ">14")
 
@@ -34,7 +35,7 @@ def layers(config) -> list[cost.LayerCost]:
 
 
 def rows(families: list[str]) -> Iterator[tuple[str, ...]]:
-    """One row per variant and data set: counts of ours, error as published."""
+    """One row per variant and data set: our counts, and what was published."""
     for family in families:
         module = _module(family)
         for name, variant in module.VARIANTS.items():
@@ -43,13 +44,21 @@ def rows(families: list[str]) -> Iterator[tuple[str, ...]]:
                 counts = cost.total(found)
                 published = variant.published.get(data)
                 yield (
-                    *(family, name, data),
+                    family,
+                    name,
+                    data,
                     f"{counts.parameters:,}",
                     f"{counts.dense_parameters:,}",
                     f"{counts.macs / 1e6:,.1f}M",
                     str(sum(layer.macs > 0 for layer in found)),
-                    f"{published.error} ({published.selection})" if published else "",
+                    *(_published(published) if published else ("", "")),
                 )
+
+
+def _published(row: Published) -> tuple[str, str]:
+    printed = f"{row.parameters} {row.macs}".strip()
+    top5 = f", top-5 {row.top5}" if row.top5 else ""
+    return printed, f"{row.error}{top5} ({row.selection})"
 
 
 def layer_rows(config) -> Iterator[tuple[str, ...]]:

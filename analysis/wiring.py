@@ -4,20 +4,19 @@ python -m analysis.wiring --out=docs/wiring.png
 """
 
 import argparse
+import sys
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from nets import connectivity
 
 INPUT_COLOUR, OUTPUT_COLOUR, EDGE_COLOUR = "#33658a", "#f26419", "#8d99ae"
 
 
-def draw(axes: plt.Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
+def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
     """Inputs above, outputs below, a line for each of the edges (E,) of a graph."""
     x = [np.linspace(0, 1, channels) for channels in shape]
     i, o = np.divmod(edges, shape[1])
@@ -37,7 +36,7 @@ def draw(axes: plt.Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
     axes.axis("off")
 
 
-def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> plt.Figure:
+def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> Figure:
     """Dense, grouped and both expander rules for one layer, at equal degree."""
     shape = (in_channels, out_channels)
     graphs = {
@@ -50,7 +49,8 @@ def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> plt.F
         graphs[f"expander, each {side} draws"] = connectivity.expander(
             *shape, degree, sampling, rng
         )
-    canvas, axes = plt.subplots(2, 2, figsize=(10, 5), layout="constrained")
+    canvas = Figure(figsize=(10, 5), layout="constrained")
+    axes = canvas.subplots(2, 2)
     for axis, (title, edges) in zip(axes.flat, graphs.items(), strict=True):
         draw(axis, edges, shape, title)
     return canvas
@@ -65,7 +65,12 @@ def main():
     parser.add_argument("--out", default="docs/wiring.png")
     options = vars(parser.parse_args())
     out = options.pop("out")
-    figure(**options).savefig(out, dpi=120)
+    if options["degree"] < 1:
+        parser.error(f"--degree {options['degree']}: it must be at least 1")
+    try:
+        figure(**options).savefig(out, dpi=120)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"wrote {out}")
 
 

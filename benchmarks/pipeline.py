@@ -125,9 +125,9 @@ def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
         x for x in folder.rglob("*") if x.suffix.lower() in (".jpg", ".jpeg")
     )
     for split in ("train", "test"):
-        place = directory / split / "all"
-        place.mkdir(parents=True)
         for i, file in enumerate(files):
+            place = directory / split / f"class{i % 2}"
+            place.mkdir(parents=True, exist_ok=True)
             (place / f"{i}.jpg").symlink_to(file.absolute())
     config = common.base()
     config.data.update(name=directory.name, dir=str(directory.parent))

@@ -95,10 +95,10 @@ def base() -> ConfigDict:
             download=False,  # the network is used only when asked
             cache_dir="",  # decoded images; '': wirings in $XDG_CACHE_HOME, ~/.cache
             pipeline="tf.data",  # or 'device': images and augmentation on the device
-            crop="pad",  # or of photographs of any size: crops.CROPS
+            crop="pad",  # and read into memory; or photographs by one of crops.CROPS
             pad=4,  # crop='pad': pixels a side before the random crop; 0: no crop
             border="zero",  # crop='pad': what fills them: augment.BORDERS
-            image_size=224,  # rows and columns of the latter
+            image_size=224,  # rows and columns of a photograph's crop
             on_error="raise",  # pictures that cannot be decoded; or 'skip', counted
             flip=True,  # horizontally, with probability 1/2
             mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
@@ -115,10 +115,11 @@ def base() -> ConfigDict:
             randaugment_ops=0,  # operations an image; 0: none
             randaugment_magnitude=9.0,  # of 30
             cutout=0,  # side of the grey square, in pixels; 0: none
-            mixup=0.0,  # alpha of its Beta distribution; 0: none. One of these three
-            cutmix=0.0,  # alpha
+            # One of mixup, cutmix and ricap: the parameter of its Beta distribution.
+            mixup=0.0,
+            cutmix=0.0,
             cutmix_probability=0.5,  # of a batch to be cut at all
-            ricap=0.0,  # beta
+            ricap=0.0,
         )
     )
     config.train = ConfigDict(

@@ -24,8 +24,10 @@ def _cifar(layers, parameters, errors, printed, width=1.0):
     return Variant(net, dict(zip(data, parameters, strict=True)), published)
 
 
-def _imagenet(layers, parameters, top1, top5, printed):
-    row = Published(top1, "best", f"{README}, single 224 crop", printed, top5)
+def _imagenet(layers, parameters, top1, top5, *printed):
+    """printed: parameters; and operations, twice our multiply-adds and some more."""
+    size, operations = printed
+    row = Published(top1, "best", f"{README}, single 224 crop", size, top5, operations)
     net = {"name": "delugenet", "layers": layers, "width": 1.0, "form": "imagenet"}
     return Variant(net, {IMAGENET: parameters}, {IMAGENET: row})
 
@@ -36,9 +38,9 @@ VARIANTS = {
     "wide-146": _cifar(
         (8, 16, 24), (20_150_658, 20_191_068), (3.76, 19.02), "20.2M", width=1.75
     ),
-    "92": _imagenet((7, 7, 8, 8), 43_404_072, 22.05, 6.03, "43.4M"),
-    "104": _imagenet((7, 8, 9, 10), 51_353_896, 21.86, 5.98, "51.4M"),
-    "122": _imagenet((7, 9, 11, 13), 63_620_392, 21.53, 5.86, "63.6M"),
+    "92": _imagenet((7, 7, 8, 8), 43_404_072, 22.05, 6.03, "43.4M", "11.8G"),
+    "104": _imagenet((7, 8, 9, 10), 51_353_896, 21.86, 5.98, "51.4M", "13.2G"),
+    "122": _imagenet((7, 9, 11, 13), 63_620_392, 21.53, 5.86, "63.6M", "15.2G"),
 }
 
 

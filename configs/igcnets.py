@@ -6,7 +6,8 @@ python main.py --config=configs/igcnets.py:plain-20-L16M32,cifar100 --workdir=/t
 A variant is family-depth-LxMy: x partitions of y channels in the first stage; W is the
 width of a regular net. The default is the README's command for CIFAR; imagenet-* are
 the README's table (depth 18).
-Nobody says of which epoch the published errors are; "last" stands for not selected.
+"last" stands for not selected: ImageNet's are of epoch 95 of 120, and nobody says of
+which epoch the others are.
 """
 
 from configs import common
@@ -59,11 +60,11 @@ ERRORS = {
 # Parameters; top-1 and top-5 error, and millions of parameters as the README counts
 # them (in several ways; the first column is all of them).
 IMAGENET_ROWS = {
-    "imagenet-W64": (11_689_512, 31.06, 11.38, "11.151M"),
-    "imagenet-W69": (13_542_457, 30.58, 10.77, "11.333M"),
-    "imagenet-L4M32": (12_251_240, 30.77, 10.99, "11.205M"),
-    "imagenet-L16M16": (13_528_296, 29.40, 10.32, "11.329M"),
-    "imagenet-L100M2": (8_637_900, 26.95, 8.92, "8.61M"),
+    "imagenet-W64": (11_689_512, 31.06, 11.38, "11.151M", "1.8G"),
+    "imagenet-W69": (13_542_457, 30.58, 10.77, "11.333M", "2.1G"),
+    "imagenet-L4M32": (12_251_240, 30.77, 10.99, "11.205M", "1.9G"),
+    "imagenet-L16M16": (13_528_296, 29.40, 10.32, "11.329M", "2.2G"),
+    "imagenet-L100M2": (8_637_900, 26.95, 8.92, "8.61M", "1.3G"),
 }
 NETS = {"plain": "plain", "resnet": "igc_resnet"}
 
@@ -98,8 +99,8 @@ def _imagenet(name: str) -> Variant:
     if size == "L100M2":  # the partitions double, already in the first stage
         net |= dict(width=100, expand_first_stage=True)
         net |= dict(primary_groups=0, secondary_groups=2)
-    parameters, top1, top5, printed = IMAGENET_ROWS[name]
-    published = Published(top1, "last", README, printed, top5=top5)
+    parameters, top1, top5, printed, macs = IMAGENET_ROWS[name]
+    published = Published(top1, "last", README, printed, top5, macs)
     return Variant(net, {IMAGENET: parameters}, {IMAGENET: published})
 
 

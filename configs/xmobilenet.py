@@ -16,7 +16,7 @@ The README's errors do not say of which net they are; no log of it exists.
 from configs import common
 from configs.common import IMAGENET, Published, Variant
 
-README = "Deep-Expander-Networks README: best epoch on the validation set"
+README = "Deep-Expander-Networks README: presumably best epoch on the validation set"
 LOG = "Deep-Expander-Networks training log: best of 138 epochs on the validation set"
 TEXTBOOK = dict(textbook_widths=True, classifier_inputs=1024)
 

@@ -32,8 +32,12 @@ class SeparableBlock(nnx.Module):
     def __init__(self, in_channels, out_channels, stride, *, wiring, norm_scale, rngs):
         # torch 0.3 counts all channels in the fan, grouped or not.
         self.depthwise = Conv(
-            *(in_channels, in_channels, 3),
-            **dict(stride=stride, padding=1, groups=in_channels),
+            in_channels,
+            in_channels,
+            3,
+            stride=stride,
+            padding=1,
+            groups=in_channels,
             init=torch_default(9 * in_channels),
             rngs=rngs,
         )
@@ -41,7 +45,9 @@ class SeparableBlock(nnx.Module):
         # The share 1 / compress whichever side samples, not in // compress.
         partners = wiring.partners(in_channels, out_channels)
         self.pointwise = wiring.conv(
-            *(in_channels, out_channels, 1),
+            in_channels,
+            out_channels,
+            1,
             degree=partners // wiring.compress,
             init=torch_default(in_channels),
             rngs=rngs,
@@ -82,7 +88,7 @@ class MobileNet(nnx.Module):
         options = dict(norm_scale=norm_scale, rngs=rngs)
         channels = int(32 * width) if textbook_widths else 32
         self.stem = Conv(
-            *(3, channels, 3), stride=2, padding=1, init=torch_default(27), rngs=rngs
+            3, channels, 3, stride=2, padding=1, init=torch_default(27), rngs=rngs
         )
         self.stem_norm = torch_batch_norm(channels, norm_scale, rngs)
         layers, block_wiring = [], Wiring()

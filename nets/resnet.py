@@ -103,8 +103,13 @@ class Block(nnx.Module):
             setattr(self, f"conv{i}", wiring.conv(inputs, outputs, size, **options))
             setattr(self, f"norm{i}", norm(outputs))
         self.shortcut = Shortcut(
-            *(in_channels, out_channels, stride),
-            **dict(kind=shortcut, norm=norm, init=init, rngs=rngs),
+            in_channels,
+            out_channels,
+            stride,
+            kind=shortcut,
+            norm=norm,
+            init=init,
+            rngs=rngs,
         )
         self.depth = len(geometry)
 
@@ -143,8 +148,13 @@ class PreactBlock(nnx.Module):
             options = dict(stride=step, padding=size // 2, rngs=rngs)
             setattr(self, f"conv{i}", wiring.conv(inputs, outputs, size, **options))
         self.shortcut = Shortcut(
-            *(in_channels, out_channels, stride),
-            **dict(kind=shortcut, norm=None, init=he_fan_out, rngs=rngs),
+            in_channels,
+            out_channels,
+            stride,
+            kind=shortcut,
+            norm=None,
+            init=he_fan_out,
+            rngs=rngs,
         )
         self.depth, self.activation = len(geometry), activation
 

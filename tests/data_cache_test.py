@@ -68,7 +68,7 @@ def test_a_damaged_cache_never_changes_a_pixel(data, decodings, caplog):
         np.testing.assert_array_equal(examples.labels, np.arange(23) % 3)
         assert np.load(entry)["images"].shape == expected.shape  # whole again, or still
     assert len(decodings) > 100
-    assert "decoding again" in caplog.text
+    assert "reading the data again" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_is_only_a_warning(data, tmp_path, caplog):

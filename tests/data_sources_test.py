@@ -14,6 +14,7 @@ from tfds_writer import FORMATS, pixels, png, write_set
 
 import data_sources
 import downloads
+import input_pipeline
 import tfrecords
 from configs import common
 from data_sources import DataError
@@ -74,6 +75,9 @@ def test_statistics_of_an_unknown_set_are_those_of_its_training_images(data):
         examples = data_sources.load(data, split)
         np.testing.assert_allclose(examples.mean, train.mean((0, 1, 2)), rtol=1e-12)
         np.testing.assert_allclose(examples.std, train.std((0, 1, 2)), rtol=1e-12)
+    both = input_pipeline.load_both(data)
+    assert {(x.mean, x.std) for x in both} == {(examples.mean, examples.std)}
+    assert [len(x.labels) for x in both] == [23, 7]
     with data.unlocked():
         data.mean, data.std = (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)
     examples = data_sources.load(data, "test")

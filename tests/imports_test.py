@@ -22,7 +22,9 @@ MAY_IMPORT = {
         *("metrics", "nets", "optimizers", "preemption", "preflight", "reporting"),
     },
     "devices": {"input_pipeline"},
-    "preflight": {"augment", "checkpoints", "input_pipeline", "nets", "reporting"},
+    "preflight": {
+        *("augment", "cache", "checkpoints", "input_pipeline", "nets", "reporting")
+    },
     "reporting": {"checkpoints", "input_pipeline", "metrics"},
     "evaluate": {"augment", "devices", "input_pipeline", "metrics", "nets"},
     "checkpoints": {"metrics"},

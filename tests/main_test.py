@@ -1,10 +1,12 @@
 """What a user reads who asks for the impossible: one line that helps, exit code 1."""
 
 import json
+import resource
 import shutil
 from subprocess import PIPE
 
 import launch
+import numpy as np
 import pytest
 from launch import arguments
 
@@ -74,6 +76,7 @@ REFUSED_THERE = {
     "eval 181": "'181' last best 174 180 whole/checkpoints",
     "eval first": "'first' last best 174 180 whole/checkpoints",
     "eval nothing": "'best' nothing/checkpoints none",
+    "fewer epochs": "holds step 180 step 36 train.epochs=0.4 --workdir",
 }
 
 
@@ -111,9 +114,12 @@ def results(cache, tmp_path_factory):
         runs["lost rows"] = arguments(lost)
         runs["damaged rows"] = arguments(cut)
         runs["changed"] = arguments(copy("changed"), train__log_every_steps=9)
+        runs["fewer epochs"] = arguments(copy("fewer"), train__epochs=0.4)
         runs["short"] = arguments(folder / "short", train__epochs=0.1)
         for which in ("last", "best", 180, 181, "first"):
-            flags = ["--mode=eval", f"--config.eval.checkpoint={which}"]
+            # What only training minds does not matter.
+            flags = ["--mode=eval", "--config.train.batch_size=2000"]
+            flags.append(f"--config.eval.checkpoint={which}")
             runs[f"eval {which}"] = arguments(reference, DIGITS, *flags)
         nothing = folder / "nothing"
         runs["eval nothing"] = arguments(nothing, DIGITS, "--mode=eval")
@@ -228,3 +234,24 @@ def test_a_machine_without_tensorflow(tmp_path, cache):
     flags = arguments(tmp_path / "other", data__pipeline="tf.data")
     code, out, err = launch.finish(launch.start(flags, cache, command=command))
     refused({"code": code, "out": out, "err": err}, "TensorFlow pipeline=device")
+
+
+@pytest.mark.slow
+def test_memory_that_does_not_suffice_is_told(tmp_path, cache):
+    images, labels = np.zeros((2000, 256, 256, 3), np.uint8), np.arange(2000) % 2
+    few = dict(x_test=images[:2], y_test=labels[:2])
+    np.savez_compressed(tmp_path / "big.npz", x_train=images, y_train=labels, **few)
+    fields = {
+        "data.name": tmp_path / "big.npz",
+        "data.pipeline": "device",
+        "data.mean": "(1.0,1.0,1.0)",
+        "data.std": "(1.0,1.0,1.0)",
+        "net.num_classes": 2,
+        "train.batch_size": 2000,  # half a terabyte of VGG's maps
+    }
+    flags = line("configs/xvgg.py", tmp_path / "run", fields)
+    most = 2**38  # bytes, for systems that promise more than they have
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    code, out, err = launch.finish(launch.start(flags, cache, preexec_fn=limit))
+    result = {"code": code, "out": out, "err": err}
+    refused(result, "out of memory train.batch_size eval.batch_size bfloat16")

@@ -98,6 +98,9 @@ def test_what_is_unknown_or_impossible_is_refused():
         best_partitions(1e5, grow="N")
     with pytest.raises(ValueError, match="10 partitions do not divide 15 channels"):
         plan(5, 3, grow="L")
+    for wrong in (dict(budget=1e5, min_secondary=0), dict(budget=math.inf)):
+        with pytest.raises(ValueError, match=r"at least 1, .*finite"):
+            best_partitions(**wrong)
     assert best_partitions(10) == []
 
 

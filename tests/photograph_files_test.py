@@ -92,6 +92,18 @@ def test_folders_of_one_size_are_loaded_into_memory(small, absolute):
     assert len(input_pipeline.load(config.data, "test").labels) == 6
 
 
+@pytest.mark.parametrize(
+    "name", ["./my flowers", "../my flowers", "other/../my flowers"]
+)
+def test_folders_may_be_named_from_the_current_one(small, monkeypatch, name):
+    config, images, train = small
+    (train.parents[1] / "other").mkdir()
+    monkeypatch.chdir(train.parents[1] / ("other" if name[:2] == ".." else ""))
+    config.data.update(name=name, dir="/nowhere")
+    loaded = input_pipeline.load(config.data, "train")
+    np.testing.assert_array_equal(loaded.images, images)
+
+
 def test_damaged_pictures_of_one_size_are_named_or_left_out(small, warnings):
     config, images, train = small
     (train / "class0" / "0.png").write_bytes(b"")

@@ -11,6 +11,7 @@ import pytest
 from launch import TOTAL, arguments, assert_same_end, complete, kill_when, start
 
 import checkpoints
+import preflight
 
 WRITING = checkpoints._WRITING
 
@@ -152,6 +153,28 @@ def test_complete_run_is_not_repeated(cache, reference):
     assert f"{reference} holds this run, complete" in err
     assert f"(step {TOTAL})" in out
     assert {p: p.stat().st_mtime_ns for p in reference.rglob("*")} == before
+
+
+def test_a_workdir_has_one_run_at_a_time(tmp_path):
+    run = tmp_path / "run"
+    taken = pytest.raises(ValueError, match="another process trains")
+    with preflight.claimed(run), taken, preflight.claimed(run):
+        pass
+    assert not run.exists()  # nothing was written
+
+
+@pytest.mark.slow
+def test_a_second_process_in_a_workdir_is_refused(tmp_path, cache, reference):
+    workdir = tmp_path / "run"
+    process = start(arguments(workdir), cache)
+    assert kill_when(process, after_steps(workdir, 6), number=signal.SIGSTOP)
+    code, _, err = launch.finish(start(arguments(workdir), cache))
+    assert code == 1
+    assert f"error: another process trains in {workdir}" in err
+    process.send_signal(signal.SIGCONT)
+    code, _, err = launch.finish(process)
+    assert code == 0, err
+    assert_same_end(workdir, reference)
 
 
 def test_damaged_newest_checkpoint(tmp_path, cache, reference):

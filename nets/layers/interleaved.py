@@ -127,9 +127,14 @@ class InterleavedConv(nnx.Module):
     ):
         _refuse_clash(in_channels, out_channels, primary_groups, secondary_groups)
         self.primary = Conv(
-            *(in_channels, out_channels, kernel_size),
-            **dict(stride=stride, padding=padding, groups=primary_groups),
-            **dict(init=he_fan_in, rngs=rngs),
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            groups=primary_groups,
+            init=he_fan_in,
+            rngs=rngs,
         )
         groups = dict(primary_groups=primary_groups, secondary_groups=secondary_groups)
         self.secondary = SecondaryConv(out_channels, **groups, rngs=rngs)
