@@ -161,7 +161,7 @@ def get_config(argument: str = ""):
 def _digits(config):
     """1,437 images of digits: few and easy."""
     config.data.pad = 2
-    config.train.update(batch_size=32, epochs=12.0, log_every_steps=20)
+    config.train.update(batch_size=32, epochs=20.0, log_every_steps=20)
     config.train.last_batch = "fill"  # one shape of batches, one program
-    config.optimizer.update(drop_epochs=(8.0, 11.0))
-    config.eval.every_epochs = 3.0
+    config.optimizer.update(drop_epochs=(13.0, 18.0))
+    config.eval.every_epochs = 5.0
