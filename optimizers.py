@@ -9,23 +9,19 @@ import optax
 from ml_collections import ConfigDict
 
 
-def step_of_epoch(
-    epoch: float, num_examples: int, batch_size: int, partial: bool = False
-) -> int:
-    """The first step whose first image belongs to `epoch` (from 0) or a later one.
+def steps_per_epoch(num_examples: int, batch_size: int, partial: bool = False) -> float:
+    """Batches of a pass; with `partial` it ends with a smaller one, a whole number.
 
-    Batches run through the passes without a gap, so an epoch is num_examples /
-    batch_size steps, not a whole number: 50,000 images in batches of 128 make 70,313
-    steps in 180 epochs, as cfmz has. With `partial` a pass ends with a smaller batch,
-    and an epoch is a whole number of steps: 64,124 in the 164 of fb.resnet.torch.
+    Without, batches run through the passes and leave no gap: 50,000 images in batches
+    of 128 make 70,313 steps in 180 epochs, as cfmz has; with it, 64,124 in the 164 of
+    fb.resnet.torch.
     """
-    steps_per_epoch = num_examples / batch_size
-    if partial:
-        steps_per_epoch = math.ceil(steps_per_epoch)
-    return _step(epoch, steps_per_epoch)
+    steps = num_examples / batch_size
+    return math.ceil(steps) if partial else steps
 
 
-def _step(epoch: float, steps_per_epoch: float) -> int:
+def step_of_epoch(epoch: float, steps_per_epoch: float) -> int:
+    """The first step whose first image belongs to `epoch` (from 0) or a later one."""
     return math.ceil(epoch * steps_per_epoch - 1e-6)  # but for rounding errors
 
 
@@ -44,15 +40,15 @@ class Clock:
 
     @classmethod
     def of(cls, config: ConfigDict, num_examples: int) -> "Clock":
-        batch_size, epochs = config.train.batch_size, config.train.epochs
+        batch_size = config.train.batch_size
         partial = config.train.last_batch == "partial"
-        steps_per_epoch = num_examples / batch_size
+        per_epoch = steps_per_epoch(num_examples, batch_size, partial)
         on_device = config.data.pipeline == "device"
         return cls(
-            steps_per_epoch=math.ceil(steps_per_epoch) if partial else steps_per_epoch,
+            steps_per_epoch=per_epoch,
             smaller_last=partial and num_examples % batch_size > 0,
             batch_size=batch_size,
-            total=step_of_epoch(epochs, num_examples, batch_size, partial),
+            total=step_of_epoch(config.train.epochs, per_epoch),
             steps_per_dispatch=config.train.steps_per_dispatch if on_device else 1,
             log_every=config.train.log_every_steps,
             eval_every_epochs=config.eval.every_epochs,
@@ -61,6 +57,9 @@ class Clock:
 
     def epoch(self, step: int) -> float:
         return step / self.steps_per_epoch
+
+    def step_of(self, epoch: float) -> int:
+        return step_of_epoch(epoch, self.steps_per_epoch)
 
     def dispatch(self, step: int, stop: int) -> int:
         """How many steps are carried out together: a smaller batch goes alone."""
@@ -74,7 +73,7 @@ class Clock:
         """The first step after `step` that ends an evaluation interval, or the last."""
         every = self.eval_every_epochs
         interval = int(self.epoch(step) / every)
-        while (stop := _step(interval * every, self.steps_per_epoch)) <= step:
+        while (stop := self.step_of(interval * every)) <= step:
             interval += 1
         return min(stop, self.total)
 
@@ -96,18 +95,15 @@ def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:
             + ", ".join(SCHEDULES)
         )
 
-    def step_of(epoch):
-        partial = config.train.last_batch == "partial"
-        return step_of_epoch(epoch, num_examples, config.train.batch_size, partial)
-
-    total, warmup = step_of(config.train.epochs), step_of(recipe.warmup_epochs)
+    clock = Clock.of(config, num_examples)
+    total, warmup = clock.total, clock.step_of(recipe.warmup_epochs)
     if not 0 <= warmup < max(total, 1):
         raise ValueError(
             f"optimizer.warmup_epochs {recipe.warmup_epochs:g} takes {warmup} of the "
             f"{total} steps of train.epochs {config.train.epochs:g}: it must be at "
             "least 0 and end before the run"
         )
-    drops = [step_of(epoch) for epoch in recipe.drop_epochs]
+    drops = [clock.step_of(epoch) for epoch in recipe.drop_epochs]
     rate = SCHEDULES[recipe.schedule](recipe, total, warmup, drops)
     if warmup == 0:
         return rate

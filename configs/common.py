@@ -19,6 +19,7 @@ NUM_CLASSES = {
 DIGITS = ("digits", "svhn_cropped", "svhn_cropped_extra")
 # What the nets see of them: rows and columns.
 IMAGE_SIZE = dict.fromkeys(NUM_CLASSES, 32) | {"imagenet2012": 224}
+CIFAR = ("cifar10", "cifar100")
 IMAGENET = "imagenet2012"
 # The original's training, or ours of the same net: docs/recipes.md.
 RECIPES = ("faithful", "modern")
@@ -62,6 +63,22 @@ class Variant:
     net: Mapping[str, Any]
     parameters: Mapping[str, int]
     published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
+
+
+def cifar(
+    net, parameters, errors=(None, None), source="", printed="", macs=""
+) -> Variant:
+    """A row for CIFAR-10 and -100: two parameter counts, two best errors.
+
+    None: not known, or, of a count, that the net is no row of that table.
+    """
+    counts, published = {}, {}
+    for data, count, error in zip(CIFAR, parameters, errors, strict=True):
+        if count is not None:
+            counts[data] = count
+        if error is not None:
+            published[data] = Published(error, "best", source, printed, macs=macs)
+    return Variant(net, counts, published)
 
 
 def base() -> ConfigDict:

@@ -14,14 +14,8 @@ README = "DelugeNets README: best epoch on the test set"
 
 
 def _cifar(layers, parameters, errors, printed, width=1.0):
-    """parameters, errors: for CIFAR-10 and CIFAR-100."""
-    data = ("cifar10", "cifar100")
-    published = {
-        name: Published(error, "best", README, printed)
-        for name, error in zip(data, errors, strict=True)
-    }
     net = {"name": "delugenet", "layers": layers, "width": width, "form": "cifar"}
-    return Variant(net, dict(zip(data, parameters, strict=True)), published)
+    return common.cifar(net, parameters, errors, README, printed)
 
 
 def _imagenet(layers, parameters, top1, top5, *printed):

@@ -19,17 +19,6 @@ CIFAR_15 = {"channels": (240, 300, 360), "segments": (20, 25, 30)}
 CIFAR_24 = {"channels": (720, 900, 1080), "segments": (20, 25, 30), "expansion": 3}
 
 
-def _cifar(net, parameters, errors, source, printed):
-    """parameters, errors: for CIFAR-10 and CIFAR-100; None where nothing is claimed."""
-    data = ("cifar10", "cifar100")
-    published = {
-        name: Published(error, "best", source, printed)
-        for name, error in zip(data, errors, strict=True)
-        if error is not None
-    }
-    return Variant(net, dict(zip(data, parameters, strict=True)), published)
-
-
 def _imagenet(channels, segments, parameters, errors, source, printed):
     net = dict(channels=channels, segments=segments, form="imagenet")
     top1, top5 = errors
@@ -42,7 +31,7 @@ def _imagenet(channels, segments, parameters, errors, source, printed):
 
 
 VARIANTS = {
-    "15": _cifar(
+    "15": common.cifar(
         CIFAR_15 | {"shortcuts": ("projection",)},
         (1_585_746, 1_618_236),
         (4.15, 20.45),
@@ -65,14 +54,14 @@ VARIANTS = {
         DERIVED,
         "45.6M",
     ),
-    "24": _cifar(
+    "24": common.cifar(
         CIFAR_24 | {"shortcuts": ("projection", "projection")},
         (29_636_706, 29_733_996),
         (3.21, 16.69),
         DERIVED,
         "29.6M",
     ),
-    "24-identity": _cifar(
+    "24-identity": common.cifar(
         CIFAR_24 | {"shortcuts": ("projection", "identity")},
         (29_534_106, 29_631_396),
         (3.21, 16.69),

@@ -8,22 +8,10 @@ with "groups" the grouped one.
 """
 
 from configs import common
-from configs.common import Published, Variant
+from configs.common import Variant
 
 README = "Deep-Expander-Networks README: best epoch on the test set"
 LOG = "Deep-Expander-Networks training log: best of its epochs, 201 to 300 of 300"
-
-
-def _variant(net, parameters, errors, source=README, printed="", macs=""):
-    """parameters, errors: for CIFAR-10 and CIFAR-100; None where nothing is known."""
-    data = ("cifar10", "cifar100")
-    published = {
-        name: Published(error, "best", source, printed, macs=macs)
-        for name, error in zip(data, errors, strict=True)
-        if error is not None
-    }
-    counts = dict(zip(data, parameters, strict=True))
-    return Variant(net, {k: v for k, v in counts.items() if v}, published)
 
 
 def _dense(growth, depth=40):
@@ -43,7 +31,7 @@ def _grouped(growth):
 def _logged(depth, growth, wired_transitions, rows):
     """CIFAR-100 only; rows: compress: parameters, error."""
     return {
-        f"{depth}-{growth}-{compress}": _variant(
+        f"{depth}-{growth}-{compress}": common.cifar(
             _expander(growth, wired_transitions, depth, compress),
             (None, parameters),
             (None, error),
@@ -56,13 +44,13 @@ def _logged(depth, growth, wired_transitions, rows):
 # The README's operations are half of the dense twin's, not those of the net (144.7M for
 # 40-24-2 with its transitions expanders, 157.9M as it was run).
 VARIANTS = {
-    "40-24-2": _variant(
+    "40-24-2": common.cifar(
         _expander(24, False), (375_850, 399_700), (5.17, 25.63), README, "0.4M", "144M"
     ),
-    "40-36-2": _variant(
+    "40-36-2": common.cifar(
         _expander(36, False), (835_066, 870_796), (5.02, 23.31), README, "0.75M", "324M"
     ),
-    "40-48-2": _variant(
+    "40-48-2": common.cifar(
         _expander(48, True),
         (1_380_682, 1_428_292),
         (4.52, 22.3),
@@ -70,7 +58,7 @@ VARIANTS = {
         "1.4M",
         "575M",
     ),
-    "40-60-2": _variant(
+    "40-60-2": common.cifar(
         _expander(60, True),
         (2_148_490, 2_207_980),
         (4.29, 21.47),
@@ -78,16 +66,16 @@ VARIANTS = {
         "2.15M",
         "898M",
     ),
-    "40-24": _variant(_dense(24), (690_346, 714_196), (5.21, None), LOG),
-    "40-36": _variant(_dense(36), (1_542_682, 1_578_412), (4.74, 22.16), LOG),
-    "40-48": _variant(_dense(48), (2_733_130, 2_780_740), (4.36, 20.97), LOG),
-    "40-60": _variant(_dense(60), (4_261_690, 4_321_180), (4.09, 20.13), LOG),
-    "40-100": _variant(_dense(100), (11_798_810, 11_897_900), (None, 19.1), LOG),
-    "40-200": _variant(_dense(200), (47_077_610, 47_275_700), (None, 18.38), LOG),
-    "58-60": _variant(_dense(60, 58), (7_622_110, 7_709_950), (None, 19.21), LOG),
-    "70-60": _variant(_dense(60, 70), (10_320_190, 10_426_930), (None, 18.72), LOG),
-    "100-12": _variant(_dense(12, 100), (769_162, 800_032), (None, 22.67), LOG),
-    "100-24": _variant(_dense(24, 100), (3_020_506, 3_082_156), (None, 19.98), LOG),
+    "40-24": common.cifar(_dense(24), (690_346, 714_196), (5.21, None), LOG),
+    "40-36": common.cifar(_dense(36), (1_542_682, 1_578_412), (4.74, 22.16), LOG),
+    "40-48": common.cifar(_dense(48), (2_733_130, 2_780_740), (4.36, 20.97), LOG),
+    "40-60": common.cifar(_dense(60), (4_261_690, 4_321_180), (4.09, 20.13), LOG),
+    "40-100": common.cifar(_dense(100), (11_798_810, 11_897_900), (None, 19.1), LOG),
+    "40-200": common.cifar(_dense(200), (47_077_610, 47_275_700), (None, 18.38), LOG),
+    "58-60": common.cifar(_dense(60, 58), (7_622_110, 7_709_950), (None, 19.21), LOG),
+    "70-60": common.cifar(_dense(60, 70), (10_320_190, 10_426_930), (None, 18.72), LOG),
+    "100-12": common.cifar(_dense(12, 100), (769_162, 800_032), (None, 22.67), LOG),
+    "100-24": common.cifar(_dense(24, 100), (3_020_506, 3_082_156), (None, 19.98), LOG),
     **_logged(
         40,
         100,
@@ -125,10 +113,10 @@ VARIANTS = {
         {2: (5_305_285, 19.11), 4: (2_744_200, 20.44), 8: (1_463_005, 22.52)},
     ),
     **_logged(70, 60, False, {16: (1_624_870, 22.77)}),
-    "40-24-groups-2": _variant(_grouped(24), (352_234, 376_084), (None, None)),
-    "40-36-groups-2": _variant(_grouped(36), (781_930, 817_660), (None, None)),
-    "40-48-groups-2": _variant(_grouped(48), (1_380_682, 1_428_292), (None, None)),
-    "40-60-groups-2": _variant(_grouped(60), (2_148_490, 2_207_980), (None, None)),
+    "40-24-groups-2": common.cifar(_grouped(24), (352_234, 376_084)),
+    "40-36-groups-2": common.cifar(_grouped(36), (781_930, 817_660)),
+    "40-48-groups-2": common.cifar(_grouped(48), (1_380_682, 1_428_292)),
+    "40-60-groups-2": common.cifar(_grouped(60), (2_148_490, 2_207_980)),
     # Ours: what `make run` trains, a few minutes on two cores.
     "22-8-2": Variant(
         {"depth": 22, "growth": 8, "wiring": "expander", "sampling": "per_output"},

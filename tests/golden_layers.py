@@ -146,7 +146,7 @@ def cfmz_trajectory(path: pathlib.Path) -> Comparison:
     examples, batch_size = 50_000, config.train.batch_size
     schedule = optimizers.schedule(config, examples)
     for epoch, rate in zip(facts["epoch_argument"], facts["lr"], strict=True):
-        step = optimizers.step_of_epoch(epoch, examples, batch_size)
+        step = optimizers.step_of_epoch(epoch, examples / batch_size)
         comparison.add("rates", schedule(step), rate, ROUNDED)
 
     net = importers.build(golden.facts)

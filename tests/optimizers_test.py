@@ -5,7 +5,7 @@ import pytest
 
 import optimizers
 from configs import cfmz, xdensenet
-from optimizers import Clock, step_of_epoch
+from optimizers import Clock, step_of_epoch, steps_per_epoch
 
 
 def run(optimizer, gradients, start=1.0):
@@ -94,7 +94,7 @@ def test_xnets_never_go_below_the_least_rate():
 def test_an_epoch_begins_with_its_first_image(batch_size):
     """In the stream of images, with no gap between the passes."""
     for epoch in (0, 1, 2.5, 7, 90):
-        step = step_of_epoch(epoch, 1000, batch_size)
+        step = step_of_epoch(epoch, steps_per_epoch(1000, batch_size))
         assert step * batch_size >= epoch * 1000
         assert (step - 1) * batch_size < epoch * 1000
 
@@ -209,5 +209,6 @@ def test_a_schedule_that_does_not_exist_or_fit_is_refused():
 def test_with_partial_batches_an_epoch_is_whole_steps(batch_size):
     per_epoch = -(-1000 // batch_size)
     for epoch in (0, 1, 7, 90):
-        assert step_of_epoch(epoch, 1000, batch_size, True) == epoch * per_epoch
-    assert step_of_epoch(2.5, 1000, 64, True) == 40
+        found = steps_per_epoch(1000, batch_size, partial=True)
+        assert step_of_epoch(epoch, found) == epoch * per_epoch
+    assert step_of_epoch(2.5, steps_per_epoch(1000, 64, partial=True)) == 40
