@@ -58,6 +58,7 @@ class Examples:
     """A split in memory: images (N, H, W, 3) uint8, labels (N,) int32.
 
     mean, std: per channel on the scale 0..255, as augment.normalize takes them.
+    class_names: by label, where they are known.
     """
 
     images: np.ndarray
@@ -65,6 +66,7 @@ class Examples:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -78,16 +80,14 @@ def load(data: ConfigDict, split: str) -> Examples:
     May run in a thread. Raises DataError for what is missing, damaged or misnamed; uses
     the network only if data.download is set.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"unknown split {split!r}: choose train or test")
     refuse_on_error(data)
-    images, labels, num_classes = _read(data, split)
+    images, labels, names = _read(data, split)
 
     def of_training_images():
         return statistics(images if split == "train" else _read(data, "train")[0])
 
     mean, std = normalization(data, of_training_images)
-    return Examples(images, labels, num_classes, mean, std)
+    return Examples(images, labels, len(names), mean, std, names)
 
 
 def refuse_on_error(data: ConfigDict) -> None:
@@ -125,12 +125,13 @@ def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(map(float, mean)), tuple(map(float, np.sqrt(variance)))
 
 
-def _read(data: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Images, labels and number of classes, checked for what would fail much later."""
+def _read(data: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """Images, labels and class names, checked for what would fail much later."""
     npz = data.name.endswith(".npz")
     source = _npz if npz else {"digits": _digits}.get(data.name, _tfds)
-    images, labels, num_classes = source(data, split)
-    return images, checked(data.name, split, labels, num_classes), num_classes
+    images, labels, classes = source(data, split)  # their names, or how many
+    names = tuple(map(str, range(classes) if isinstance(classes, int) else classes))
+    return images, checked(data.name, split, labels, len(names)), names
 
 
 def checked(name: str, split: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -233,7 +234,7 @@ def _tfds(data: ConfigDict, split: str):
         with in_folders():
             paths, labels, classes = folders.read(folder, split)
             images, kept = folders.decode(paths, data.on_error)
-            return images, labels[kept], len(classes)
+            return images, labels[kept], classes
     return _prepared(data, directory or fetched(data), split)
 
 
@@ -370,7 +371,7 @@ def _prepared(data: ConfigDict, directory: pathlib.Path, split: str):
 
     key = f"{builder.info.full_name.replace('/', '-')}-{split}-{digest:08x}"
     arrays = cache.kept(data.cache_dir, key, decode)
-    return arrays["images"], arrays["labels"], label.num_classes
+    return arrays["images"], arrays["labels"], label.names
 
 
 def _decode(records: list[bytes], image_key, label_key, image, label):

@@ -38,6 +38,7 @@ class Photographs:
 
     read: number -> encoded image; name: number -> what messages call it. mean, std: per
     channel, 0..255. crop, size, on_error: data.crop, .image_size, .on_error.
+    class_names: by label.
     """
 
     labels: np.ndarray
@@ -49,6 +50,7 @@ class Photographs:
     crop: str
     size: int
     on_error: str
+    class_names: tuple[str, ...]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -98,23 +100,27 @@ def load(data: ConfigDict, split: str) -> Photographs:
     else:
         directory = directory or data_sources.fetched(data)
         labels, *source = _of_records(data, directory, split)
-    read, name, num_classes = source
-    labels = data_sources.checked(data.name, split, labels, num_classes)
+    read, name, class_names = source
+    labels = data_sources.checked(data.name, split, labels, len(class_names))
     imagenet = data_sources.STATISTICS["imagenet2012"]
     statistics = data_sources.normalization(data, lambda: imagenet)
-    how = data.crop, data.image_size, data.on_error
-    return Photographs(labels, read, name, num_classes, *statistics, *how)
+    return Photographs(
+        labels,
+        read,
+        name,
+        len(class_names),
+        *statistics,
+        crop=data.crop,
+        size=data.image_size,
+        on_error=data.on_error,
+        class_names=tuple(class_names),
+    )
 
 
 def _of_folder(folder: pathlib.Path, split: str):
     with data_sources.in_folders():
         paths, labels, classes = folders.read(folder, split)
-    return (
-        labels,
-        lambda i: paths[i].read_bytes(),
-        lambda i: str(paths[i]),
-        len(classes),
-    )
+    return labels, lambda i: paths[i].read_bytes(), lambda i: str(paths[i]), classes
 
 
 def _of_records(data: ConfigDict, directory: pathlib.Path, split: str):
@@ -163,7 +169,7 @@ def _of_records(data: ConfigDict, directory: pathlib.Path, split: str):
         kept["labels"],
         lambda i: parse(record(i))[keys[0]],
         lambda i: f"record {i} of the {split} split of {directory}",
-        label.num_classes,
+        label.names,
     )
 
 

@@ -7,6 +7,7 @@ import io
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -126,26 +127,31 @@ def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:
 
 
 def write_confusion(
-    workdir: pathlib.Path, confusion: np.ndarray, suffix: str = ""
+    workdir: pathlib.Path,
+    confusion: np.ndarray,
+    names: Sequence[str] = (),
+    suffix: str = "",
 ) -> None:
     """per_class.csv, and for at most MOST_CLASSES of them the matrix, confusion.csv.
 
     confusion: (classes, classes) counts of test examples: row true, column predicted.
+    names: of the classes; without, they are numbered.
     """
+    names = names or range(len(confusion))
     examples, correct = confusion.sum(1), confusion.diagonal()
     wrong = confusion - np.diag(correct)
     rows = [
         {
-            "class": i,
+            "class": names[i],
             "examples": n,
             "accuracy": round(correct[i] / max(n, 1), 6),
-            "most_taken_for": wrong[i].argmax() if wrong[i].any() else "",
+            "most_taken_for": names[wrong[i].argmax()] if wrong[i].any() else "",
         }
         for i, n in enumerate(examples)
     ]
     write_text(workdir / f"per_class{suffix}.csv", as_csv(rows))
     if len(confusion) <= MOST_CLASSES:
-        matrix = [dict(enumerate(row)) for row in confusion.tolist()]
+        matrix = [dict(zip(names, row, strict=True)) for row in confusion.tolist()]
         write_text(workdir / f"confusion{suffix}.csv", as_csv(matrix))
 
 

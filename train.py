@@ -236,7 +236,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                     row = _progress(program, clock, step, totals)
                     means, confusion = test(state.evaluated())
                     row |= means
-                    write_confusion(workdir, confusion)
+                    write_confusion(workdir, confusion, test_examples.class_names)
                     reporter.evaluated(row)
                     zeros = jax.tree.map(jnp.zeros_like, state.totals)
                     state = dataclasses.replace(state, totals=zeros)
@@ -315,7 +315,8 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
         config, program.definition, program.normalization, mesh, examples
     )
     means, confusion = test(state.evaluated())
-    write_confusion(pathlib.Path(workdir), confusion, f"-{step}")
+    names = examples.class_names
+    write_confusion(pathlib.Path(workdir), confusion, names, f"-{step}")
     return {"step": step} | means
 
 

@@ -87,9 +87,12 @@ def test_folders_of_one_size_are_loaded_into_memory(small, absolute):
         np.testing.assert_array_equal(examples.images, images)
         np.testing.assert_array_equal(examples.labels, [0, 0, 0, 1, 1, 1])
         assert examples.image_shape == (5, 4, 3)
+        assert examples.class_names == ("class0", "class1")
     np.testing.assert_allclose(examples.mean, images.mean((0, 1, 2)))
     config.data.update(crop="inception", image_size=8)
-    assert len(input_pipeline.load(config.data, "test").labels) == 6
+    photographs = input_pipeline.load(config.data, "test")
+    assert len(photographs.labels) == 6
+    assert photographs.class_names == examples.class_names
 
 
 @pytest.mark.parametrize(

@@ -160,12 +160,17 @@ def test_last_words(tmp_path):
 
 
 def test_confusion_says_which_class_is_taken_for_which(tmp_path):
-    write_confusion(tmp_path, np.array([[3, 1, 0], [0, 5, 0], [2, 0, 0]]), "-7")
+    matrix = np.array([[3, 1, 0], [0, 5, 0], [2, 0, 0]])
+    write_confusion(tmp_path, matrix, ("a", "b, c", "d"), "-7")
     rows = list(csv.DictReader((tmp_path / "per_class-7.csv").open()))
+    assert [row["class"] for row in rows] == ["a", "b, c", "d"]
     assert [row["accuracy"] for row in rows] == ["0.75", "1.0", "0.0"]
-    assert [row["most_taken_for"] for row in rows] == ["1", "", "0"]
+    assert [row["most_taken_for"] for row in rows] == ["b, c", "", "a"]
     lines = (tmp_path / "confusion-7.csv").read_text().splitlines()
-    assert lines == ["0,1,2", "3,1,0", "0,5,0", "2,0,0"]
+    assert lines == ['a,"b, c",d', "3,1,0", "0,5,0", "2,0,0"]
+    write_confusion(tmp_path, matrix)
+    assert (tmp_path / "confusion.csv").read_text().startswith("0,1,2\n3,1,0\n")
+    (tmp_path / "confusion.csv").unlink()
     write_confusion(tmp_path, np.eye(1000, dtype=int))
     assert (tmp_path / "per_class.csv").exists()
     assert not (tmp_path / "confusion.csv").exists()
