@@ -3,6 +3,8 @@
 import os
 import sys
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
 
 def settle() -> None:
     """Quiet TensorFlow, and huge pages for the CPU; may start the program over.
@@ -16,5 +18,5 @@ def settle() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it explains it at length
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -20,6 +20,7 @@ import sys
 import time
 
 import benchmarks
+import environment
 
 PEERS = {  # of pytorchcv, in its order of names
     "cfmz:20": "resnet20_cifar10",
@@ -81,7 +82,7 @@ class Player:
     def __init__(self, contestant: tuple, options: argparse.Namespace):
         self.contestant, self.speeds = contestant, []
         # The environment that main.py gives a run; PyTorch gets the same.
-        tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        tunables = {"GLIBC_TUNABLES": environment.HUGE_PAGES}
         self._images = options.batch_size * options.steps
         command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
         self._process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """Batches of photographs: the same from each format, from any start, of any threads."""
 
+import csv
 import itertools
 import pathlib
 import subprocess
@@ -328,3 +329,5 @@ def test_a_net_learns_the_classes_of_the_folders(config, tmp_path):
     trained.eval.update(batch_size=24, every_epochs=6.0)
     result = train.train_and_evaluate(trained, tmp_path / "run")
     assert result["test_accuracy"] > 0.6  # by chance 0.25
+    told = csv.DictReader((tmp_path / "run" / "per_class.csv").open())
+    assert [row["class"] for row in told] == sorted(CLASSES)
