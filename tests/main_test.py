@@ -250,8 +250,9 @@ def test_memory_that_does_not_suffice_is_told(tmp_path, cache):
         "train.batch_size": 2000,  # half a terabyte of VGG's maps
     }
     flags = line("configs/xvgg.py", tmp_path / "run", fields)
+    process = launch.start(flags, cache)
     most = 2**38  # bytes, for systems that promise more than they have
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    code, out, err = launch.finish(launch.start(flags, cache, preexec_fn=limit))
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (most, most))
+    code, out, err = launch.finish(process)
     result = {"code": code, "out": out, "err": err}
     refused(result, "out of memory train.batch_size eval.batch_size bfloat16")
