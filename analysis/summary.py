@@ -20,8 +20,10 @@ from nets import cost
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NO_FAMILY = ("common", "__init__")
-HEADER = ("family", "variant", "data", "parameters", "dense", "MACs", "layers")
-HEADER += ("published", "error")  # parameters and operations as printed; test error
+HEADER = (
+    *("family", "variant", "data", "parameters", "dense", "MACs", "layers"),
+    *("published", "error"),  # parameters and operations as printed; test error
+)
 WIDTHS = ("18", "24", "12", ">12", ">12", ">10", ">6", "14", "")
 LAYER_HEADER = ("layer", "kind", "output", "parameters", "dense", "MACs")
 LAYER_WIDTHS = ("32", "14", "14", ">12", ">12", ">14")

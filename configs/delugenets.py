@@ -18,9 +18,8 @@ def _cifar(layers, parameters, errors, printed, width=1.0):
     return common.cifar(net, parameters, errors, README, printed)
 
 
-def _imagenet(layers, parameters, top1, top5, *printed):
-    """printed: parameters; and operations, twice our multiply-adds and some more."""
-    size, operations = printed
+def _imagenet(layers, parameters, top1, top5, size, operations):
+    """size, operations: as printed; the latter are twice our MACs and some more."""
     row = Published(top1, "best", f"{README}, single 224 crop", size, top5, operations)
     net = {"name": "delugenet", "layers": layers, "width": 1.0, "form": "imagenet"}
     return Variant(net, {IMAGENET: parameters}, {IMAGENET: row})
