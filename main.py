@@ -58,7 +58,8 @@ def main(_):
 
 def _log_plainly():
     """Our progress lines and everybody's warnings, without absl's prefix."""
-    logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
     here, handler = os.path.dirname(train.__file__), logging.get_absl_handler()
 
     def wanted(record):

@@ -19,8 +19,10 @@ def machine(device_kind: str, cores: int | None = None) -> str:
 
 
 def write(name: str, rows: list[dict]) -> None:
-    """The rows as results/NAME.csv."""
+    """The rows as results/NAME.csv; a part of that table as NAME-part.csv beside it."""
     path = RESULTS / f"{name}.csv"
+    if path.exists() and len(path.read_text().splitlines()) > len(rows) + 1:
+        path = RESULTS / f"{name}-part.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

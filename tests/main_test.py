@@ -115,6 +115,7 @@ def results(cache, tmp_path_factory):
         runs["damaged rows"] = arguments(cut)
         runs["changed"] = arguments(copy("changed"), train__log_every_steps=9)
         runs["fewer epochs"] = arguments(copy("fewer"), train__epochs=0.4)
+        runs["quiet"] = arguments(copy("quiet"), DIGITS, "--verbosity=-1")
         runs["short"] = arguments(folder / "short", train__epochs=0.1)
         for which in ("last", "best", 180, 181, "first"):
             # What only training minds does not matter.
@@ -187,6 +188,11 @@ def test_a_changed_field_is_told(results):
     said = results["changed"]["err"]
     assert "started with train.log_every_steps = 10, it goes on with 9" in said
     assert results["changed"]["code"] == 0
+
+
+def test_a_quiet_run_says_nothing(results):
+    assert results["quiet"]["code"] == 0
+    assert results["quiet"]["out"] + results["quiet"]["err"] == ""
 
 
 def test_eval_takes_the_checkpoint_that_is_asked_for(results, cache):
