@@ -1,8 +1,9 @@
-"""Data sets as their authors publish them: CIFAR's archives, SVHN's .mat files.
+"""Files of arrays: CIFAR's archives and SVHN's .mat as published, a user's .npz.
 
-Where config.data.dir holds no prepared TFDS set of the name, it may hold one of these,
-as downloaded or unpacked. A pickle can run any code when it is read, so CIFAR's are
-read by an unpickler that knows numpy arrays and nothing else.
+Where config.data.dir holds no prepared TFDS set of the name, it may hold one of the
+former, as downloaded or unpacked. A pickle can run any code when it is read, and an
+array of pointers is as bad, so CIFAR's are read by an unpickler that makes arrays of
+integers from bytes and nothing else.
 """
 
 import gzip
@@ -154,9 +155,11 @@ def _binary(content: bytes, label: int):
 
 
 def _pickled(content: bytes, label: bytes):
+    keys = (b"data", label)
     try:
-        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        rows, labels = np.asarray(batch[b"data"]), np.asarray(batch[label], np.int32)
+        batch = _IntegersOnly(io.BytesIO(content), encoding="bytes").load()
+        rows, labels = (getattr(batch[key], "array", batch[key]) for key in keys)
+        rows, labels = np.asarray(rows), np.asarray(labels, np.int32)
     except ArchiveError:
         raise
     except Exception as error:  # damaged pickles raise anything
@@ -167,23 +170,108 @@ def _pickled(content: bytes, label: bytes):
     return rows, labels
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Builds what numpy arrays are pickled as; refuses every other name."""
+class _Type:
+    """Takes the place of numpy.dtype in a pickle."""
 
-    ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),  # how Python 3 pickles bytes for Python 2
-        }
-    )
+    def __init__(self, name, *_):
+        name = name.decode() if isinstance(name, bytes) else name
+        if name not in ("u1", "i4", "i8"):
+            raise ArchiveError(f"its pickle asks for numbers of type {name!r}: refused")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Takes the place of numpy.ndarray in a pickle."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, content = state
+        array = np.frombuffer(content, kind.dtype)
+        self.array = array.reshape(shape, order="F" if fortran else "C")
+
+
+def _encode(text, encoding):
+    """How Python 3 pickles bytes for Python 2."""
+    if encoding != "latin1":
+        raise ArchiveError(f"its pickle asks for text in {encoding!r}: refused")
+    return text.encode("latin1")
+
+
+_STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): None,  # an argument of the former
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _IntegersOnly(pickle.Unpickler):
+    """Builds what arrays of integers are pickled as; refuses every other name."""
 
     def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in _STAND_INS:
             raise ArchiveError(f"its pickle asks for {module}.{name}: refused")
-        return super().find_class(module, name)
+        return _STAND_INS[module, name]
+
+
+def npz(path: pathlib.Path, split: str):
+    """The arrays x_train, y_train, x_test and y_test of a file of numpy.savez.
+
+    x: uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); y: integers from 0, (N,) or
+    (N, 1). An optional num_classes; without it the largest label of both splits + 1.
+    Grey images get three equal channels.
+    """
+    if not path.is_file():
+        raise ArchiveError(f"no file {path.absolute()} (--config.data.name, .dir)")
+    try:
+        with np.load(path) as file:  # numpy refuses pickles by default
+            missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
+            names = {f"x_{split}", "y_train", "y_test", "num_classes"}
+            arrays = {name: file[name] for name in names & set(file.files)}
+    except Exception as error:  # zip files raise anything
+        reason = str(error) or type(error).__name__
+        raise ArchiveError(f"{path} is damaged or no .npz: {reason}") from error
+    if missing:
+        raise ArchiveError(f"{path} lacks the arrays {', '.join(sorted(missing))}")
+    images = arrays[f"x_{split}"]
+    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
+    colour = images.ndim == 4 and images.shape[-1] == 3
+    if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape[1:]:
+        raise ArchiveError(
+            f"{path}: x_{split} is {images.dtype} {images.shape}, not uint8 (N, H, W), "
+            "(N, H, W, 1) or (N, H, W, 3)"
+        )
+    for name in ("y_train", "y_test"):
+        array, n = arrays[name], arrays[name].size
+        if array.dtype.kind not in "iu" or array.shape not in ((n,), (n, 1)):
+            raise ArchiveError(
+                f"{path}: {name} is {array.dtype} {array.shape}, not integers (N,)"
+            )
+    labels = arrays[f"y_{split}"].reshape(-1)
+    if len(labels) != len(images):
+        raise ArchiveError(
+            f"{path}: {len(images)} {split} images, {len(labels)} labels"
+        )
+    if grey:
+        images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=-1)
+    if "num_classes" in arrays:
+        if arrays["num_classes"].shape or arrays["num_classes"].dtype.kind not in "iu":
+            raise ArchiveError(f"{path}: num_classes is not one integer")
+        return images, labels, int(arrays["num_classes"])
+    both = arrays["y_train"].size + arrays["y_test"].size
+    largest = max(int(arrays[y].max(initial=0)) for y in ("y_train", "y_test"))
+    if largest >= both:
+        raise ArchiveError(
+            f"{path}: a label is {largest}, more than there are images ({both}): an "
+            "array num_classes must say how many classes there are"
+        )
+    return images, labels, largest + 1
 
 
 def _svhn(root: pathlib.Path, parts: list[str]):

@@ -297,7 +297,7 @@ def write_text(path: str | os.PathLike, text: str):
     draft = path.with_name(f".{path.name}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w") as file:
+        with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # else the rename may outlive the content

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -134,6 +135,12 @@ def _read(data: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray, tuple]:
     return images, checked(data.name, split, labels, len(names)), names
 
 
+def in_memory_only(data: ConfigDict) -> bool:
+    """Whether a set that TFDS has not prepared is one of small images."""
+    arrays = data.name == "digits" or data.name.endswith(".npz")
+    return arrays or archives.find(root_of(data), data.name) is not None
+
+
 def checked(name: str, split: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """The labels as int32; raises DataError if there are none, or one out of range."""
     if not len(labels):
@@ -186,41 +193,11 @@ def _digits(data: ConfigDict, split: str):
 
 
 def _npz(data: ConfigDict, split: str):
-    """x_train, y_train, x_test, y_test of a file; data.dir is where its path starts.
-
-    x: uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); y: integers from 0, (N,) or
-    (N, 1). An optional num_classes; without it the largest label of both splits + 1.
-    """
-    path = pathlib.Path(data.dir).expanduser() / pathlib.Path(data.name).expanduser()
-    if not path.is_file():
-        raise DataError(f"no file {path.absolute()} (--config.data.name, .dir)")
-    with reading(path), np.load(path) as file:  # numpy refuses pickles by default
-        missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
-        names = {f"x_{split}", "y_train", "y_test", "num_classes"} & set(file.files)
-        arrays = {name: file[name] for name in names}
-    if missing:
-        raise DataError(f"{path} lacks the arrays {', '.join(sorted(missing))}")
-    images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    if len(labels) != len(images):
-        raise DataError(f"{path}: {len(images)} {split} images, {len(labels)} labels")
-    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
-    if images.dtype != np.uint8 or not (grey or images.shape[3:] == (3,)):
-        raise DataError(
-            f"{path}: x_{split} is {images.dtype} {images.shape}, not uint8 (N, H, W), "
-            "(N, H, W, 1) or (N, H, W, 3)"
-        )
-    for name in ("y_train", "y_test"):
-        array, n = arrays[name], arrays[name].size
-        if array.dtype.kind not in "iu" or array.shape not in ((n,), (n, 1)):
-            raise DataError(
-                f"{path}: {name} is {array.dtype} {array.shape}, not integers (N,)"
-            )
-    if grey:
-        images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=-1)
-    largest = max(arrays[y].max(initial=0) for y in ("y_train", "y_test"))
-    with reading(path):
-        num_classes = int(arrays.get("num_classes", largest + 1))
-    return images, labels.reshape(-1), num_classes
+    home = pathlib.Path(data.dir).expanduser()
+    try:
+        return archives.npz(home / pathlib.Path(data.name).expanduser(), split)
+    except archives.ArchiveError as error:
+        raise DataError(str(error)) from error
 
 
 def _tfds(data: ConfigDict, split: str):
@@ -266,7 +243,8 @@ def fetched(data: ConfigDict) -> pathlib.Path:
     base = _base(data.name)
     if nearest := downloads.nearest(root, base, (*STATISTICS, *archives.SVHN)):
         raise DataError(
-            f"no data set is called {base!r}; nearest: {', '.join(nearest)}, or an .npz"
+            f"no data set is called {base!r}; nearest: {', '.join(nearest)}, or an "
+            f".npz; {root.absolute()} has no folder {data.name}/train/CLASS either"
         )
     if not data.download:
         wanted = ["a TFDS folder", f"{data.name}/train/CLASS/*.jpg"]
@@ -366,35 +344,50 @@ def _prepared(data: ConfigDict, directory: pathlib.Path, split: str):
                 records = tfrecords.source(builder, split).__getitems__(range(expected))
             if len(records) != expected:
                 raise ValueError(f"{len(records)} {split} records, not {expected}")
-            images, labels = _decode(records, *keys, image, label)
+            skip = data.on_error == "skip"
+            images, labels = _decode(records, *keys, image, label, skip)
             return {"images": images, "labels": labels}
 
     key = f"{builder.info.full_name.replace('/', '-')}-{split}-{digest:08x}"
-    arrays = cache.kept(data.cache_dir, key, decode)
+    arrays = cache.kept(data.cache_dir, f"{key}-{data.on_error}", decode)
+    lost = builder.info.splits[split].num_examples - len(arrays["labels"])
+    if lost:
+        logging.warning("%d damaged images of %s, %s left out", lost, directory, split)
     return arrays["images"], arrays["labels"], label.names
 
 
-def _decode(records: list[bytes], image_key, label_key, image, label):
-    """Serialized examples -> images (N, H, W, 3) uint8, labels (N,) int64."""
+def _decode(records: list[bytes], image_key, label_key, image, label, skip: bool):
+    """Serialized examples -> images (N, H, W, 3) uint8, labels (N,) int64.
+
+    skip: leaves out those that cannot be decoded, and raises only if none can.
+    """
     import tensorflow_datasets as tfds
 
     features = tfds.features.FeaturesDict({image_key: image, label_key: label})
     # Pillow and an accurate TensorFlow agree to the bit; TensorFlow's default is the
     # fast DCT, which darkens red and blue by a grey level.
-    skip = {image_key: tfds.decode.SkipDecoding()}
+    as_stored = {image_key: tfds.decode.SkipDecoding()}
     height, width, _ = image.shape
     images = np.empty((len(records), height, width, 3), np.uint8)
-    labels = np.empty(len(records), np.int64)
+    labels, good = np.empty(len(records), np.int64), np.ones(len(records), bool)
+
+    def decode_one(i):
+        example = features.deserialize_example_np(records[i], decoders=as_stored)
+        picture = Image.open(io.BytesIO(example[image_key]))
+        if picture.size != (width, height):
+            raise ValueError(f"it is {picture.size}, not {(width, height)}")
+        images[i], labels[i] = crops.rgb(picture), example[label_key]
 
     def decode(start):
         for i in range(start, min(start + 500, len(records))):
-            example = features.deserialize_example_np(records[i], decoders=skip)
-            picture = Image.open(io.BytesIO(example[image_key]))
-            if picture.size != (width, height):
-                raise ValueError(f"image {i} is {picture.size}, not {(width, height)}")
-            images[i] = crops.rgb(picture)
-            labels[i] = example[label_key]
+            try:
+                decode_one(i)
+            except Exception as error:  # Pillow raises anything on damaged files
+                if not skip:
+                    remedy = "--config.data.on_error=skip leaves such images out"
+                    raise ValueError(f"image {i}: {error} ({remedy})") from error
+                good[i] = False
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(decode, range(0, len(records), 500)))
-    return images, labels
+    return (images, labels) if good.all() else (images[good], labels[good])

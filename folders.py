@@ -93,6 +93,7 @@ def decode(
             failures.append(failure)
             continue
         if images is None:
+            _refuse_too_large(len(paths), pixels)
             images = np.empty((len(paths), *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:
             sizes = [
@@ -111,6 +112,17 @@ def decode(
             "%d pictures are left out: %s", len(failures), "; ".join(failures[:3])
         )
     return images[: len(kept)], np.array(kept)
+
+
+def _refuse_too_large(count: int, pixels: np.ndarray) -> None:
+    """Raises FolderError if so many such pictures exceed the machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := count * pixels.nbytes) > memory:
+        raise FolderError(
+            f"{count} pictures of {pixels.shape[1]}x{pixels.shape[0]} take "
+            f"{needed / 1e9:.0f} GB of {memory / 1e9:.0f} GB of memory: "
+            "--config.data.crop=inception reads them as they are needed"
+        )
 
 
 def _place(directory: pathlib.Path, split: str) -> pathlib.Path:

@@ -95,6 +95,11 @@ def load(data: ConfigDict, split: str) -> Photographs:
         raise DataError(f"data.image_size={data.image_size} must be 8 or more")
     root = data_sources.root_of(data)
     directory = data_sources.find(root, data.name)
+    if directory is None and data_sources.in_memory_only(data):
+        raise DataError(
+            f"{data.name} is small images, kept in memory; data.crop={data.crop!r} "
+            "reads photographs: set --config.data.crop=pad"
+        )
     if directory is None and (folder := folders.find(root, data.name)):
         labels, *source = _of_folder(folder, split)
     else:

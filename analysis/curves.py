@@ -27,7 +27,7 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
 
     Raises ValueError for a folder that holds no run with an evaluation.
     """
-    groups, names = {}, {}
+    groups, names, seen = {}, {}, {}
     for workdir in dict.fromkeys(run for path in workdirs for run in _runs(path)):
         try:
             config = json.loads((workdir / "config.json").read_text())
@@ -42,6 +42,9 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
         if like not in alike:
             alike.append(like)
         number = alike.index(like)
+        run = (name, number, config["seed"])
+        if (other := seen.setdefault(run, workdir)) != workdir:
+            raise ValueError(f"{workdir} repeats the run and seed of {other}")
         label = f"{name} ({number + 1})" if number else name
         groups.setdefault(label, []).append(rows)
     return groups

@@ -122,6 +122,31 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, packed):
     assert target.exists()
 
 
+class Pointers:
+    """An array of objects at an address of the attacker's choice."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype(object), b"\x41" * 8)
+
+
+class Restored:
+    """The same, in the way that numpy pickles arrays."""
+
+    def __reduce__(self):
+        state = (1, (1,), np.dtype(object), False, b"\x41" * 8)
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
+
+
+@pytest.mark.parametrize("content", [Pointers(), Restored()])
+@pytest.mark.parametrize("key", [b"data", b"labels"])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_no_array_of_pointers_is_made(content, key, protocol):
+    """Where one is made, its first use ends the process."""
+    batch = {b"data": rows(images()), b"labels": list(range(COUNT)), key: content}
+    with pytest.raises(archives.ArchiveError, match=r"damaged|refused"):
+        archives._pickled(pickle.dumps(batch, protocol), b"labels")
+
+
 @pytest.mark.parametrize(("name", "archive"), ARCHIVES)
 def test_what_is_missing_is_named(tmp_path, name, archive):
     last = archive.splits["test"][-1]

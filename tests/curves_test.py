@@ -51,6 +51,12 @@ def test_the_seeds_of_a_workdir_are_found_and_a_run_counts_once(tmp_path):
     assert [len(runs) for runs in groups.values()] == [3]
 
 
+def test_a_run_repeated_is_no_second_one(tmp_path):
+    runs = [save(tmp_path / name, [0.5, 0.8]) for name in "ab"]
+    with pytest.raises(ValueError, match=r"/b repeats the run and seed of .*/a"):
+        curves.read(runs)
+
+
 def test_what_came_less_far_is_a_row_of_its_own(tmp_path):
     runs = [save(tmp_path / "a", [0.5, 0.8]), save(tmp_path / "b", [0.5], seed=1)]
     assert [len(runs) for runs in curves.read(runs).values()] == [1, 1]

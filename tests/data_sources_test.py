@@ -10,7 +10,8 @@ import urllib.request
 
 import numpy as np
 import pytest
-from tfds_writer import FORMATS, pixels, png, write_set
+from absl import logging
+from tfds_writer import FORMATS, pixels, png, save_npz, write_set
 
 import data_sources
 import downloads
@@ -151,6 +152,29 @@ def test_sets_that_cannot_be_trained_on_are_refused(data, change, message):
         data_sources.load(data, "train")
 
 
+def test_images_that_cannot_be_decoded_are_left_out_if_asked_for(data, monkeypatch):
+    images, said = pixels("train", 23), []
+    encoded = [(png(image), i % 3) for i, image in enumerate(images)]
+    encoded[4] = (b"no picture", 1)
+    encoded[9] = (encoded[9][0][:-30], 0)
+    write_set(data.dir, "tfrecord", encoded={"train": encoded, "test": encoded[:4]})
+    with pytest.raises(DataError, match=r"image [49]: .*--config\.data\.on_error=skip"):
+        data_sources.load(data, "train")
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *args: said.append(text % args)
+    )
+    data.on_error = "skip"
+    for _ in range(2):  # the second comes from the cache
+        examples = data_sources.load(data, "train")
+        kept = np.delete(np.arange(23), (4, 9))
+        np.testing.assert_array_equal(examples.images, images[kept])
+        np.testing.assert_array_equal(examples.labels, kept % 3)
+        assert said.pop().startswith("2 damaged images of ")
+    data.on_error = "raise"  # nor does the cache hide them
+    with pytest.raises(DataError, match="image"):
+        data_sources.load(data, "train")
+
+
 def test_missing_data_names_the_directory_and_the_ways_out(data, monkeypatch):
     data.name = "cifar10"
     with pytest.raises(DataError) as error:
@@ -171,6 +195,7 @@ def test_missing_data_names_the_directory_and_the_ways_out(data, monkeypatch):
         ("../cifar10", "no data set is called '..'; nearest: cifar10, cifar100, "),
         ("*", r"no data set is called '\*'; nearest: cifar10, cifar100, "),
         ("", "no data set is called ''; nearest: cifar10, cifar100, "),
+        ("modes", "nearest: .*, or an .npz; /.* has no folder modes/train/CLASS"),
         ("/", "^/: no /train/CLASS"),
         ("/nowhere/flowers", "^/nowhere/flowers: no /nowhere/flowers/train/CLASS"),
     ],
@@ -227,77 +252,6 @@ def test_a_download_is_loaded_and_an_unfriendly_server_is_no_obstacle(
     monkeypatch.setattr("tensorflow_datasets.list_builders", lambda **_: ["tiny"])
     data.download = True
     assert len(data_sources.load(data, "train").labels) == 23
-
-
-def save_npz(tmp_path, **change):
-    arrays = {
-        "x_train": pixels("train", 9),
-        "y_train": np.arange(9) % 4,
-        "x_test": pixels("test", 4),
-        "y_test": np.arange(4),
-    } | change
-    path = tmp_path / "mine.npz"
-    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
-    return path
-
-
-@pytest.mark.parametrize("absolute", [True, False])
-def test_npz_gives_its_arrays(data, tmp_path, absolute):
-    path = save_npz(tmp_path, y_train=(np.arange(9) % 4)[:, None].astype(np.uint8))
-    data.name = str(path) if absolute else path.name
-    examples = data_sources.load(data, "train")
-    np.testing.assert_array_equal(examples.images, pixels("train", 9))
-    np.testing.assert_array_equal(examples.labels, np.arange(9) % 4)
-    assert (examples.labels.dtype, examples.num_classes) == (np.int32, 4)
-    assert len(data_sources.load(data, "test").labels) == 4
-
-
-@pytest.mark.parametrize("shape", [(9, 8, 6), (9, 8, 6, 1)])
-def test_npz_may_be_grey_and_have_more_classes_than_labels(data, tmp_path, shape):
-    grey = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
-    data.name = str(save_npz(tmp_path, x_train=grey, num_classes=11))
-    examples = data_sources.load(data, "train")
-    assert examples.num_classes == 11
-    for channel in range(3):
-        np.testing.assert_array_equal(
-            examples.images[..., channel], grey.reshape(9, 8, 6)
-        )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(x_train=np.zeros((9, 8, 6, 3), np.float32)), "x_train is float32"),
-        (dict(x_train=np.zeros((9, 3, 8, 6), np.uint8)), "not uint8"),
-        (dict(x_train=np.zeros((9, 48), np.uint8)), "not uint8"),
-        (dict(x_train=np.zeros((8, 8, 6, 3), np.uint8)), "8 train images, 9 labels"),
-        (dict(y_train=np.zeros(9)), "y_train is float64"),
-        (dict(y_test=np.zeros((4, 10), np.int64)), "y_test is int64"),
-        (dict(y_train=np.arange(9) - 1), r"-1\.\.7"),
-        (dict(num_classes=3), r"0\.\.3, not in 0\.\.2"),
-        (dict(num_classes=np.array("ten")), "damaged"),
-        (dict(x_test=None), "lacks the arrays x_test"),
-        (dict(x_train=np.array([{}] * 9, object)), "damaged"),  # a pickle: not opened
-        (dict(x_train=np.zeros((0, 8, 6, 3), np.uint8), y_train=np.arange(0)), "empty"),
-    ],
-)
-def test_npz_that_does_not_fit_is_refused(data, tmp_path, change, message):
-    data.name = str(save_npz(tmp_path, **change))
-    with pytest.raises(DataError, match=message):
-        data_sources.load(data, "train")
-
-
-def test_npz_missing_or_damaged_is_named(data, tmp_path):
-    path = save_npz(tmp_path)
-    content = path.read_bytes()
-    data.name = str(path)
-    for damaged in (b"", content[:-50], b"text" + content[4:]):
-        path.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{path} is damaged"):
-            data_sources.load(data, "train")
-    path.unlink()
-    with pytest.raises(DataError, match=f"no file {path}"):
-        data_sources.load(data, "train")
 
 
 def test_digits_are_the_real_ones_every_fifth_a_test_image(data):

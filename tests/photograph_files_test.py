@@ -1,5 +1,6 @@
 """What is missing, damaged or misnamed among photographs is told at once."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def test_class_folders_must_agree(own):
         (dict(name="tinny"), "nearest: tiny"),
         (dict(crop="pad", on_error="ignore"), "'ignore': choose from raise, skip"),
         (dict(crop="pad"), "several sizes need --config.data.crop=inception"),
-        (dict(name="digits"), "digits"),
+        (dict(name="digits"), "digits is small .*: set --config.data.crop=pad"),
+        (dict(name="my.npz"), "my.npz is small .*: set --config.data.crop=pad"),
     ],
 )
 def test_impossible_values_are_refused_at_once(own, change, message):
@@ -123,6 +125,15 @@ def test_damaged_pictures_of_one_size_are_named_or_left_out(small, warnings):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="none of 6 pictures is left"):
         input_pipeline.load(config.data, "train")
+
+
+def test_pictures_beyond_the_memory_are_refused(small, monkeypatch):
+    sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 359}  # one byte less than there are
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    with pytest.raises(DataError, match=r"6 pictures of 4x5 .*crop=inception"):
+        input_pipeline.load(small[0].data, "train")
+    sizes["SC_PAGE_SIZE"] += 1
+    assert len(input_pipeline.load(small[0].data, "train").labels) == 6
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])

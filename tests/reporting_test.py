@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+import os
 import re
 
 import jax.numpy as jnp
@@ -174,3 +175,10 @@ def test_confusion_says_which_class_is_taken_for_which(tmp_path):
     write_confusion(tmp_path, np.eye(1000, dtype=int))
     assert (tmp_path / "per_class.csv").exists()
     assert not (tmp_path / "confusion.csv").exists()
+
+
+def test_a_class_may_have_a_name_that_is_no_text(tmp_path):
+    """As the file system gives it: caf\xe9 of Latin 1."""
+    name = os.fsdecode(b"caf\xe9")
+    write_confusion(tmp_path, np.eye(2, dtype=int), (name, "tea"))
+    assert (tmp_path / "confusion.csv").read_bytes().startswith(b"caf\xe9,tea\n")

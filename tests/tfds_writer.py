@@ -114,3 +114,16 @@ def write_array_record(path, records):
 
 
 FORMATS = {"tfrecord": write_tfrecord, "array_record": write_array_record}
+
+
+def save_npz(tmp_path, **change):
+    """An .npz of 9 train and 4 test images with these arrays changed."""
+    arrays = {
+        "x_train": pixels("train", 9),
+        "y_train": np.arange(9) % 4,
+        "x_test": pixels("test", 4),
+        "y_test": np.arange(4),
+    } | change
+    path = tmp_path / "mine.npz"
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return path
