@@ -12,7 +12,7 @@ from absl import logging
 def directory(cache_dir: str = "") -> pathlib.Path:
     """cache_dir, or wirings in $XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache_dir or pathlib.Path(home, "wirings")).expanduser()
+    return pathlib.Path(os.path.expanduser(cache_dir or f"{home}/wirings"))
 
 
 def kept(

@@ -104,7 +104,8 @@ def normalization(data: ConfigDict, otherwise: Callable) -> tuple[tuple, tuple]:
     """
     mean, std = tuple(data.mean), tuple(data.std)
     if not (mean and std):
-        known = STATISTICS.get(_base(data.name)) or otherwise()
+        npz = data.name.endswith(".npz")  # in a folder of whatever name
+        known = (not npz and STATISTICS.get(_base(data.name))) or otherwise()
         mean, std = mean or known[0], std or known[1]
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise DataError(
@@ -193,9 +194,9 @@ def _digits(data: ConfigDict, split: str):
 
 
 def _npz(data: ConfigDict, split: str):
-    home = pathlib.Path(data.dir).expanduser()
+    home = pathlib.Path(os.path.expanduser(data.dir))
     try:
-        return archives.npz(home / pathlib.Path(data.name).expanduser(), split)
+        return archives.npz(home / os.path.expanduser(data.name), split)
     except archives.ArchiveError as error:
         raise DataError(str(error)) from error
 
@@ -217,7 +218,7 @@ def _tfds(data: ConfigDict, split: str):
 
 def root_of(data: ConfigDict) -> pathlib.Path:
     root = data.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(root).expanduser()
+    return pathlib.Path(os.path.expanduser(root))
 
 
 @contextlib.contextmanager

@@ -41,10 +41,10 @@ def main(_):
     except (ValueError, FloatingPointError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        reason = (str(error) or "MemoryError").splitlines()[0]
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
             raise
-        reason = str(error).splitlines()[0]
         sys.exit(
             "error: out of memory; choose a smaller --config.train.batch_size or "
             f".eval.batch_size, or --config.train.dtype=bfloat16 ({reason})"

@@ -44,11 +44,13 @@ class Clock:
         partial = config.train.last_batch == "partial"
         per_epoch = steps_per_epoch(num_examples, batch_size, partial)
         on_device = config.data.pipeline == "device"
+        if (total := step_of_epoch(config.train.epochs, per_epoch)) < 1:
+            raise ValueError(f"train.epochs={config.train.epochs} is not one step")
         return cls(
             steps_per_epoch=per_epoch,
             smaller_last=partial and num_examples % batch_size > 0,
             batch_size=batch_size,
-            total=step_of_epoch(config.train.epochs, per_epoch),
+            total=total,
             steps_per_dispatch=config.train.steps_per_dispatch if on_device else 1,
             log_every=config.train.log_every_steps,
             eval_every_epochs=config.eval.every_epochs,

@@ -33,6 +33,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "seed",
+    "net.graph_seed",
     "train.batch_norm_groups",
     "checkpoint.every_steps",
     "optimizer.learning_rate",
@@ -41,7 +42,9 @@ NOT_NEGATIVE = (
     "optimizer.momentum",
     "optimizer.weight_decay",
 )
-SHARES = ("train.label_smoothing", "train.ema")
+SHARES = ("train.label_smoothing", "train.ema", "net.dropout")
+NUMBERS = ("optimizer.drop_epochs", "data.mean", "data.std")
+SAME_IMAGES = ("data.dir", "data.cache_dir", "data.download", "data.pipeline")
 CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "train.last_batch": ("fill", "partial"),
@@ -84,6 +87,8 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
         return f"{given[0]}: there is no field {field!r}; {hint}"
     if missing := re.search("Flag (--.*) must have a value other than None", str(root)):
         return f"{missing[1]} is missing; {argv[0]} --help lists the flags"
+    if isinstance(root, (OSError, AttributeError)):
+        return f"--config: {root}"
     if not isinstance(error, (flags.Error, ValueError, TypeError)):
         raise error
     return str(root if "parsing config file" in str(error) else error)
@@ -127,6 +132,9 @@ def runs(
     One in the workdir itself, or config.seeds of them, with config.seed and the seeds
     after it, each in a folder of its own: workdir/seed0, ...
     """
+    if not str(workdir):
+        raise ValueError("--workdir is empty: where shall the run live?")
+    workdir = os.path.expanduser(workdir)
     if config.seeds < 1:
         raise ValueError(f"seeds={config.seeds} runs are none: choose at least 1")
     if config.seeds == 1:
@@ -158,6 +166,12 @@ def claimed(workdir: pathlib.Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last owner may have removed it since it was opened.
+            if (
+                not path.exists()
+                or os.fstat(file.fileno()).st_ino != path.stat().st_ino
+            ):
+                raise BlockingIOError
         except BlockingIOError as error:
             raise ValueError(
                 f"another process trains in {workdir}: wait for its end, or use "
@@ -187,8 +201,13 @@ def check_evaluation(config: ConfigDict, examples: input_pipeline.Split) -> None
             choices = " or ".join(choices)
             raise ValueError(f"{field} must be {choices}, got {fields[field]!r}")
     for field in SHARES:
-        if not 0 <= fields[field] < 1:
+        if not 0 <= fields.get(field, 0) < 1:
             raise ValueError(f"{field} must lie in [0, 1), got {fields[field]}")
+    for field in NUMBERS:
+        if not all(isinstance(x, (int, float)) for x in fields[field]):
+            raise ValueError(f"{field} must be numbers, got {fields[field]}")
+    if config.seed >= 2**32:
+        raise ValueError(f"seed must be less than 2**32, got {config.seed}")
     if config.net.num_classes != examples.num_classes:
         raise ValueError(
             f"the net has {config.net.num_classes} classes, data set "
@@ -298,14 +317,28 @@ def is_complete(config: ConfigDict, workdir: pathlib.Path, total: int) -> bool:
 
 def changes(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
     """What differs between a configuration and that of the workdir, if it has one."""
-    if not (workdir / "config.json").exists():
-        return []
-    old, new = _flat(load_config(workdir)), _flat(config)
     return [
-        f"this run was started with {x} = {old.get(x)}, it goes on with {new.get(x)}"
-        for x in sorted(old.keys() | new.keys())
-        if old.get(x) != new.get(x)
+        f"this run was started with {field} = {old}, it goes on with {new}"
+        for field, old, new in _changed(config, workdir)
     ]
+
+
+def evaluation_changes(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """Of those, what a test sees."""
+    return [
+        f"this run was trained with {field} = {old}, it is tested with {new}"
+        for field, old, new in _changed(config, workdir)
+        if field.startswith(("net.", "data.")) and field not in SAME_IMAGES
+    ]
+
+
+def _changed(config, workdir):
+    if not (workdir / "config.json").exists():
+        return
+    old, new = _flat(load_config(workdir)), _flat(config)
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            yield field, old.get(field), new.get(field)
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> dict:

@@ -7,7 +7,7 @@ import io
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -99,12 +99,19 @@ class Reporter:
 
     def close(self) -> None:
         self._flush()
-        if self._writer and (writer := self._writer.result()):
-            writer.close()
+        self._with_events(lambda writer: writer.close())
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
-        if self._writer and (writer := self._writer.result()):
-            writer.write_scalars(step, scalars)
+        self._with_events(lambda writer: writer.write_scalars(step, scalars))
+
+    def _with_events(self, use: Callable) -> None:
+        if not self._writer or not (writer := self._writer.result()):
+            return
+        try:
+            use(writer)
+        except Exception as error:  # TensorFlow's, of an earlier call: a full disk
+            logging.warning("no more TensorBoard events are written: %s", error)
+            self._writer = None
 
 
 def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:

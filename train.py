@@ -23,7 +23,7 @@ import metrics
 import nets
 import optimizers
 import preflight
-from checkpoints import Checkpoints, save_config
+from checkpoints import CheckpointError, Checkpoints, save_config
 from devices import REPLICATED, make_advance, make_mesh
 from nets.layers.norm import BatchNorm
 from optimizers import Clock
@@ -46,7 +46,7 @@ class TrainState:
 
     ema: averages of params and stats, which are evaluated; empty without train.ema.
     totals: sums of metrics since the last row of metrics.csv.
-    bad_step: the first step whose loss was not finite, -1 while there is none.
+    bad_step: the first step whose loss or new weights were not finite, or -1.
     """
 
     step: jax.Array
@@ -165,7 +165,9 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
         decay = jnp.minimum(program.ema, (1 + state.step) / (10 + state.step))
         new = _averaged({"params": params, "stats": stats})
         ema = optax.incremental_update(new, ema, 1 - decay)
-    bad = (state.bad_step < 0) & ~jnp.isfinite(sums["loss"])
+    # An update can explode after a sound loss, and must not be saved as sound.
+    sound = jnp.isfinite(sums["loss"]) & jnp.isfinite(optax.global_norm(params))
+    bad = (state.bad_step < 0) & ~sound
     return dataclasses.replace(
         state,
         step=state.step + 1,
@@ -189,7 +191,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     Returns the last row of metrics.csv (`step`, `epoch`, `learning_rate`, `train_*`,
     `test_*`) and the best one's `step` and `test_*` as `best_*`. A complete run is
     not repeated. Raises ValueError (DataError and CheckpointError among them) for
-    what cannot be run, FloatingPointError for a loss that is not finite, and
+    what cannot be run, FloatingPointError for what is no longer finite, and
     Preempted after SIGTERM.
     """
     workdir, mesh, started = pathlib.Path(workdir), make_mesh(), time.perf_counter()
@@ -246,6 +248,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                     saved = step
                 if terminated() and step < clock.total:
                     _preempted(checkpoints, workdir, saved)
+            checkpoints.wait()  # SIGTERM does not end the last one half written
         return summary(reporter.rows)
 
 
@@ -315,8 +318,13 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
         config, program.definition, program.normalization, mesh, examples
     )
     means, confusion = test(state.evaluated())
+    for change in preflight.evaluation_changes(config, pathlib.Path(workdir)):
+        logging.warning(change)
     names = examples.class_names
-    write_confusion(pathlib.Path(workdir), confusion, names, f"-{step}")
+    try:
+        write_confusion(pathlib.Path(workdir), confusion, names, f"-{step}")
+    except CheckpointError as error:  # somebody else's workdir, to be read only
+        logging.warning(error)
     return {"step": step} | means
 
 
@@ -333,13 +341,13 @@ def summary(rows: list[dict]) -> dict:
 
 
 def _refuse(bad_step: jax.Array, checkpoints: Checkpoints) -> None:
-    """Ends the run, before anything is saved, if a loss was not finite."""
+    """Ends the run, before anything is saved, if a step was not sound."""
     if (bad := int(bad_step)) < 0:
         return
     checkpoints.wait()
     good = checkpoints.steps()
     raise FloatingPointError(
-        f"the loss of step {bad} is not finite; "
+        f"the loss of step {bad}, or what it made of the weights, is not finite; "
         + (
             f"the last good checkpoint is step {good[-1]} in {checkpoints.directory}"
             if good

@@ -29,7 +29,13 @@ REFUSED = {
     "epochs": (DIGITS, {"train.epochs": -1.0}, "train.epochs positive -1"),
     "no epochs": (DIGITS, {"train.epochs": "nan"}, "train.epochs nan"),
     "endless": (DIGITS, {"train.epochs": "inf"}, "train.epochs inf"),
+    "no step": (DIGITS, {"train.epochs": 1e-10}, "train.epochs 1e-10 step"),
     "seed": (DIGITS, {"seed": -1}, "seed -1"),
+    "large seed": (DIGITS, {"seed": 2**32}, "seed 2**32 4294967296"),
+    "graph seed": (DIGITS, {"net.graph_seed": -1}, "net.graph_seed -1"),
+    "dropout": (DIGITS, {"net.dropout": 2.0}, "net.dropout [0, 1), 2.0"),
+    "reduction": (DIGITS, {"net.reduction": 0.0}, "expander 0 output channels"),
+    "no numbers": (DIGITS, {"optimizer.drop_epochs": "('a',)"}, "drop_epochs 'a'"),
     "momentum": (DIGITS, {"optimizer.momentum": -0.9}, "optimizer.momentum -0.9"),
     "schedule": (DIGITS, {"optimizer.drop_epochs": "(3.0,1.0)"}, "drop_epochs 3.0 1.0"),
     "both momenta": (
@@ -65,6 +71,8 @@ REFUSED = {
     "data name": (CIFAR, {"data.name": "cifar11", "data.dir": "/nowhere"}, "cifar10"),
     "no such mode": (DIGITS, {"--mode": "test"}, "mode test train eval"),
     "stray word": (DIGITS, {"again": None}, "'again'"),
+    "config folder": ("configs", {}, "--config directory 'configs'"),
+    "no workdir": (DIGITS, {"--workdir": ""}, "--workdir empty"),
     "no config": (None, {}, "--config --help"),
 }
 # The same of runs in a workdir that is there already.

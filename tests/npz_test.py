@@ -66,6 +66,14 @@ def test_npz_that_does_not_fit_is_refused(data, tmp_path, change, message):
         data_sources.load(data, "train")
 
 
+def test_npz_in_a_folder_called_like_a_set_has_its_own_statistics(data, tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    save_npz(tmp_path / "cifar10")
+    data.name = "cifar10/mine.npz"
+    mean = pixels("train", 9).astype(np.float64).mean((0, 1, 2))
+    np.testing.assert_allclose(data_sources.load(data, "test").mean, mean)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])
 def test_npz_may_use_the_largest_label_of_its_type(data, tmp_path, dtype):
     labels = np.full(9, np.iinfo(dtype).max)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -17,6 +18,7 @@ from stepping import BATCH, SLOWLY, Compilations, Steps, configured, save_images
 
 import input_pipeline
 import nets
+import preflight
 import train
 from devices import make_device_steps, make_mesh
 from nets.layers.wiring import KINDS
@@ -247,25 +249,21 @@ def numbered(events):
     return zip(counts, events, strict=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(npz, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("jump", "epoch"), [(13, 2.0), (15, 2.4)])
+def test_what_is_not_finite_ends_the_run(npz, tmp_path, jump, epoch):
+    """Nor is it saved: step 15 has a sound loss and makes the weights of step 16."""
     config = configured(npz, train__epochs=100.0, checkpoint__every_steps=4)
-    # The rate jumps at step 13: everything before is sound.
-    config.optimizer.update(drop_epochs=(2.0,), drop_factor=1e30)
+    config.optimizer.update(drop_epochs=(epoch,), drop_factor=1e30)
     config.eval.every_epochs = 100.0
     with pytest.raises(FloatingPointError) as error:
         train.train_and_evaluate(config, tmp_path)
-    said = re.match(
-        r"the loss of step (\d+) is not finite; .* is step (\d+) in", str(error.value)
-    )
+    said = re.match(r"the loss of step (\d+), or .* is step (\d+) in", str(error.value))
     bad, good = map(int, said.groups())
-    assert 13 < bad <= 15
-    assert good == 12
+    assert (bad, good) == (jump, 12)
     with train.Checkpoints(tmp_path) as saved:
         assert max(saved.steps()) == 12
     # The same command ends the same way, and names the same steps.
-    with pytest.raises(
-        FloatingPointError, match=f"step {bad} is not finite.* step 12 in"
-    ):
+    with pytest.raises(FloatingPointError, match=f"of step {bad}, .* step 12 in"):
         train.train_and_evaluate(config, tmp_path)
 
 
@@ -291,7 +289,6 @@ def test_both_pipelines_give_the_same_run(npz, tmp_path):
         config = configured(npz, data__pipeline=pipeline)
         train.train_and_evaluate(config, tmp_path / pipeline)
         rows[pipeline] = read_rows(tmp_path / pipeline / "metrics.csv")
-    print(rows)
     assert rows["device"] == rows["tf.data"]
 
 
@@ -331,6 +328,40 @@ def test_a_run_in_a_thread_of_a_notebook(npz, tmp_path):
     again = train.train_and_evaluate(config, tmp_path)
     assert again == result
     assert train.evaluate_checkpoint(config, tmp_path).items() <= result.items()
+
+
+def test_what_differs_in_a_test_is_told_and_need_not_be_written(
+    npz, tmp_path, monkeypatch
+):
+    said, config = [], configured(npz, train__epochs=0.5)
+    result = train.train_and_evaluate(config, tmp_path)
+
+    def refuse(*_):
+        raise train.CheckpointError("per_class-4.csv cannot be written")
+
+    monkeypatch.setattr(train, "write_confusion", refuse)
+    monkeypatch.setattr(train.logging, "warning", lambda text: said.append(str(text)))
+    config.data.update(std=(500.0, 500.0, 500.0), cache_dir=str(tmp_path))
+    config.optimizer.learning_rate = 2.0
+    assert train.evaluate_checkpoint(config, tmp_path)["step"] == result["step"]
+    assert [text.split()[:6] for text in said] == [
+        ["this", "run", "was", "trained", "with", "data.std"],
+        ["per_class-4.csv", "cannot", "be", "written"],
+    ]
+
+
+def test_a_lock_that_its_owner_removes_is_not_taken(tmp_path, monkeypatch):
+    """Else the next run would make another, and hold it too."""
+    flock = fcntl.flock
+
+    def late(file, how):
+        (tmp_path / ".lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    claim = preflight.claimed(tmp_path)
+    with pytest.raises(ValueError, match="another process trains"), claim:
+        pass
 
 
 def test_it_learns(npz, tmp_path):

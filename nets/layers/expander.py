@@ -31,6 +31,9 @@ class Expander(nnx.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, degree: int, sampling: str):
+        for side, channels in (("input", in_channels), ("output", out_channels)):
+            if channels < 1:
+                raise ValueError(f"an expander with {channels} {side} channels")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.degree, self.sampling = degree, sampling
         self.num_edges = connectivity.num_edges(
