@@ -107,7 +107,8 @@ def normalization(data: ConfigDict, otherwise: Callable) -> tuple[tuple, tuple]:
         npz = data.name.endswith(".npz")  # in a folder of whatever name
         known = (not npz and STATISTICS.get(_base(data.name))) or otherwise()
         mean, std = mean or known[0], std or known[1]
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    numbers = all(isinstance(x, (int, float)) for x in (*mean, *std))
+    if not numbers or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise DataError(
             f"data.mean={mean}, data.std={std}: 3 numbers each, std positive"
         )
@@ -360,7 +361,7 @@ def _prepared(data: ConfigDict, directory: pathlib.Path, split: str):
 def _decode(records: list[bytes], image_key, label_key, image, label, skip: bool):
     """Serialized examples -> images (N, H, W, 3) uint8, labels (N,) int64.
 
-    skip: leaves out those that cannot be decoded, and raises only if none can.
+    Raises ValueError for those that cannot be decoded, or skips them.
     """
     import tensorflow_datasets as tfds
 

@@ -42,9 +42,9 @@ def main(_):
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        reason = (str(error) or "MemoryError").splitlines()[0]
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        reason = (str(error) or "MemoryError").splitlines()[0]
         sys.exit(
             "error: out of memory; choose a smaller --config.train.batch_size or "
             f".eval.batch_size, or --config.train.dtype=bfloat16 ({reason})"

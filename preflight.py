@@ -43,7 +43,6 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
 )
 SHARES = ("train.label_smoothing", "train.ema", "net.dropout")
-NUMBERS = ("optimizer.drop_epochs", "data.mean", "data.std")
 SAME_IMAGES = ("data.dir", "data.cache_dir", "data.download", "data.pipeline")
 CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
@@ -167,10 +166,7 @@ def claimed(workdir: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last owner may have removed it since it was opened.
-            if (
-                not path.exists()
-                or os.fstat(file.fileno()).st_ino != path.stat().st_ino
-            ):
+            if not os.fstat(file.fileno()).st_nlink:
                 raise BlockingIOError
         except BlockingIOError as error:
             raise ValueError(
@@ -203,9 +199,9 @@ def check_evaluation(config: ConfigDict, examples: input_pipeline.Split) -> None
     for field in SHARES:
         if not 0 <= fields.get(field, 0) < 1:
             raise ValueError(f"{field} must lie in [0, 1), got {fields[field]}")
-    for field in NUMBERS:
-        if not all(isinstance(x, (int, float)) for x in fields[field]):
-            raise ValueError(f"{field} must be numbers, got {fields[field]}")
+    epochs = config.optimizer.drop_epochs
+    if not all(isinstance(epoch, (int, float)) for epoch in epochs):
+        raise ValueError(f"optimizer.drop_epochs must be numbers, got {epochs}")
     if config.seed >= 2**32:
         raise ValueError(f"seed must be less than 2**32, got {config.seed}")
     if config.net.num_classes != examples.num_classes:

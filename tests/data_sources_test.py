@@ -85,7 +85,7 @@ def test_statistics_of_an_unknown_set_are_those_of_its_training_images(data):
     assert (examples.mean, examples.std) == (data.mean, data.std)
 
 
-@pytest.mark.parametrize("std", [(1.0, 1.0), (1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("std", [(1.0, 1.0), (1.0, 0.0, 1.0), ("a", "b", "c")])
 def test_impossible_statistics_are_refused(data, std):
     data.name, data.std = "digits", std
     with pytest.raises(DataError, match=r"data\.std"):
