@@ -273,7 +273,8 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("hard", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("hard", [False, True])
 def test_more_files_than_the_usual_limit_can_be_open(tmp_path, hard):
     write_tfds(tmp_path, "array_record", shards=40)
     result = subprocess.run(

@@ -178,6 +178,7 @@ def test_a_second_process_in_a_workdir_is_refused(tmp_path, cache, reference):
     assert_same_end(workdir, reference)
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint(tmp_path, cache, reference):
     workdir = tmp_path / "run"
     kill(workdir, after_steps(workdir, 40), cache)
@@ -191,6 +192,7 @@ def test_damaged_newest_checkpoint(tmp_path, cache, reference):
     assert_same_end(workdir, reference)
 
 
+@pytest.mark.slow
 def test_no_room_for_the_next_checkpoint(tmp_path, cache, reference):
     workdir = tmp_path / "run"
     process = start(arguments(workdir), cache)

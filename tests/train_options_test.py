@@ -132,6 +132,7 @@ def test_groups_and_devices_that_do_not_fit_are_refused(npz, groups, refused):
         preflight.check(config, examples, examples, make_mesh())
 
 
+@pytest.mark.slow
 def test_augmentation_does_not_depend_on_the_devices(npz):
     fields = dict(augment__cutout=4, augment__mixup=1.0, augment__randaugment_ops=1)
     one, eight = (Steps(configured(npz, **fields, **SLOWLY), n) for n in (1, 8))

@@ -249,7 +249,9 @@ def numbered(events):
     return zip(counts, events, strict=True)
 
 
-@pytest.mark.parametrize(("jump", "epoch"), [(13, 2.0), (15, 2.4)])
+@pytest.mark.parametrize(
+    ("jump", "epoch"), [pytest.param(13, 2.0, marks=pytest.mark.slow), (15, 2.4)]
+)
 def test_what_is_not_finite_ends_the_run(npz, tmp_path, jump, epoch):
     """Nor is it saved: step 15 has a sound loss and makes the weights of step 16."""
     config = configured(npz, train__epochs=100.0, checkpoint__every_steps=4)
@@ -297,6 +299,7 @@ def stop_at_once(monkeypatch):
     monkeypatch.setattr(train, "sigterm", lambda: contextlib.nullcontext(lambda: True))
 
 
+@pytest.mark.slow
 def test_stopped_before_its_first_step_it_loses_nothing(npz, tmp_path, monkeypatch):
     config = configured(npz, train__epochs=1.0)
     train.train_and_evaluate(config, tmp_path)
