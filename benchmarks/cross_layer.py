@@ -5,7 +5,7 @@ The forms take turns; the least of the repeats counts, because others use the ma
 too: compare the columns `of_nets`, shares of what `unrolled`, the form in nets/, takes.
 
 unrolled: a list of maps, each normalised once, and a sum of products
-barrier: the same; XLA may not move the normalisation into the loops of the readers
+fused: the same without CrossLayer's loops, so that XLA may compute anything anew
 per_reader: as the original, a normalisation for each reader of each map
 stacked: every reader stacks its maps and contracts them in one einsum
 scanned: one loop over equal layers, a buffer for all maps, weights of zero for those
@@ -56,16 +56,14 @@ class Unrolled(nnx.Module):
         return self.closing(self.block.sources([Source(x)]))
 
 
-class BarrierNorm(BatchNorm):
-    def __call__(self, x):
-        return jax.lax.optimization_barrier(super().__call__(x))
+class FusedReader(CrossLayer):
+    def __call__(self, sources):
+        pairs = zip(self.scale[...], sources, strict=True)
+        return self.bias[...].sum(0) + sum(scale * x.normalised for scale, x in pairs)
 
 
-class Barrier(Unrolled):
-    def __init__(self, channels, num_layers):
-        super().__init__(channels, num_layers)
-        norms = [BarrierNorm(channels, affine=False) for _ in range(num_layers + 1)]
-        self.block.norms = nnx.List(norms)
+class Fused(Unrolled):
+    reader = FusedReader
 
 
 class NormalisingReader(CrossLayer):
@@ -145,7 +143,7 @@ class Scanned(Unrolled):
 
 FORMS = {
     "unrolled": Unrolled,
-    "barrier": Barrier,
+    "fused": Fused,
     "per_reader": PerReader,
     "stacked": Stacked,
     "scanned": Scanned,

@@ -84,7 +84,10 @@ def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
     def build(key):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, 1))
         rngs.params = _Stream(key, tag="params")
-        return NETS[name](wiring=Wiring(**wiring), rngs=rngs, **options)
+        try:
+            return NETS[name](wiring=Wiring(**wiring), rngs=rngs, **options)
+        except TypeError as error:  # such as layers=(2.5, 3)
+            raise ValueError(f"net {name!r} cannot be built: {error}") from error
 
     key = rngs.params()
     if isinstance(key, jax.core.Tracer):  # under nnx.eval_shape: shapes only
