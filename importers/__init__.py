@@ -62,10 +62,15 @@ def find(system: str, net: str) -> Importer:
 def build(reference: Mapping) -> nnx.Module:
     """The net of a reference configuration: `system`, `net`, `config`.
 
-    Its variables are zeros, waiting for `load`. A given `batch_norm` (eps, keep,
+    Its variables are zeros, waiting for `load`. Given `tensors` (each with a `name`)
+    settle what the configuration leaves open. A given `batch_norm` (eps, keep,
     running_var) must be what our net has: ValueError if not.
     """
-    section = find(reference["system"], reference["net"]).section(reference["config"])
+    importer = find(reference["system"], reference["net"])
+    section = importer.section(reference["config"])
+    if "tensors" in reference:
+        names = [entry["name"] for entry in reference["tensors"]]
+        section = importer.of_tensors(section, names)
     net = empty(lambda: nets.create(section, nnx.Rngs(0)))
     for path, module in nnx.iter_modules(net):
         for field, value in reference.get("batch_norm", {}).items():

@@ -5,8 +5,7 @@ first layer. Our units are stacked over segments, theirs are separate tensors.
 """
 
 import functools
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from flax import nnx
@@ -29,18 +28,21 @@ PROJECTION = {"projection": 1, "projection_norm": 2}
 
 def _section(config: Mapping) -> dict:
     config = dict(config)
-    model = (config.pop("depth"), config.pop("wide", False))
-    if model not in MODELS:
-        raise ValueError(f"unknown GUNN (depth, wide) {model}: choose from {[*MODELS]}")
-    channels, segments, expansion = MODELS[model]
-    form = config.pop("dataset")
+    depth, wide = config.pop("depth"), config.pop("wide", False)
+    if (depth, wide) not in MODELS:
+        known = [*MODELS]
+        raise ValueError(f"unknown GUNN (depth, wide) {depth, wide}: one of {known}")
+    channels, segments, expansion = MODELS[depth, wide]
+    channels = config.pop("channels", channels)
+    segments = config.pop("segments", segments)
+    form = "imagenet" if config.pop("dataset") == "imagenet" else "cifar"
     # The original decides by the data set alone which unit a net gets.
     shortcuts = ("none",) if form == "imagenet" else ("projection",)
     section = dict(name="gunn", num_classes=config.pop("num_classes"))
-    if model[0] == 24:
-        shortcuts += (_second_shortcut(config),)
+    if depth == 24:
+        shortcuts += (config.pop("second_shortcut", "projection"),)
     elif config:
-        raise ValueError(f"GUNN-{model[0]} has no field {sorted(config)}")
+        raise ValueError(f"GUNN-{depth} has no field {sorted(config)}")
     return section | dict(
         channels=channels,
         segments=segments,
@@ -50,17 +52,16 @@ def _section(config: Mapping) -> dict:
     )
 
 
-def _second_shortcut(fields: Mapping) -> str:
-    """GUNN-24's reading. No original names the choice, so a field may say it its way:
-    second_shortcut: identity, identity_second: true, second_projection: false.
+def _of_tensors(section: Mapping, names: Collection[str]) -> dict:
+    """The section with GUNN-24's second shortcut as the tensors have it.
+
+    That net is derived, so no original says how a configuration names the choice.
     """
-    for field, value in fields.items():
-        says = f"{field} {value}".lower()
-        if value and ("identity" in says or "id" in re.split("[^a-z]+", says)):
-            return "identity"
-        if value is False and "projection" in says:
-            return "identity"
-    return "projection"
+    if len(section["shortcuts"]) == 1:
+        return dict(section)
+    second = [n for n in names if n.startswith("7.1.2.") and n.endswith(".weight")]
+    kind = "projection" if len(second) > len(BOTTLENECK) else "identity"
+    return section | dict(shortcuts=("projection", kind))
 
 
 def sources(net: Gunn) -> dict[Path, Source]:
@@ -147,4 +148,4 @@ def _stacked(sources: list[Source]) -> Source:
     return Source(shapes, join, split)
 
 
-IMPORTERS = {"gunn": Importer(net=Gunn, section=_section, sources=sources)}
+IMPORTERS = {"gunn": Importer(Gunn, _section, sources, of_tensors=_of_tensors)}

@@ -5,7 +5,7 @@ one to one: a mask feeds an expander's edges and tells which weights its kernel 
 one stacked kernel may hold the weights of many reference layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -51,11 +51,14 @@ class Importer(NamedTuple):
     net: our class. section: the reference's configuration -> the `net` section of
     ours. sources: a net of that class -> what each of its variables is made of, in the
     net's present mode (train or eval) where an original keeps statistics differently.
+    of_tensors: (section, names of the tensors) -> the section that they tell, where a
+    configuration leaves a choice open.
     """
 
     net: type[nnx.Module]
     section: Callable[[Mapping], dict]
     sources: Callable[[nnx.Module], dict[Path, Source]]
+    of_tensors: Callable[[dict, Collection[str]], dict] = lambda section, names: section
 
 
 def empty(build: Callable[[], nnx.Module]) -> nnx.Module:

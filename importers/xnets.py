@@ -103,14 +103,14 @@ def alexnet(net: AlexNet) -> dict[Path, str]:
 
 
 def _section(name: str, **fields):
-    """The configurations of the golden files have the fields of our nets."""
-    return lambda config: {"name": name, **fields, **config}
+    """The configurations of the golden files have the fields of our nets, but one."""
+    renamed = {"expander_transitions": "wired_transitions"}
 
+    def section(config: Mapping) -> dict:
+        ours = {renamed.get(k, k): v for k, v in config.items()}
+        return {"name": name, **fields, **ours}
 
-def _densenet_cifar_section(config: Mapping) -> dict:
-    """densenet_cifar, densenetgrouped_cifar and densenetexpander_cifar in one."""
-    fields = {"expander_transitions": "wired_transitions"}
-    return {"name": "densenet", **{fields.get(k, k): v for k, v in config.items()}}
+    return section
 
 
 def _sources(layers):
@@ -135,7 +135,7 @@ def _resnet_sources(net: ResNet):
 IMPORTERS = {
     "densenet_cifar": Importer(
         net=DenseNet,
-        section=_densenet_cifar_section,
+        section=_section("densenet"),
         sources=_sources(lambda net: densenet_cifar),
     ),
     "densenet_imagenet": Importer(

@@ -65,6 +65,8 @@ def _build(facts: dict) -> nnx.Module:
     if "preresnet" not in facts["block"]:
         return Block(*channels, facts["stride"], **options)
     activation = "both" if "both" in facts["block"] else "branch"
+    if "bn0.weight" not in facts["params"]:  # ImageNet's first block
+        activation = "none"
     return PreactBlock(*channels, facts["stride"], activation=activation, **options)
 
 

@@ -39,6 +39,8 @@ def pytest_generate_tests(metafunc):
             networks.append(_parameter(root, path, _marks(root, facts)))
         elif golden_layers.is_golden(path, facts):
             others.append(_parameter(root, path))
+    if given and not networks and not others:
+        raise pytest.UsageError(f"--golden={given}: there is no golden file below it")
     if "network" in metafunc.fixturenames:
         metafunc.parametrize("network", networks)
     if "recorded" in metafunc.fixturenames:

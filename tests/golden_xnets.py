@@ -38,7 +38,11 @@ def expander(path: pathlib.Path) -> Comparison:
         k: v.astype(np.float64) for k, v in np.load(path.with_suffix(".npz")).items()
     }
     channels, weight = (facts["I"], facts["O"]), facts["weight_name"]
-    sampling = {"head": "smaller_side", "output": "per_output"}[facts["rule"]]
+    sampling = {
+        "head": "smaller_side",
+        "output": "per_output",
+        "input": "per_input",
+    }[facts["rule"]]
     assert connectivity.sampled_side(*channels, sampling) == facts["side"]
     rng = generator(f"{facts['model']}/{weight}/connections")
     edges = connectivity.expander(*channels, facts["k"], sampling, rng)
