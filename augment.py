@@ -125,7 +125,8 @@ def check(options: Mapping[str, Any], rows_per_device: int) -> None:
 
     for name, value in options.items():
         numbers = value if name == "hls" else [value]
-        if not all(0 <= number < np.inf for number in numbers):
+        real = (isinstance(number, (int, float)) for number in numbers)
+        if not all(real) or not all(0 <= number < np.inf for number in numbers):
             refuse(f"{name}={value} is not a number from 0 on")
     if len(options["hls"]) not in (0, 3):
         refuse(f"hls={tuple(options['hls'])} is not hue, lightness, saturation")

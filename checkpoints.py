@@ -78,10 +78,6 @@ class Checkpoints:
         found = (re.fullmatch(rf"(\d+)(?:{_REPLACED})?", name) for name in names)
         return sorted({int(match[1]) for match in found if match})
 
-    def best_step(self) -> int | None:
-        """The step with the best metric, None when no checkpoint carries one."""
-        return next(iter(self._ranked()), None)
-
     def save(self, step: int, state: Any, row: dict[str, float] | None = None):
         """Copies `state` (a pytree of arrays) now, writes it in the background.
 

@@ -32,6 +32,21 @@ def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
+def place(tree, mesh: Mesh, spec: PartitionSpec = REPLICATED):
+    """Arrays that every process has whole -> global ones.
+
+    jax.device_put does it too, but over several processes it first compares all their
+    values: a collective and a wait for each array.
+    """
+    sharding = NamedSharding(mesh, spec)
+
+    def put(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(put, tree)
+
+
 def make_train_step(train_step: Callable, mesh: Mesh) -> Callable:
     """(state, batch) -> (state, totals, bad_step), to be compiled; donates the state.
 
@@ -98,12 +113,9 @@ def make_advance(
 
 
 def _device_path(config, train_step, mesh, examples, state, step):
-    def on(spec):
-        return NamedSharding(mesh, spec)
-
     num_examples = len(examples.labels)
     padded = input_pipeline.pad(config.data, examples)
-    data = jax.device_put((padded, examples.labels), on(REPLICATED))
+    data = place((padded, examples.labels), mesh)
     plans = input_pipeline.plans(config, num_examples, step)
     steps = make_device_steps(train_step, mesh)
     sizes = input_pipeline.batch_sizes(config, num_examples)
@@ -114,7 +126,8 @@ def _device_path(config, train_step, mesh, examples, state, step):
     def compile_for(size):
         def stacked(x):
             shape = (length(size), size, *x.shape[1:])
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=on(STACKED))
+            sharding = NamedSharding(mesh, STACKED)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
         plan = jax.tree.map(stacked, input_pipeline.plan(config, num_examples, 0))
         return steps.lower(state, data, plan, 1).compile()
@@ -126,8 +139,7 @@ def _device_path(config, train_step, mesh, examples, state, step):
         size = len(chunk[0].index)
         chunk += chunk[-1:] * (length(size) - count)  # one shape, one program
         stacked = jax.tree.map(lambda *x: np.stack(x), *chunk)
-        stacked = jax.device_put(stacked, on(STACKED))
-        return program(size)(state, data, stacked, count)
+        return program(size)(state, data, place(stacked, mesh, STACKED), count)
 
     return advance
 

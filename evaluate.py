@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import augment
 import input_pipeline
 import metrics
 import nets
-from devices import REPLICATED, SHARDED, shard
+from devices import REPLICATED, SHARDED, place, shard
 
 
 def make_eval_step(
@@ -54,8 +54,7 @@ def evaluate(
     The means are named test_loss, test_accuracy, ...; the matrix counts examples for
     each (true class, predicted class).
     """
-    totals = metrics.zeros(num_classes, confusion=True)
-    totals = jax.device_put(totals, NamedSharding(mesh, REPLICATED))
+    totals = place(metrics.zeros(num_classes, confusion=True), mesh)
     for batch in batches:  # nothing is fetched before the end
         totals = eval_step(variables, totals, shard(batch, mesh))
     confusion = np.rint(jax.device_get(totals.pop("confusion"))).astype(np.int64)

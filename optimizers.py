@@ -44,6 +44,8 @@ class Clock:
         partial = config.train.last_batch == "partial"
         per_epoch = steps_per_epoch(num_examples, batch_size, partial)
         on_device = config.data.pipeline == "device"
+        if config.train.epochs * per_epoch >= 2**31:
+            raise ValueError(f"train.epochs={config.train.epochs} is over 2**31 steps")
         if (total := step_of_epoch(config.train.epochs, per_epoch)) < 1:
             raise ValueError(f"train.epochs={config.train.epochs} is not one step")
         return cls(
@@ -132,8 +134,9 @@ def _steps(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Sched
         )
         for i in range(len(drops) + 1)
     ]
-    # join_schedules takes the next rate AT the boundary step.
-    return optax.join_schedules([optax.constant_schedule(r) for r in rates], drops)
+    # join_schedules takes the next rate AT the boundary step, an int32.
+    boundaries = [min(drop, total) for drop in drops]
+    return optax.join_schedules([optax.constant_schedule(r) for r in rates], boundaries)
 
 
 def _cosine(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from absl import flags, logging
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -41,13 +43,20 @@ NOT_NEGATIVE = (
     "optimizer.drop_factor",
     "optimizer.momentum",
     "optimizer.weight_decay",
+    "optimizer.warmup_epochs",
 )
 SHARES = ("train.label_smoothing", "train.ema", "net.dropout")
-SAME_IMAGES = ("data.dir", "data.cache_dir", "data.download", "data.pipeline")
+# Of the net and the data, what a test does not see: a graph comes from the checkpoint.
+UNSEEN = ("data.dir", "data.cache_dir", "data.download", "data.pipeline")
+UNSEEN += ("data.flip", "data.pad", "data.border")
+UNSEEN += ("net.lowering", "net.dropout", "net.graph_seed")
 CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "train.last_batch": ("fill", "partial"),
 }
+
+
+FIELDS = "the net's are in the file of --config, all others in configs/common.py"
 
 
 def parsed(argv: Sequence[str]) -> list[str]:
@@ -75,14 +84,16 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
         here = pathlib.Path(__file__).parent
         files = sorted(x.name for x in here.glob("configs/*.py") if x.stem != "common")
         return f"--config: no file {missing[1]}; configs/ has {', '.join(files)}"
+    if isinstance(root, IndexError):
+        return f"a field is given whole, not by its items: {root}"
     if isinstance(root, KeyError):
         field = str(root.args[0])
         given = [x.partition("=")[0] for x in argv]
         given = [x for x in given if field in x.split(".")]
         if not given:
-            raise error
+            return f"there is no field {field!r}"
         near = re.search(r'Did you mean "(\w+)"', " ".join(map(str, causes)))
-        hint = f"did you mean {near[1]!r}?" if near else "all are in configs/common.py"
+        hint = f"did you mean {near[1]!r}?" if near else FIELDS
         return f"{given[0]}: there is no field {field!r}; {hint}"
     if missing := re.search("Flag (--.*) must have a value other than None", str(root)):
         return f"{missing[1]} is missing; {argv[0]} --help lists the flags"
@@ -133,6 +144,10 @@ def runs(
     """
     if not str(workdir):
         raise ValueError("--workdir is empty: where shall the run live?")
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--workdir={workdir}: runs live in folders; mount the bucket (gcsfuse)"
+        )
     workdir = os.path.expanduser(workdir)
     if config.seeds < 1:
         raise ValueError(f"seeds={config.seeds} runs are none: choose at least 1")
@@ -143,6 +158,20 @@ def runs(
         run = config.copy_and_resolve_references()
         run.update(seed=seed, seeds=1)
         yield run, pathlib.Path(workdir) / f"seed{seed}"
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+    """Refuses a workdir in which processes of one run see different checkpoints."""
+    if jax.process_count() == 1:
+        return
+    with Checkpoints(workdir) as checkpoints:
+        last = max(checkpoints.steps(), default=-1)
+    seen = multihost_utils.process_allgather(np.asarray(last)).tolist()
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"{workdir} holds other checkpoints for one process than for another (last "
+            f"steps {seen}, -1 for none): --workdir must be one folder that all share"
+        )
 
 
 @contextlib.contextmanager
@@ -186,11 +215,15 @@ def claimed(workdir: pathlib.Path) -> Iterator[None]:
 def check_evaluation(config: ConfigDict, examples: input_pipeline.Split) -> None:
     """Refuses, with a ValueError, impossible values and classes that do not fit."""
     fields = _flat(config)
+    for field, value in fields.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field} must be finite, got {value}")
     for field in POSITIVE:
-        if not 0 < fields[field] < math.inf:
+        if not 0 < fields[field]:
             raise ValueError(f"{field} must be positive, got {fields[field]}")
     for field in NOT_NEGATIVE:
-        if not 0 <= fields[field] < math.inf:
+        if fields[field] < 0:
             raise ValueError(f"{field} must not be negative, got {fields[field]}")
     for field, choices in CHOICES.items():
         if fields[field] not in choices:
@@ -324,7 +357,7 @@ def evaluation_changes(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
     return [
         f"this run was trained with {field} = {old}, it is tested with {new}"
         for field, old, new in _changed(config, workdir)
-        if field.startswith(("net.", "data.")) and field not in SAME_IMAGES
+        if field.startswith(("net.", "data.", "train.dtype")) and field not in UNSEEN
     ]
 
 

@@ -188,12 +188,17 @@ def _fetched(totals: dict) -> dict[str, float]:
 
 
 def _summary_writer(workdir: pathlib.Path):
-    """CLU's TensorBoard writer, or None where TensorFlow is not installed."""
+    """CLU's TensorBoard writer, or None where there is none to be had.
+
+    Whatever the reason, TensorFlow missing or broken or no room for a file: a run is
+    more than its events.
+    """
     try:
         input_pipeline.tensorflow()  # first of all, to keep it off the accelerators
         from clu import metric_writers
-    except (ImportError, input_pipeline.DataError) as error:
+
+        return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+    except Exception as error:
         cause = error.__cause__ or error
         logging.info("no TensorBoard events (%s); metrics.csv has the numbers", cause)
         return None
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

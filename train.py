@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 import augment
@@ -24,7 +23,7 @@ import nets
 import optimizers
 import preflight
 from checkpoints import CheckpointError, Checkpoints, save_config
-from devices import REPLICATED, make_advance, make_mesh
+from devices import make_advance, make_mesh, place
 from nets.layers.norm import BatchNorm
 from optimizers import Clock
 from preemption import Preempted, sigterm
@@ -166,7 +165,8 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
         new = _averaged({"params": params, "stats": stats})
         ema = optax.incremental_update(new, ema, 1 - decay)
     # An update can explode after a sound loss, and must not be saved as sound.
-    sound = jnp.isfinite(sums["loss"]) & jnp.isfinite(optax.global_norm(params))
+    totals = jax.tree.map(jnp.add, state.totals, sums)
+    sound = jnp.isfinite(totals["loss"]) & jnp.isfinite(optax.global_norm(params))
     bad = (state.bad_step < 0) & ~sound
     return dataclasses.replace(
         state,
@@ -175,7 +175,7 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
         stats=stats,
         opt_state=opt_state,
         ema=ema,
-        totals=jax.tree.map(jnp.add, state.totals, sums),
+        totals=totals,
         bad_step=jnp.where(bad, state.step, state.bad_step),
     )
 
@@ -195,6 +195,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     Preempted after SIGTERM.
     """
     workdir, mesh, started = pathlib.Path(workdir), make_mesh(), time.perf_counter()
+    preflight.check_shared(workdir)
     examples, test_examples = input_pipeline.load_both(config.data)
     preflight.check(config, examples, test_examples, mesh)
     clock = Clock.of(config, len(examples.labels))
@@ -207,7 +208,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     ):
         program, state = create_train_state(config, examples)
         preflight.describe(config, examples, mesh)
-        state = jax.device_put(state, NamedSharding(mesh, REPLICATED))
+        state = place(state, mesh)
         state, step = _resume(config, workdir, checkpoints, state, clock.total)
         if step == clock.total:
             return summary(read_rows(workdir / "metrics.csv"))
@@ -221,7 +222,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         )
         with contextlib.closing(reporter), sigterm() as terminated:
             saved, bad_step, in_flight = step, state.bad_step, collections.deque()
-            while step < clock.total:
+            while step < clock.total and not terminated():
                 next_eval = clock.next_eval(step)
                 stop = min(next_eval, clock.next_save(step))
                 while step < stop and reporter.finite and not terminated():
@@ -246,9 +247,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                 if step > saved:
                     checkpoints.save(step, state, row)
                     saved = step
-                if terminated() and step < clock.total:
-                    _preempted(checkpoints, workdir, saved)
-            checkpoints.wait()  # SIGTERM does not end the last one half written
+            checkpoints.wait()
+            if terminated():
+                raise Preempted(
+                    f"SIGTERM: saved up to step {saved} in {workdir}; the same command "
+                    "goes on from there"
+                )
         return summary(reporter.rows)
 
 
@@ -297,14 +301,6 @@ def _progress(program: Program, clock: Clock, step: int, totals: dict) -> dict:
     return row | metrics.means(totals, "train")
 
 
-def _preempted(checkpoints: Checkpoints, workdir: pathlib.Path, saved: int) -> None:
-    checkpoints.wait()
-    raise Preempted(
-        f"SIGTERM: saved up to step {saved} in {workdir}; the same command goes on "
-        "from there"
-    )
-
-
 def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     """Evaluates config.eval.checkpoint of a workdir: `step` and `test_*`."""
     mesh, examples = make_mesh(), input_pipeline.load(config.data, "test")
@@ -312,14 +308,14 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
     no_rate = optax.constant_schedule(0.0)  # nothing is trained
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         program, state = create_train_state(config, examples, no_rate)
-        state = jax.device_put(state, NamedSharding(mesh, REPLICATED))
+        state = place(state, mesh)
         state, step = checkpoints.restore(state, config.eval.checkpoint)
+    for change in preflight.evaluation_changes(config, pathlib.Path(workdir)):
+        logging.warning(change)
     test = evaluate.make_test(
         config, program.definition, program.normalization, mesh, examples
     )
     means, confusion = test(state.evaluated())
-    for change in preflight.evaluation_changes(config, pathlib.Path(workdir)):
-        logging.warning(change)
     names = examples.class_names
     try:
         write_confusion(pathlib.Path(workdir), confusion, names, f"-{step}")

@@ -310,8 +310,8 @@ def test_stopped_before_its_first_step_it_loses_nothing(npz, tmp_path, monkeypat
             train.train_and_evaluate(config, tmp_path)
         with pytest.raises(train.Preempted, match="saved up to step 0"):
             train.train_and_evaluate(config, tmp_path / "other")
-    with train.Checkpoints(tmp_path) as saved:
-        assert saved.best_step() == 7  # its row is still there
+    best = configured(npz, eval__checkpoint="best")
+    assert train.evaluate_checkpoint(best, tmp_path)["step"] == 7  # its row is there
     whole = configured(npz, train__epochs=2.0)
     wanted = train.train_and_evaluate(whole, tmp_path / "whole")
     assert train.train_and_evaluate(config, tmp_path) == wanted
