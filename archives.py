@@ -202,6 +202,8 @@ def _encode(text, encoding):
     return text.encode("latin1")
 
 
+MOST_CLASSES = 1_000_000  # of an .npz: each takes memory
+
 _STAND_INS = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
@@ -263,7 +265,11 @@ def npz(path: pathlib.Path, split: str):
     if "num_classes" in arrays:
         if arrays["num_classes"].shape or arrays["num_classes"].dtype.kind not in "iu":
             raise ArchiveError(f"{path}: num_classes is not one integer")
-        return images, labels, int(arrays["num_classes"])
+        if not 0 < (classes := int(arrays["num_classes"])) <= MOST_CLASSES:
+            raise ArchiveError(
+                f"{path}: num_classes is {classes}, not one of 1 to {MOST_CLASSES:,}"
+            )
+        return images, labels, classes
     both = arrays["y_train"].size + arrays["y_test"].size
     largest = max(int(arrays[y].max(initial=0)) for y in ("y_train", "y_test"))
     if largest >= both:

@@ -328,6 +328,9 @@ def _prepared(data: ConfigDict, directory: pathlib.Path, split: str):
             f"{directory}: images are {dtype} {shape}, not uint8, of one size, with 1 "
             "or 3 channels; photographs of any size need --config.data.crop=inception"
         )
+    with in_folders():
+        count = builder.info.splits[split].num_examples
+        folders.refuse_too_large(count, (*shape[:2], 3))
     with reading(directory):
         paths = tfrecords.files(builder, split)
         files = {path.name: path.read_bytes() for path in paths}

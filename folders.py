@@ -1,8 +1,10 @@
 """Image directories with one folder per class: NAME/{train,test}/CLASS/*.jpg."""
 
 import collections
+import math
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -93,7 +95,7 @@ def decode(
             failures.append(failure)
             continue
         if images is None:
-            _refuse_too_large(len(paths), pixels)
+            refuse_too_large(len(paths), pixels.shape)
             images = np.empty((len(paths), *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:
             sizes = [
@@ -114,12 +116,12 @@ def decode(
     return images[: len(kept)], np.array(kept)
 
 
-def _refuse_too_large(count: int, pixels: np.ndarray) -> None:
-    """Raises FolderError if so many such pictures exceed the machine's memory."""
+def refuse_too_large(count: int, shape: Sequence[int]) -> None:
+    """Raises FolderError if so many pictures (H, W, 3) exceed the machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (needed := count * pixels.nbytes) > memory:
+    if (needed := count * math.prod(shape)) > memory:
         raise FolderError(
-            f"{count} pictures of {pixels.shape[1]}x{pixels.shape[0]} take "
+            f"{count} pictures of {shape[1]}x{shape[0]} take "
             f"{needed / 1e9:.0f} GB of {memory / 1e9:.0f} GB of memory: "
             "--config.data.crop=inception reads them as they are needed"
         )

@@ -118,7 +118,7 @@ def randaugment(
 ) -> jax.Array:
     """`operations` of RANDAUGMENT for each image; (b,) keys, (b, H, W, 3) uint8.
 
-    magnitude: 0, nothing, to 30, full strength s = 1: 30 degrees, a shear by 0.3, 10
+    magnitude: from 0 to 30, full strength s = 1: 30 degrees, a shear by 0.3, 10
     pixels of 32, enhancements by 1 +- 0.9 s, solarize from 256 (1 - s) on, posterize
     to 8 - 4 s bits, rounded down, all growing with the magnitude (in the authors' code
     not all do). Signs are random. mean: colour of what is uncovered, 0..255.

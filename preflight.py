@@ -220,7 +220,7 @@ def check_evaluation(config: ConfigDict, examples: input_pipeline.Split) -> None
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{field} must be finite, got {value}")
     for field in POSITIVE:
-        if not 0 < fields[field]:
+        if fields[field] <= 0:
             raise ValueError(f"{field} must be positive, got {fields[field]}")
     for field in NOT_NEGATIVE:
         if fields[field] < 0:
@@ -318,6 +318,13 @@ def describe(config: ConfigDict, examples: input_pipeline.Split, mesh: Mesh) -> 
         examples.num_classes,
         config.data.pipeline,
     )
+    if config.recipe_data not in (config.data.name, ""):
+        logging.warning(
+            "flip, border, statistics and drop_epochs are those of %s unless you set "
+            "them; a set that has a recipe is chosen by --config=FILE:%s,SET",
+            config.recipe_data,
+            config.variant,
+        )
     if jax.default_backend() == "cpu" and config.train.steps_per_dispatch > 1:
         logging.warning(
             "train.steps_per_dispatch %d: on CPU a loop over steps has one thread, "

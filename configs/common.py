@@ -88,6 +88,7 @@ def base() -> ConfigDict:
     config.seeds = 1  # runs, one seed after the other, in WORKDIR/seed0, ...
     config.variant = ""  # row of the family's VARIANTS, for the record
     config.recipe = ""  # one of RECIPES, for the record
+    config.recipe_data = ""  # the data set whose recipe it is, for the record
 
     config.net = ConfigDict(
         dict(
@@ -217,7 +218,7 @@ def select(
     with config.unlocked():
         config.net.update(fields | dict(variants[variant].net))
     config.net.num_classes = NUM_CLASSES[data]
-    config.data.name = data
+    config.data.name = config.recipe_data = data
     config.data.flip = data not in DIGITS
     if data == IMAGENET:
         config.data.crop = "inception"

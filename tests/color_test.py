@@ -73,7 +73,10 @@ def test_lighting_adds_one_colour_with_the_published_covariance():
     keys = jax.random.split(jax.random.key(2), 20_000)
     added = np.asarray(color.lighting(keys, jnp.zeros((20_000, 2, 1, 3)), 0.1))
     np.testing.assert_array_equal(added[:, 0], added[:, 1])  # all pixels alike
-    axes = np.array(color.EIGENVECTORS) * np.array(color.EIGENVALUES)
+    # fb.resnet.torch's numbers: a row for each channel, a column for each axis.
+    vectors = [-0.5675, 0.7192, 0.4009, -0.5808, -0.0045, -0.8140]
+    vectors = np.reshape([*vectors, -0.5836, -0.6948, 0.4203], (3, 3))
+    axes = vectors * [0.2175, 0.0188, 0.0045]
     expected = (25.5**2) * axes @ axes.T
     measured = np.cov(added[:, 0, 0].T)
     np.testing.assert_allclose(measured, expected, atol=0.03 * expected.max())

@@ -136,7 +136,7 @@ def test_random_resized_is_pillows_resize(tf, photographs):
 
 def warp_affine(pixels, matrix, height, width):
     """OpenCV's warpAffine: bilinear, outside is the colour of the canvas."""
-    border = np.array(crops.CANVAS, np.float64)
+    border = np.array((123, 113, 99), np.float64)
     padded = np.full((pixels.shape[0] + 4, pixels.shape[1] + 4, 3), border)
     padded[2:-2, 2:-2] = pixels
     (ys, y0), (xs, x0) = matrix

@@ -119,6 +119,21 @@ def test_half_precision_is_summed_in_single():
     assert np.abs(y - exact).max() < 0.02 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("size", [4, 3])
+def test_loops_that_keep_a_map_change_neither_it_nor_its_gradient(size):
+    xs, layer = maps(3, size=size), CrossLayer(5, 3)
+    layer.scale[...] = jnp.asarray(normal(3, 5, seed=7))
+    upstream = normal(*xs[0].shape, seed=9)
+
+    def loss(xs):
+        return (layer([Source(x, x) for x in xs]) * upstream).sum()
+
+    expected = sum(scale * x for scale, x in zip(layer.scale[...], xs, strict=True))
+    np.testing.assert_allclose(loss(xs), (expected * upstream).sum(), rtol=1e-5)
+    for gradient, scale in zip(jax.grad(loss)(xs), layer.scale[...], strict=True):
+        np.testing.assert_allclose(gradient, scale * upstream, rtol=1e-5)
+
+
 # The net
 
 

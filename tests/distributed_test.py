@@ -1,5 +1,7 @@
 """Two real processes, one device each, and gloo between them: one run."""
 
+import os
+import shutil
 import signal
 import socket
 
@@ -12,12 +14,14 @@ from reporting import read_rows
 
 
 def start_both(workdir, cache, **fields):
+    """In one workdir, or in a list of one for each."""
+    workdirs = [workdir] * 2 if isinstance(workdir, os.PathLike) else workdir
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = arguments(workdir, CONFIG, "--distributed", **fields)
     processes = []
-    for index in range(2):
+    for index, workdir in enumerate(workdirs):
+        flags = arguments(workdir, CONFIG, "--distributed", **fields)
         env = {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
@@ -85,6 +89,23 @@ def test_sigterm_of_one_stops_both(tmp_path, cache, together, told):
     assert f"SIGTERM: saved up to step {max(launch.steps(tmp_path))}" in said[0]
     complete(tmp_path, cache)
     launch.assert_same_end(tmp_path, together)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_the_same_for_both_is_told(tmp_path, cache, together):
+    folders = [shutil.copytree(together, tmp_path / "mine"), tmp_path / "other"]
+    codes, said = finish_both(start_both(folders, cache, train__epochs=3.0))
+    assert codes == [1, 1], said
+    for err in said:
+        assert "Traceback" not in err
+        assert f"last steps [{TOTAL}, -1" in err
+        assert "one folder that all share" in err
+
+
+def test_nothing_is_compared_over_processes():
+    """jax.device_put compares all values: each step would wait for collectives."""
+    for name in ("devices.py", "train.py", "evaluate.py"):
+        assert "jax.device_put(" not in (launch.ROOT / name).read_text(), name
 
 
 def test_what_is_missing_is_named(tmp_path, cache):

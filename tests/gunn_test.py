@@ -93,6 +93,21 @@ def test_names_are_positions_in_the_original(reference, names):
     assert {f"{name}.weight" for name in names} <= known
 
 
+@pytest.mark.parametrize("second", ["projection", "identity"])
+def test_tensors_tell_which_gunn_24_it_is(second):
+    """No original says how a configuration does."""
+    reference = dict(system="gunn", net="gunn", config=dict(depth=24, num_classes=10))
+    reference["config"] |= CIFAR
+    section = importers.find("gunn", "gunn").section
+    shortcuts = dict(shortcuts=("projection", second))
+    known = section(reference["config"]) | shortcuts
+    net = nnx.eval_shape(lambda: nets.create(known, nnx.Rngs(0)))
+    sources = importers.find("gunn", "gunn").sources(net)
+    names = {name for source in sources.values() for name in source.shapes}
+    told = importers.build(reference | {"tensors": [{"name": name} for name in names]})
+    assert told.layers[0].units.bottlenecks[1].shortcut == second
+
+
 def test_a_stacked_variable_holds_the_tensors_of_all_segments():
     reference = dict(depth=15, num_classes=10, **CIFAR)
     net = importers.build(dict(system="gunn", net="gunn", config=reference))

@@ -151,6 +151,21 @@ def test_it_notices_a_loss_that_is_not_finite(tmp_path):
     assert not writer.finite
 
 
+@pytest.mark.parametrize("error", [AttributeError, OSError, RuntimeError])
+def test_without_tensorboard_a_run_goes_on(tmp_path, lines, monkeypatch, error):
+    """A TensorFlow that does not fit its NumPy, or a disk without room for events."""
+
+    def broken():
+        raise error("no _pywrap")
+
+    monkeypatch.setattr(reporting.input_pipeline, "tensorflow", broken)
+    writer = Reporter(tmp_path, CLOCK, 0, tensorboard=True)
+    writer.evaluated(row(100, 0.5))
+    writer.close()
+    assert len(read_rows(tmp_path / "metrics.csv")) == 1
+    assert sum("no TensorBoard events (no _pywrap)" in line for line in lines()) == 1
+
+
 def test_last_words(tmp_path):
     result = row(400, 0.875) | {"best_step": 300, "best_test_accuracy": 0.9}
     said = reporting.conclusion(result, tmp_path)

@@ -317,6 +317,21 @@ def test_stopped_before_its_first_step_it_loses_nothing(npz, tmp_path, monkeypat
     assert train.train_and_evaluate(config, tmp_path) == wanted
 
 
+@pytest.mark.slow
+def test_sigterm_after_the_last_step_is_not_lost(npz, tmp_path, monkeypatch):
+    """The next of several seeds must not begin."""
+    config = configured(npz, train__epochs=1.0)
+
+    def late():
+        return (tmp_path / "metrics.csv").exists()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sigterm", lambda: contextlib.nullcontext(late))
+        with pytest.raises(train.Preempted, match="saved up to step 7"):
+            train.train_and_evaluate(config, tmp_path)
+    assert train.train_and_evaluate(config, tmp_path)["step"] == 7
+
+
 def test_batches_that_devices_cannot_share_are_refused(npz, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size 12 .* 8 devices.* multiple of 8"):
         train.train_and_evaluate(configured(npz, train__batch_size=12), tmp_path)

@@ -48,7 +48,7 @@ class CrossLayer(nnx.Module):
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
         # A sum of products: to stack the sources, or to loop over a buffer for them,
-        # takes 1.7 to 2.9 times the memory (benchmarks/cross_layer.py).
+        # takes 1.5 to 2.6 times the memory (benchmarks/cross_layer.py).
         mixed = self.bias[...].sum(0)
         for scale, source in zip(self.scale[...], sources, strict=True):
             mixed = mixed + scale * source.normalised
@@ -68,7 +68,7 @@ def _computed_once(x: jax.Array) -> jax.Array:
 
 def _copied_by_a_loop(x: jax.Array) -> jax.Array:
     flat = x.reshape(-1)
-    # Two turns, as a loop of one would be inlined. Of an odd size the middle is in both.
+    # Two turns, as one would be inlined. Of an odd size the middle is in both.
     half = -(-flat.size // 2)
 
     def copy(i, copied):
