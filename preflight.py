@@ -90,8 +90,10 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
         field = str(root.args[0])
         given = [x.partition("=")[0] for x in argv]
         given = [x for x in given if field in x.split(".")]
+        if "Attempting to lookup" in field:  # below a number
+            return field
         if not given:
-            return f"there is no field {field!r}"
+            raise error
         near = re.search(r'Did you mean "(\w+)"', " ".join(map(str, causes)))
         hint = f"did you mean {near[1]!r}?" if near else FIELDS
         return f"{given[0]}: there is no field {field!r}; {hint}"

@@ -43,9 +43,9 @@ REFUSED = {
     "layers": (
         "configs/gunn.py:15,digits",
         {"net.segments": "(20,2.5,30)"},
-        "'gunn' float",
+        "'gunn' 2.5 integer",
     ),
-    "below a field": (DIGITS, {"train.batch_size.x": 3}, "'x' field"),
+    "below a field": (DIGITS, {"train.batch_size.x": 3}, "train.batch_size.x int"),
     "item": (DIGITS, {"optimizer.drop_epochs[0]": 5.0}, "whole items"),
     "bucket": (DIGITS, {"--workdir": "gs://bucket/run"}, "gs://bucket/run folders"),
     "no numbers": (DIGITS, {"optimizer.drop_epochs": "('a',)"}, "drop_epochs 'a'"),
