@@ -54,8 +54,6 @@ CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "train.last_batch": ("fill", "partial"),
 }
-
-
 FIELDS = "the net's are in the file of --config, all others in configs/common.py"
 
 
