@@ -330,7 +330,7 @@ def _prepared(data: ConfigDict, directory: pathlib.Path, split: str):
         )
     with in_folders():
         count = builder.info.splits[split].num_examples
-        folders.refuse_too_large(count, (*shape[:2], 3))
+        folders.refuse_too_large(count, (*shape[:2], 3))  # grey becomes colour
     with reading(directory):
         paths = tfrecords.files(builder, split)
         files = {path.name: path.read_bytes() for path in paths}

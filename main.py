@@ -38,7 +38,7 @@ def main(_):
             result = work[FLAGS.mode](config, workdir)
             if logging.level_info():  # not in the other processes of several
                 print(reporting.conclusion(result, workdir))
-    except (ValueError, ArithmeticError, OSError) as error:
+    except (ValueError, FloatingPointError, OverflowError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
     except (jax.errors.JaxRuntimeError, MemoryError) as error:

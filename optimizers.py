@@ -45,7 +45,9 @@ class Clock:
         per_epoch = steps_per_epoch(num_examples, batch_size, partial)
         on_device = config.data.pipeline == "device"
         if config.train.epochs * per_epoch >= 2**31:
-            raise ValueError(f"train.epochs={config.train.epochs} is over 2**31 steps")
+            raise ValueError(
+                f"train.epochs={config.train.epochs} makes 2**31 steps or more"
+            )
         if (total := step_of_epoch(config.train.epochs, per_epoch)) < 1:
             raise ValueError(f"train.epochs={config.train.epochs} is not one step")
         return cls(

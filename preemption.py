@@ -16,7 +16,7 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function, asked before each dispatch, of whether to save and stop."""
+    """Yields a function, asked between dispatches, of whether to save and stop."""
     if jax.process_count() > 1:
         yield _agreed_preemption()
     elif threading.current_thread() is not threading.main_thread():

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -46,10 +47,13 @@ NOT_NEGATIVE = (
     "optimizer.warmup_epochs",
 )
 SHARES = ("train.label_smoothing", "train.ema", "net.dropout")
-# Of the net and the data, what a test does not see: a graph comes from the checkpoint.
-UNSEEN = ("data.dir", "data.cache_dir", "data.download", "data.pipeline")
-UNSEEN += ("data.flip", "data.pad", "data.border")
-UNSEEN += ("net.lowering", "net.dropout", "net.graph_seed")
+PLACES = ("data.dir", "data.cache_dir")  # may differ from machine to machine
+# Of the net and the data, what a test does not see: it has its own crop, no dropout,
+# and a graph from the checkpoint.
+UNSEEN = (
+    *(*PLACES, "data.download", "data.pipeline", "data.flip", "data.pad"),
+    *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
+)
 CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "train.last_batch": ("fill", "partial"),
@@ -82,14 +86,12 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
         here = pathlib.Path(__file__).parent
         files = sorted(x.name for x in here.glob("configs/*.py") if x.stem != "common")
         return f"--config: no file {missing[1]}; configs/ has {', '.join(files)}"
-    if isinstance(root, IndexError):
-        return f"a field is given whole, not by its items: {root}"
+    if re.search("indices must be|not a valid index|Attempting to look", str(root)):
+        return f"a field is given whole and has no parts: {root}"
     if isinstance(root, KeyError):
         field = str(root.args[0])
         given = [x.partition("=")[0] for x in argv]
         given = [x for x in given if field in x.split(".")]
-        if "Attempting to lookup" in field:  # below a number
-            return field
         if not given:
             raise error
         near = re.search(r'Did you mean "(\w+)"', " ".join(map(str, causes)))
@@ -160,17 +162,22 @@ def runs(
         yield run, pathlib.Path(workdir) / f"seed{seed}"
 
 
-def check_shared(workdir: pathlib.Path) -> None:
-    """Refuses a workdir in which processes of one run see different checkpoints."""
+def check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Refuses processes of one run that have different flags or different workdirs."""
     if jax.process_count() == 1:
         return
     with Checkpoints(workdir) as checkpoints:
         last = max(checkpoints.steps(), default=-1)
-    seen = multihost_utils.process_allgather(np.asarray(last)).tolist()
-    if len(set(seen)) > 1:
+    fields = {k: v for k, v in _flat(config).items() if k not in PLACES}
+    digest = zlib.crc32(repr(sorted(fields.items())).encode()) >> 1  # an int32
+    seen = multihost_utils.process_allgather(np.asarray([last, digest]))
+    if len({*seen[:, 1].tolist()}) > 1:
+        raise ValueError("the processes of a run need the same --config and fields")
+    if len(steps := {*seen[:, 0].tolist()}) > 1:
         raise ValueError(
             f"{workdir} holds other checkpoints for one process than for another (last "
-            f"steps {seen}, -1 for none): --workdir must be one folder that all share"
+            f"steps {sorted(steps)}, -1 for none): --workdir must be one folder that "
+            "all share"
         )
 
 
@@ -318,10 +325,10 @@ def describe(config: ConfigDict, examples: input_pipeline.Split, mesh: Mesh) -> 
         examples.num_classes,
         config.data.pipeline,
     )
-    if config.recipe_data not in (config.data.name, ""):
+    if config.recipe_data not in (re.split("[:/]", config.data.name)[0], ""):
         logging.warning(
-            "flip, border, statistics and drop_epochs are those of %s unless you set "
-            "them; a set that has a recipe is chosen by --config=FILE:%s,SET",
+            "flip, crop, border and schedule are those for %s unless you set them; a "
+            "set that has a recipe is chosen by --config=FILE:%s,SET",
             config.recipe_data,
             config.variant,
         )

@@ -164,7 +164,8 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
         decay = jnp.minimum(program.ema, (1 + state.step) / (10 + state.step))
         new = _averaged({"params": params, "stats": stats})
         ema = optax.incremental_update(new, ema, 1 - decay)
-    # An update can explode after a sound loss, and must not be saved as sound.
+    # An update can explode after a sound loss, and must not be saved as sound. Of the
+    # totals, since the loop stops for theirs and would wait for a bad step for ever.
     totals = jax.tree.map(jnp.add, state.totals, sums)
     sound = jnp.isfinite(totals["loss"]) & jnp.isfinite(optax.global_norm(params))
     bad = (state.bad_step < 0) & ~sound
@@ -195,7 +196,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     Preempted after SIGTERM.
     """
     workdir, mesh, started = pathlib.Path(workdir), make_mesh(), time.perf_counter()
-    preflight.check_shared(workdir)
+    preflight.check_agreement(config, workdir)
     examples, test_examples = input_pipeline.load_both(config.data)
     preflight.check(config, examples, test_examples, mesh)
     clock = Clock.of(config, len(examples.labels))
@@ -303,14 +304,16 @@ def _progress(program: Program, clock: Clock, step: int, totals: dict) -> dict:
 
 def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     """Evaluates config.eval.checkpoint of a workdir: `step` and `test_*`."""
-    mesh, examples = make_mesh(), input_pipeline.load(config.data, "test")
+    mesh, workdir = make_mesh(), pathlib.Path(workdir)
+    preflight.check_agreement(config, workdir)
+    examples = input_pipeline.load(config.data, "test")
     preflight.check_evaluation(config, examples)
     no_rate = optax.constant_schedule(0.0)  # nothing is trained
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         program, state = create_train_state(config, examples, no_rate)
         state = place(state, mesh)
         state, step = checkpoints.restore(state, config.eval.checkpoint)
-    for change in preflight.evaluation_changes(config, pathlib.Path(workdir)):
+    for change in preflight.evaluation_changes(config, workdir):
         logging.warning(change)
     test = evaluate.make_test(
         config, program.definition, program.normalization, mesh, examples
@@ -318,7 +321,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
     means, confusion = test(state.evaluated())
     names = examples.class_names
     try:
-        write_confusion(pathlib.Path(workdir), confusion, names, f"-{step}")
+        write_confusion(workdir, confusion, names, f"-{step}")
     except CheckpointError as error:  # somebody else's workdir, to be read only
         logging.warning(error)
     return {"step": step} | means

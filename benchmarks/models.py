@@ -144,7 +144,6 @@ def compete(framework: str, variant: str, name: str, options) -> None:
 def ours(variant: str, lowering: str, options):
     import jax
     import numpy as np
-    from jax.sharding import NamedSharding
 
     import devices
     import input_pipeline
@@ -162,7 +161,7 @@ def ours(variant: str, lowering: str, options):
     examples = input_pipeline.Examples(image, np.zeros(50_000), 10, *statistics)
     mesh = devices.make_mesh(jax.devices()[:1])
     program, state = train.create_train_state(config, examples)
-    state = jax.device_put(state, NamedSharding(mesh, devices.REPLICATED))
+    state = devices.place(state, mesh)
     batch = devices.shard({"image": image, "label": label}, mesh)
     start = time.perf_counter()
     train_step = functools.partial(train.train_step, program)

@@ -28,7 +28,6 @@ import unittest.mock
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from PIL import Image
 
 import benchmarks
@@ -182,7 +181,7 @@ def waits(variant: str) -> dict:
     examples = small_examples()
     mesh, timed = devices.make_mesh(), []
     program, state = train.create_train_state(config, examples)
-    state = jax.device_put(state, NamedSharding(mesh, devices.REPLICATED))
+    state = devices.place(state, mesh)
     batches = input_pipeline.batches
 
     def watched(*arguments, **options):

@@ -39,7 +39,7 @@ def _section(config: Mapping) -> dict:
     # The original decides by the data set alone which unit a net gets.
     shortcuts = ("none",) if form == "imagenet" else ("projection",)
     section = dict(name="gunn", num_classes=config.pop("num_classes"))
-    if depth == 24:
+    if depth == 24:  # other fields are let pass: no original has named them
         shortcuts += (config.pop("second_shortcut", "projection"),)
     elif config:
         raise ValueError(f"GUNN-{depth} has no field {sorted(config)}")
@@ -57,7 +57,7 @@ def _of_tensors(section: Mapping, names: Collection[str]) -> dict:
 
     That net is derived, so no original says how a configuration names the choice.
     """
-    if len(section["shortcuts"]) == 1:
+    if len(section["shortcuts"]) == 1 or section["form"] == "imagenet":
         return dict(section)
     second = [n for n in names if n.startswith("7.1.2.") and n.endswith(".weight")]
     kind = "projection" if len(second) > len(BOTTLENECK) else "identity"

@@ -130,6 +130,8 @@ def test_loops_that_keep_a_map_change_neither_it_nor_its_gradient(size):
 
     expected = sum(scale * x for scale, x in zip(layer.scale[...], xs, strict=True))
     np.testing.assert_allclose(loss(xs), (expected * upstream).sum(), rtol=1e-5)
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(xs).compile().as_text()
+    assert lowered.count(" while(") == 2  # one for the map, one for its gradient
     for gradient, scale in zip(jax.grad(loss)(xs), layer.scale[...], strict=True):
         np.testing.assert_allclose(gradient, scale * upstream, rtol=1e-5)
 

@@ -1,6 +1,5 @@
 """Two real processes, one device each, and gloo between them: one run."""
 
-import os
 import shutil
 import signal
 import socket
@@ -14,14 +13,15 @@ from reporting import read_rows
 
 
 def start_both(workdir, cache, **fields):
-    """In one workdir, or in a list of one for each."""
-    workdirs = [workdir] * 2 if isinstance(workdir, os.PathLike) else workdir
+    """A list holds what each of the two gets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     processes = []
-    for index, workdir in enumerate(workdirs):
-        flags = arguments(workdir, CONFIG, "--distributed", **fields)
+    for index in range(2):
+        own = {k: v[index] if isinstance(v, list) else v for k, v in fields.items()}
+        where = workdir[index] if isinstance(workdir, list) else workdir
+        flags = arguments(where, CONFIG, "--distributed", **own)
         env = {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
@@ -98,8 +98,15 @@ def test_a_folder_that_is_not_the_same_for_both_is_told(tmp_path, cache, togethe
     assert codes == [1, 1], said
     for err in said:
         assert "Traceback" not in err
-        assert f"last steps [{TOTAL}, -1" in err
+        assert f"last steps [-1, {TOTAL}" in err
         assert "one folder that all share" in err
+
+
+@pytest.mark.slow
+def test_other_flags_for_one_of_them_are_told(tmp_path, cache):
+    codes, said = finish_both(start_both(tmp_path, cache, seed=[1, 2]))
+    assert codes == [1, 1], said
+    assert all("need the same --config" in err for err in said)
 
 
 def test_nothing_is_compared_over_processes():

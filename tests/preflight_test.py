@@ -53,7 +53,7 @@ def test_and_of_nothing_else(tmp_path, fields):
     assert len(preflight.changes(new, tmp_path)) == len(fields)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "svhn_cropped"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar10:3.0.2", "svhn_cropped"])
 def test_a_recipe_of_another_data_set_is_told(name, monkeypatch):
     said = []
     monkeypatch.setattr(preflight.logging, "warning", lambda x, *y: said.append(x % y))
@@ -65,6 +65,6 @@ def test_a_recipe_of_another_data_set_is_told(name, monkeypatch):
     mesh = devices.make_mesh(jax.devices()[:1])
     preflight.describe(config, examples, mesh)
     told = [
-        x for x in said if "are those of cifar10" in x and "resnet-20-L24M2,SET" in x
+        x for x in said if "are those for cifar10" in x and "resnet-20-L24M2,SET" in x
     ]
-    assert len(told) == len(said) == (name != "cifar10")
+    assert len(told) == len(said) == (name == "svhn_cropped")

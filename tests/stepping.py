@@ -7,13 +7,12 @@ import re
 import compiling
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from nets_test import TINY
 
 import input_pipeline
 import train
 from configs import common
-from devices import REPLICATED, make_mesh, make_train_step, shard
+from devices import make_mesh, make_train_step, place, shard
 
 BATCH = 16
 # Steps so long that a net leaves its surroundings multiply rounding errors.
@@ -57,7 +56,7 @@ class Steps:
         examples = input_pipeline.load(config.data, "train")
         self.mesh = make_mesh(jax.devices()[:devices])
         self.program, state = train.create_train_state(config, examples)
-        self.state = jax.device_put(state, NamedSharding(self.mesh, REPLICATED))
+        self.state = place(state, self.mesh)
         self.batches = input_pipeline.batches(config, "train", examples=examples)
         self.seen = 0.0
         batch = shard(next(input_pipeline.batches(config, "train")), self.mesh)
