@@ -93,7 +93,7 @@ def network(golden: Golden) -> Comparison:
         else:
             comparison.add("gradients", actual, expected, name=name)
 
-    statistics = _statistics_after(golden, tensors, trained, steps=1)
+    statistics = _statistics_after(golden, tensors, trained)
     noise = 0.0
     if any(error > ROUNDED for error in _errors(golden, statistics).values()):
         noise = _single_precision_noise(golden, images, loss, statistics)
@@ -103,18 +103,18 @@ def network(golden: Golden) -> Comparison:
         comparison.add("statistics", statistics[name], expected, allowed, name)
 
     if "sgd_steps" in facts:
-        _sgd_steps(golden, net, sources, comparison)
+        _sgd_steps(facts["sgd_steps"], net, images, loss, comparison)
     return comparison
 
 
-def _statistics_after(golden: Golden, tensors, trained: dict, steps: int) -> dict:
-    """Running statistics after some steps, by reference name."""
-    keep = golden.facts["batch_norm"]["keep"] ** steps
-    # What the steps added: an importer may start from other statistics.
+def _statistics_after(golden: Golden, tensors, trained: dict) -> dict:
+    """Running statistics after one step, by reference name."""
+    keep = golden.facts["batch_norm"]["keep"]
+    # What the step added: an importer may start from other statistics.
     return {
         name: keep * tensors[name]
         + (trained["statistics"][name] - keep * trained["statistics before"][name])
-        for name in trained["statistics"]
+        for name in golden.running()
     }
 
 
@@ -139,7 +139,7 @@ def _single_precision_noise(golden: Golden, images, loss, exact: dict) -> float:
     importers.load(net, tensors)
     sources = importers.sources_of(net, tensors)
     trained = train(net, sources, np.asarray(images, np.float32), loss)
-    rounded = _statistics_after(golden, tensors, trained, steps=1)
+    rounded = _statistics_after(golden, tensors, trained)
     errors = (
         np.abs(rounded[name] - value).max() / (np.abs(value).max() or 1.0)
         for name, value in exact.items()
@@ -206,10 +206,8 @@ def by_path(tree) -> dict:
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
-def _sgd_steps(golden: Golden, net, sources, comparison) -> None:
+def _sgd_steps(facts, net, images, loss, comparison) -> None:
     """Steps on the same batch. A second spelling has its recipe, the same, in prose."""
-    facts, tensors = golden.facts["sgd_steps"], golden.tensors()
-    images, loss = golden.images(), cross_entropy(golden.labels())
     if "steps" in facts:
         facts = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4) | {
             "losses": [step["loss_before"] for step in facts["steps"]],
@@ -218,18 +216,6 @@ def _sgd_steps(golden: Golden, net, sources, comparison) -> None:
     fields = {k: facts[k] for k in ("momentum", "nesterov", "weight_decay")}
     optimizer = optimizers.sgd(facts["lr"], **fields)
     steps = len(facts["losses"])
-    before = by_path(nets.split(net)[1]["stats"])
-    losses, norms, after = trajectory(net, images, loss, optimizer, steps)
+    losses, norms, _ = trajectory(net, images, loss, optimizer, steps)
     comparison.add("sgd losses", losses, facts["losses"])
     comparison.add("sgd norms", norms, facts["param_norm_after"])
-    if "sgd_logits_eval_after" in golden.arrays:
-        found = {
-            "statistics": to_reference(sources, by_path(after["stats"])),
-            "statistics before": to_reference(sources, before),
-        }
-        tensors |= to_reference(sources, by_path(after["params"]))
-        tensors |= _statistics_after(golden, tensors, found, steps)
-        net.eval()
-        importers.load(net, tensors)
-        expected = golden.arrays["sgd_logits_eval_after"]
-        comparison.add("sgd eval", evaluate(net, images), expected)
