@@ -13,7 +13,7 @@ import augment
 import input_pipeline
 import metrics
 import nets
-from devices import REPLICATED, SHARDED, place, shard
+from runtime.devices import REPLICATED, SHARDED, place, shard
 
 
 def make_eval_step(

@@ -16,11 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import augment
-import crops
 import data_sources
-import photographs
-from data_sources import DataError, Examples
-from photographs import Photographs, tensorflow
+from data_sources import DataError, Examples, crops, photographs
+from data_sources.photographs import Photographs, tensorflow
 
 PIPELINES = ("tf.data", "device")
 CROPS = ("pad", *crops.CROPS)

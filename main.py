@@ -6,7 +6,7 @@ Flags only; the work is in train.py, which a notebook can call.
 import os
 import sys
 
-import environment
+from runtime import environment
 
 if __name__ == "__main__":
     environment.settle()  # before jax is imported
@@ -15,9 +15,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import preflight
-import reporting
 import train
+from runtime import preflight, reporting
 
 config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py:VARIANT,DATA,RECIPE")
 flags.DEFINE_string("workdir", None, "where the run lives; an existing one resumes")
@@ -63,7 +62,7 @@ def _log_plainly():
     here, handler = os.path.dirname(train.__file__), logging.get_absl_handler()
 
     def wanted(record):
-        ours = os.path.dirname(record.pathname) == here
+        ours = record.pathname.startswith(here)
         return ours or record.levelno >= logging.logging.WARNING
 
     handler.addFilter(wanted)

@@ -21,13 +21,13 @@ import input_pipeline
 import metrics
 import nets
 import optimizers
-import preflight
-from checkpoints import CheckpointError, Checkpoints, save_config
-from devices import make_advance, make_mesh, place
 from nets.layers.norm import BatchNorm
 from optimizers import Clock
-from preemption import Preempted, sigterm
-from reporting import Reporter, read_rows, write_confusion
+from runtime import preflight
+from runtime.checkpoints import CheckpointError, Checkpoints, save_config
+from runtime.devices import make_advance, make_mesh, place
+from runtime.preemption import Preempted, sigterm
+from runtime.reporting import Reporter, read_rows, write_confusion
 
 # Numbers that random keys are folded with. A step's: its devices take 0, 1, ...
 AUGMENTATION = 2**31 - 1

@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 import sys
 
-import environment
+from runtime import environment
 
 if __name__ == "__main__":
     environment.settle()  # before jax is imported
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 import augment
 import input_pipeline
-import preflight
+from runtime import preflight
 
 CELL, GAP, CAPTION = 96, 4, 12  # pixels; a larger image is shown as large as it is
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from reporting import read_rows
+from runtime.reporting import read_rows
 
 Curve = list[dict[str, float]]
 

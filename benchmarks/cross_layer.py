@@ -21,12 +21,12 @@ import numpy as np
 from flax import nnx
 
 import benchmarks
-import environment
 import nets
 from nets.delugenet import Block, Projection
 from nets.layers.cross_layer import CrossLayer, Source
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
+from runtime import environment
 
 # net, block, size, channels, composite layers
 BLOCKS = (

@@ -21,8 +21,8 @@ from flax import nnx
 from jax import lax
 
 import benchmarks
-import environment
 from nets.gunn import gunn_layer
+from runtime import environment
 
 # net, size, batch, channels, segments, shortcut
 LAYERS = (

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import benchmarks
-import environment
 from nets.layers.lowerings import Shape, applicable, choose, convolution
+from runtime import environment
 
 # net, size, in, out, window, stride, groups
 LAYERS = (

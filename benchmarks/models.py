@@ -20,7 +20,7 @@ import sys
 import time
 
 import benchmarks
-import environment
+from runtime import environment
 
 PEERS = {  # of pytorchcv, in its order of names
     "cfmz:20": "resnet20_cifar10",
@@ -145,9 +145,9 @@ def ours(variant: str, lowering: str, options):
     import jax
     import numpy as np
 
-    import devices
     import input_pipeline
     import train
+    from runtime import devices
 
     family, _, row = variant.partition(":")
     config = importlib.import_module(f"configs.{family}").get_config(row)

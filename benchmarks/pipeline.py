@@ -31,11 +31,10 @@ import numpy as np
 from PIL import Image
 
 import benchmarks
-import devices
-import environment
 import input_pipeline
 import train
 from configs import common
+from runtime import devices, environment
 
 REPEATS, SECONDS, MADE_UP = 5, 4.0, 300
 TRAINED, STEPS = ("cfmz:20", "xdensenet:40-24-2"), 40

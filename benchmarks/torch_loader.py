@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import crops
+from data_sources import crops
 
 
 class Small(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ import evaluate
 import nets
 from configs import xdensenet
 from data_sources import Examples
-from devices import make_mesh
+from runtime.devices import make_mesh
 
 COUNT, CLASSES = 37, 10
 NORMALIZATION = dict(mean=(120.0,) * 3, std=(60.0,) * 3, dtype=np.dtype("float32"))

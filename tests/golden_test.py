@@ -2,7 +2,7 @@
 
 pytest tests/golden_test.py --golden=DIR
 
-Files are discovered, never listed. Networks (format 2) run through importers.build and
+Files are discovered, never listed. Networks (format 2) run through convert.build and
 load; layer, optimizer and trajectory files through the reader that knows their form;
 what has no importer or reader yet is skipped with that reason. All in float64.
 """
@@ -10,14 +10,13 @@ what has no importer or reader yet is skipped with that reason. All in float64.
 import json
 import pathlib
 
-import golden_checks
-import golden_layers
 import jax
 import pytest
-from conftest import SHARED
 
-import importers
-from importers import golden
+import convert
+from convert import golden
+from tests.conftest import SHARED
+from tests.support import golden_checks, golden_layers
 
 OWN = pathlib.Path(__file__).parent / "golden"
 
@@ -49,8 +48,8 @@ def pytest_generate_tests(metafunc):
 
 def _marks(root, facts):
     try:
-        importers.find(facts["system"], facts["net"])
-    except importers.NoImporter as error:
+        convert.find(facts["system"], facts["net"])
+    except convert.NoImporter as error:
         return pytest.mark.skip(str(error).partition(":")[0])
     return () if root == OWN else pytest.mark.slow
 

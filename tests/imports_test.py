@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROOMS = ("analysis", "benchmarks", "configs", "importers", "nets", "tests")
+ROOMS = ("analysis", "benchmarks", "configs", "convert", "nets", "tests")
 FILES = sorted(
     path.relative_to(ROOT)
     for folder in (".", *ROOMS)

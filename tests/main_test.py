@@ -5,12 +5,12 @@ import resource
 import shutil
 from subprocess import PIPE
 
-import launch
 import numpy as np
 import pytest
-from launch import arguments
 
-from reporting import read_rows
+from runtime.reporting import read_rows
+from tests.support import launch
+from tests.support.launch import arguments
 
 DIGITS = "configs/xdensenet.py:22-8-2,digits"
 CIFAR = "configs/xdensenet.py"
@@ -152,7 +152,7 @@ def results(cache, tmp_path_factory):
         runs["eval nothing"] = arguments(nothing, DIGITS, "--mode=eval")
         names, results = sorted(runs), {}
         halves = [{name: runs[name] for name in names[i::2]} for i in range(2)]
-        command = ["tests/forked.py"]
+        command = ["-m", "tests.support.forked"]
         processes = [launch.start([], cache, command, stdin=PIPE) for _ in halves]
         for process, half in zip(processes, halves, strict=True):
             json.dump(half, process.stdin)

@@ -6,13 +6,19 @@ import resource
 import signal
 import time
 
-import launch
 import pytest
-from launch import TOTAL, arguments, assert_same_end, complete, kill_when, start
-from mini_imagenet import write_folders
 
-import checkpoints
-import preflight
+from runtime import checkpoints, preflight
+from tests.support import launch
+from tests.support.launch import (
+    TOTAL,
+    arguments,
+    assert_same_end,
+    complete,
+    kill_when,
+    start,
+)
+from tests.support.mini_imagenet import write_folders
 
 WRITING = checkpoints._WRITING
 

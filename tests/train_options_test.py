@@ -6,15 +6,15 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from stepping import SLOWLY, Compilations, Steps, configured, save_images
 
 import augment
 import input_pipeline
 import metrics
-import preflight
 import train
-from devices import make_mesh
-from reporting import read_rows
+from runtime import preflight
+from runtime.devices import make_mesh
+from runtime.reporting import read_rows
+from tests.support.stepping import SLOWLY, Compilations, Steps, configured, save_images
 
 
 @pytest.fixture(scope="module")

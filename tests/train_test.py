@@ -8,21 +8,28 @@ import itertools
 import json
 import re
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nets_test import SIZE
-from stepping import BATCH, SLOWLY, Compilations, Steps, configured, save_images
 
 import input_pipeline
 import nets
-import preflight
 import train
-from devices import make_device_steps, make_mesh
 from nets.layers.wiring import KINDS
-from reporting import read_rows
+from runtime import preflight
+from runtime.devices import make_device_steps, make_mesh
+from runtime.reporting import read_rows
+from tests.nets.nets_test import SIZE
+from tests.support import compiling
+from tests.support.stepping import (
+    BATCH,
+    SLOWLY,
+    Compilations,
+    Steps,
+    configured,
+    save_images,
+)
 
 # Compiling a step of every net takes long: one of them always, the others in CI.
 EVERY_NET = pytest.mark.parametrize(

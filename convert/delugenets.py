@@ -1,0 +1,195 @@
+"""DelugeNets, by the names of its golden files (Lua modules have none).
+
+The original keeps running statistics for every reader of a map; ours has one pair per
+map. They agree after training, and an import in train mode keeps all weights as they
+are. For evaluation a map takes the statistics of its last reader; how far the others'
+differ moves into their weight and bias: w (x - m) / s + b is w' (x - m') / s' + b'
+with w' = w s' / s and b' = b + w (m' - m) / s.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from configs.delugenets import VARIANTS
+from convert.sources import TORCH_LEAVES, Importer, Path, Source, by_layer
+from nets.delugenet import CompositeLayer, DelugeNet
+
+EPS = 1e-5  # of every normalisation
+CROSS_LEAVES = ("scale", "bias", "mean", "var")
+
+
+class Reader(NamedTuple):
+    """A cross-layer convolution: its path, name and channels, and whom it reads.
+
+    norms: paths of the normalisations of its sources, the oldest first.
+    """
+
+    path: Path
+    name: str
+    channels: int
+    norms: tuple[Path, ...]
+
+    def shapes(self, *leaves: str) -> dict[str, tuple[int, int]]:
+        shape = (self.channels, len(self.norms))
+        return {f"{self.name}.{TORCH_LEAVES[leaf]}": shape for leaf in leaves}
+
+    def column(self, norm: Path) -> int:
+        """Where the original has the source: it counts from the newest."""
+        return len(self.norms) - 1 - self.norms.index(norm)
+
+
+def sources_of(net: DelugeNet) -> dict[Path, Source]:
+    folded = net.norm.use_running_average
+    return by_layer(net, lambda path, _: name(net, path)) | cross_layers(
+        readers(net), folded
+    )
+
+
+def name(net: DelugeNet, path: Path) -> str:
+    match path[:-1]:
+        case ("blocks", block, "norms", source):
+            # No tensor is called so: cross_layers tells where these come from.
+            where = f"block{block + 1}.source{source + 1}"
+        case ("blocks", block, "layers", layer, part):
+            # Without a transition the opening is layer 1.
+            opening = net.blocks[block].opening
+            number = layer + 1 + isinstance(opening, CompositeLayer)
+            where = f"block{block + 1}.layer{number}.{_bn(part)}"
+        case ("blocks", block, "opening", part):
+            opening = net.blocks[block].opening
+            unit = "layer1" if isinstance(opening, CompositeLayer) else "trans"
+            where = f"block{block + 1}.{unit}.{_bn(part)}"
+        case ("stem",):
+            where = "stem.conv"
+        case ("stem_norm",):
+            where = "stem.bn"
+        case ("cross" | "norm" as part,):
+            where = f"head.{_bn(part)}"
+        case ("classifier",):
+            where = "head.fc"
+        case _:
+            raise LookupError(f"DelugeNets have no layer like {path}")
+    return f"{where}.{TORCH_LEAVES[path[-1]]}"
+
+
+def readers(net: DelugeNet) -> list[Reader]:
+    """All cross-layer convolutions of a net, in the order of computation."""
+    found = []
+    for i, block in enumerate(net.blocks):
+        norms = tuple(("blocks", i, "norms", k) for k in range(len(block.norms)))
+        paths = [("blocks", i, "layers", k, "cross") for k in range(len(block.layers))]
+        closing = ("blocks", i + 1, "opening", "cross")
+        paths.append(closing if i + 1 < len(net.blocks) else ("cross",))
+        channels = block.norms[0].mean.shape[0]
+        # The first layer of a block has one source and no cross-layer convolution.
+        for count, path in enumerate(paths[1:], start=2):
+            module = name(net, (*path, "scale")).removesuffix(".weight")
+            found.append(Reader(path, module, channels, norms[:count]))
+    return found
+
+
+def cross_layers(readers: list[Reader], folded: bool) -> dict[Path, Source]:
+    """What the readers' weights and the statistics of their sources are made of.
+
+    folded: for evaluation, as the docstring of this file explains.
+    """
+    of_norm = {}
+    for reader in readers:
+        for norm in reader.norms:
+            of_norm.setdefault(norm, []).append(reader)
+    sources = {
+        (*norm, leaf): _statistic(norm, of_norm[norm], leaf)
+        for norm in of_norm
+        for leaf in ("mean", "var")
+    }
+    for reader in readers:
+        last = {norm: of_norm[norm][-1] for norm in reader.norms}
+        for leaf in ("scale", "bias"):
+            plain = _weight(reader, leaf)
+            fold = folded and set(last.values()) != {reader}
+            sources[*reader.path, leaf] = (
+                _folded(reader, last, leaf, plain) if fold else plain
+            )
+    return sources
+
+
+def _weight(reader: Reader, leaf: str) -> Source:
+    """(channels, sources), the newest first -> (sources, channels), the oldest."""
+    shapes = reader.shapes(leaf)
+    (name,) = shapes
+    return Source(
+        shapes, lambda tensor: tensor.T[::-1], lambda value: {name: value[::-1].T}
+    )
+
+
+def _statistic(norm: Path, readers: list[Reader], leaf: str) -> Source:
+    """The last reader's column; back, the column of every reader, else zeros."""
+
+    def split(value):
+        columns = {}
+        for reader in readers:
+            for name, shape in reader.shapes(leaf).items():
+                columns[name] = np.zeros(shape, value.dtype)
+                columns[name][:, reader.column(norm)] = value
+        return columns
+
+    return Source(
+        {k: v for reader in readers for k, v in reader.shapes(leaf).items()},
+        lambda *tensors: tensors[-1][:, readers[-1].column(norm)],
+        split,
+    )
+
+
+def _folded(
+    reader: Reader, last: Mapping[Path, Reader], leaf: str, plain: Source
+) -> Source:
+    """As if the reader had the statistics of the last one; back, one that has them."""
+    shapes = reader.shapes(*CROSS_LEAVES)
+    for other in last.values():
+        shapes |= other.shapes("mean", "var")
+
+    def join(*tensors):
+        tensors = dict(zip(shapes, tensors, strict=True))
+        scale, bias, mean, var = (
+            tensors[name].T[::-1] for name in reader.shapes(*CROSS_LEAVES)
+        )
+        last_mean, last_var = (
+            np.stack(
+                [
+                    tensors[name][:, last[norm].column(norm)]
+                    for norm in reader.norms
+                    for name in last[norm].shapes(statistic)
+                ]
+            )
+            for statistic in ("mean", "var")
+        )
+        scale = scale / np.sqrt(var + EPS)
+        if leaf == "scale":
+            return scale * np.sqrt(last_var + EPS)
+        return bias + scale * (last_mean - mean)
+
+    return Source(shapes, join, plain.split)
+
+
+def _bn(part: str) -> str:
+    return part.replace("norm", "bn")
+
+
+def _section(config: Mapping) -> dict:
+    config = dict(config)
+    form = "imagenet" if config.pop("dataset") == "imagenet" else "cifar"
+    if "depth" in config:
+        depth = str(config.pop("depth"))
+        if depth not in VARIANTS:
+            raise ValueError(
+                f"a DelugeNet of depth {depth}: choose from {', '.join(VARIANTS)}, "
+                "or give its layers"
+            )
+        config["layers"] = VARIANTS[depth].net["layers"]
+    config["layers"] = tuple(config["layers"])
+    return {"name": "delugenet", "form": form, **config}
+
+
+IMPORTERS = {"delugenet": Importer(net=DelugeNet, section=_section, sources=sources_of)}

@@ -1,0 +1,51 @@
+"""fb.resnet.torch, by the names of its golden files (Lua modules have none)."""
+
+from collections.abc import Mapping
+
+from flax import nnx
+
+from convert.sources import TORCH_LEAVES, Importer, Path, by_layer
+from nets.resnet import ResNet
+
+
+def resnet(path: Path, layer: nnx.Module) -> str:
+    match path[:-1]:
+        case ("stages", stage, block, "shortcut", part):
+            where = f"layer{stage + 1}.{block}.shortcut.{_bn(part)}"
+        case ("stages", stage, block, part):
+            where = f"layer{stage + 1}.{block}.{_bn(part)}"
+        case (part,):
+            names = {"stem": "conv1", "stem_norm": "bn1", "norm": "bn_last"}
+            where = names.get(part, "fc")
+        case _:
+            raise LookupError(f"fb.resnet.torch has no layer like {path}")
+    return f"{where}.{TORCH_LEAVES[path[-1]]}"
+
+
+def preresnet(path: Path, layer: nnx.Module) -> str:
+    """A block's BN counts from 0 here: bn0 precedes conv1."""
+    if path[0] == "stages" and path[-2] in ("norm1", "norm2", "norm3"):
+        path = (*path[:-2], f"norm{int(path[-2][-1]) - 1}", path[-1])
+    return resnet(path, layer)
+
+
+def _bn(part: str) -> str:
+    return part.replace("norm", "bn")
+
+
+def _section(config: Mapping, preactivation: bool) -> dict:
+    form = "imagenet" if config["dataset"] == "imagenet" else "cifar"
+    fields = {k: config[k] for k in ("depth", "shortcut", "num_classes")}
+    return dict(name="resnet", form=form, preactivation=preactivation, **fields)
+
+
+def _importer(preactivation: bool) -> Importer:
+    naming = preresnet if preactivation else resnet
+    return Importer(
+        net=ResNet,
+        section=lambda config: _section(config, preactivation),
+        sources=lambda net: by_layer(net, naming),
+    )
+
+
+IMPORTERS = {"resnet": _importer(False), "preresnet": _importer(True)}

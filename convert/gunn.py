@@ -1,0 +1,151 @@
+"""GUNN on Torch7, by the names of its golden files: positions in the module tree.
+
+Positions count from 1: "7.3.1.2.4.weight" is the 3x3 convolution of segment 3 of the
+first layer. Our units are stacked over segments, theirs are separate tensors.
+"""
+
+import functools
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from flax import nnx
+
+from convert.sources import TORCH_LEAVES, Importer, Path, Source, by_layer
+from nets.gunn import Gunn
+from nets.layers.gradual import unstacked
+
+# (depth, wide): stages of channels and segments, expansion.
+MODELS = {
+    (15, False): ((240, 300, 360), (20, 25, 30), 2),
+    (18, False): ((400, 800, 1600, 2000), (10, 20, 40, 50), 2),
+    (18, True): ((1200, 1600, 2000, 2000), (30, 40, 50, 50), 2),
+    (24, False): ((720, 900, 1080), (20, 25, 30), 3),
+}
+# Positions inside the bottleneck; of the projection, beside it.
+BOTTLENECK = {"conv1": 1, "norm1": 2, "conv2": 4, "norm2": 5, "conv3": 7, "norm3": 8}
+PROJECTION = {"projection": 1, "projection_norm": 2}
+
+
+def _section(config: Mapping) -> dict:
+    config = dict(config)
+    depth, wide = config.pop("depth"), config.pop("wide", False)
+    if (depth, wide) not in MODELS:
+        known = [*MODELS]
+        raise ValueError(f"unknown GUNN (depth, wide) {depth, wide}: one of {known}")
+    channels, segments, expansion = MODELS[depth, wide]
+    channels = config.pop("channels", channels)
+    segments = config.pop("segments", segments)
+    form = "imagenet" if config.pop("dataset") == "imagenet" else "cifar"
+    # The original decides by the data set alone which unit a net gets.
+    shortcuts = ("none",) if form == "imagenet" else ("projection",)
+    section = dict(name="gunn", num_classes=config.pop("num_classes"))
+    if depth == 24:  # other fields are let pass: no original has named them
+        shortcuts += (config.pop("second_shortcut", "projection"),)
+    elif config:
+        raise ValueError(f"GUNN-{depth} has no field {sorted(config)}")
+    return section | dict(
+        channels=channels,
+        segments=segments,
+        expansion=expansion,
+        shortcuts=shortcuts,
+        form=form,
+    )
+
+
+def _of_tensors(section: Mapping, names: Collection[str]) -> dict:
+    """The section with GUNN-24's second shortcut as the tensors have it.
+
+    That net is derived, so no original says how a configuration names the choice.
+    """
+    if len(section["shortcuts"]) == 1 or section["form"] == "imagenet":
+        return dict(section)
+    second = [n for n in names if n.startswith("7.1.2.") and n.endswith(".weight")]
+    kind = "projection" if len(second) > len(BOTTLENECK) else "identity"
+    return section | dict(shortcuts=("projection", kind))
+
+
+def sources(net: Gunn) -> dict[Path, Source]:
+    rest = nnx.clone(net)
+    rest.layers = nnx.List()
+    found = by_layer(rest, functools.partial(_name, net))
+    for i, layer in enumerate(net.layers):
+        name = functools.partial(layer_name, layer.units, f"{_positions(net)[i][1]}.")
+        stacked = layer_sources(layer.units, name)
+        found |= {("layers", i, "units", *path): s for path, s in stacked.items()}
+    return found
+
+
+def layer_sources(units: nnx.Module, name) -> dict[Path, Source]:
+    """Stacked units from the tensors of each; name: (segment, path, layer) -> tensor.
+
+    Paths are those below `units`.
+    """
+    each = [
+        by_layer(unit, functools.partial(name, segment))
+        for segment, unit in enumerate(unstacked(units))
+    ]
+    return {path: _stacked([sources[path] for sources in each]) for path in each[0]}
+
+
+def layer_name(units, prefix: str, segment: int, path: Path, layer) -> str:
+    """The tensor of a unit's variable; `prefix` is the layer's own, with its dot."""
+    _, index, part, leaf = path
+    place = [segment + 1]
+    if len(units.bottlenecks) > 1:
+        place.append(index + 1)
+    if units.bottlenecks[index].shortcut != "none":  # a table of branches: 1 and 2
+        place += [1, 1 if part in PROJECTION else 2]
+    place.append((PROJECTION | BOTTLENECK)[part])
+    return f"{prefix}{'.'.join(map(str, place))}.{TORCH_LEAVES[leaf]}"
+
+
+def _positions(net: Gunn) -> list[tuple[int, int]]:
+    """Positions of each stage's first transition module and of its layer.
+
+    The pool stands before the transition (ImageNet) or behind it (CIFAR).
+    """
+    stages = range(len(net.layers))
+    if net.imagenet:
+        return [(5 + 5 * stage, 8 + 5 * stage) for stage in stages]
+    return [(3 + 5 * stage + (not stage), 7 + 5 * stage) for stage in stages]
+
+
+def _name(net: Gunn, path: Path, layer: nnx.Module) -> str:
+    return f"{_position(net, path[:-1])}.{TORCH_LEAVES[path[-1]]}"
+
+
+def _position(net: Gunn, path: Path) -> int:
+    last_layer = _positions(net)[-1][1]
+    match path:
+        case ("stem",):
+            return 1
+        case ("stem_norm",):
+            return 2
+        case ("transitions", stage, part):
+            return _positions(net)[stage][0] + (part == "norm")
+        case ("last", part):
+            return last_layer + 1 + (part == "norm")
+        case ("classifier",):
+            return last_layer + (3 if net.imagenet else 6)
+    raise LookupError(f"GUNN has no layer like {path}")
+
+
+def _stacked(sources: list[Source]) -> Source:
+    """One variable with a leading axis, from the sources of its slices."""
+
+    def join(*tensors):
+        size = len(tensors) // len(sources)
+        pieces = [tensors[i * size : (i + 1) * size] for i in range(len(sources))]
+        return np.stack(
+            [s.join(*piece) for s, piece in zip(sources, pieces, strict=True)]
+        )
+
+    def split(value):
+        pieces = zip(sources, value, strict=True)
+        return {k: v for source, x in pieces for k, v in source.split(x).items()}
+
+    shapes = {k: v for source in sources for k, v in source.shapes.items()}
+    return Source(shapes, join, split)
+
+
+IMPORTERS = {"gunn": Importer(Gunn, _section, sources, of_tensors=_of_tensors)}

@@ -1,0 +1,167 @@
+"""X-Nets (Deep Expander Networks), by the state_dict names of its PyTorch code."""
+
+from collections.abc import Mapping
+
+from flax import nnx
+
+from convert.sources import TORCH_LEAVES, Importer, Path, by_layer
+from nets.alexnet import CONVOLUTIONS, AlexNet
+from nets.densenet import DenseNet, ImageNetDenseNet
+from nets.layers.expander import ExpanderConv
+from nets.mobilenet import MobileNet
+from nets.resnet import ResNet
+from nets.vgg import VGG
+
+
+def leaf(attribute: str, layer: nnx.Module) -> str:
+    if isinstance(layer, ExpanderConv) and attribute == "kernel":
+        return "fpWeight"
+    return TORCH_LEAVES[attribute]
+
+
+def densenet_cifar(path: Path) -> str:
+    match path:
+        case ("stem",):
+            return "conv1"
+        case ("blocks", block, layer, part):
+            return f"block{block + 1}.layer.{layer}.{part.replace('norm', 'bn')}"
+        case ("transitions", transition, part):
+            part = {"norm": "bn1", "conv": "conv1"}[part]
+            return f"trans{transition + 1}.{part}"
+        case ("norm",):
+            return "bn1"
+        case ("classifier",):
+            return "fc"
+    raise LookupError(f"densenet_cifar has no layer like {path}")
+
+
+def densenet_imagenet(path: Path) -> str:
+    match path:
+        case ("blocks", block, layer, part):
+            part = f"{part[:-1]}.{part[-1]}"
+            return f"features.denseblock{block + 1}.denselayer{layer + 1}.{part}"
+        case ("transitions", transition, part):
+            return f"features.transition{transition + 1}.{part}"
+        case ("classifier",):
+            return "classifier"
+        case (part,):
+            names = {"stem": "conv0", "stem_norm": "norm0", "norm": "norm5"}
+            return f"features.{names[part]}"
+    raise LookupError(f"densenet121 to 201 have no layer like {path}")
+
+
+def resnet_imagenet(path: Path) -> str:
+    match path:
+        case ("stages", stage, block, "shortcut", part):
+            return f"layer{stage + 1}.{block}.downsample.{('conv', 'norm').index(part)}"
+        case ("stages", stage, block, part):
+            return f"layer{stage + 1}.{block}.{part.replace('norm', 'bn')}"
+        case (part,):
+            return {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}[part]
+    raise LookupError(f"resnet18 to 152 have no layer like {path}")
+
+
+def mobilenet(path: Path) -> str:
+    match path:
+        case ("stem",):
+            return "model.0.0"
+        case ("stem_norm",):
+            return "model.0.1"
+        case ("blocks", block, part):
+            names = {"depthwise": 0, "depthwise_norm": 1}
+            names |= {"pointwise": 3, "pointwise_norm": 4}
+            return f"model.{block + 1}.{names[part]}"
+        case ("classifier",):
+            return "fc"
+    raise LookupError(f"mobilenet has no layer like {path}")
+
+
+def vgg_cifar(net: VGG) -> dict[Path, str]:
+    """Convolution, BN, ReLU and pooling are counted, each layer in turn."""
+    names, index = {("hidden",): "classifier.0", ("classifier",): "classifier.2"}, 0
+    for stage, blocks in enumerate(net.stages):
+        for i, block in enumerate(blocks):
+            names["stages", stage, i, "conv"] = f"features.{index}"
+            names["stages", stage, i, "norm"] = f"features.{index + 1}"
+            index += 2 if block.norm is None else 3
+        index += 1
+    return names
+
+
+def alexnet(net: AlexNet) -> dict[Path, str]:
+    """Counted as in `vgg_cifar`; the dense net counts its dropouts too."""
+    names, index = {}, 0
+    for i, (*_, pooled) in enumerate(CONVOLUTIONS):
+        names["convs", i] = f"features.{index}"
+        names["conv_norms", i] = f"features.{index + 1}"
+        index += (2 if net.conv_norms is None else 3) + pooled
+    indices = (1, 4, 6) if net.linear_norms is None else (0, 3, 6)
+    for i, index in enumerate(indices):
+        names["linears", i] = f"classifier.{index}"
+        names["linear_norms", i] = f"classifier.{index + 1}"
+    return names
+
+
+def _section(name: str, **fields):
+    """The configurations of the golden files have the fields of our nets, but one."""
+    renamed = {"expander_transitions": "wired_transitions"}
+
+    def section(config: Mapping) -> dict:
+        ours = {renamed.get(k, k): v for k, v in config.items()}
+        return {"name": name, **fields, **ours}
+
+    return section
+
+
+def _sources(layers):
+    """layers: net -> (path of a layer -> its name)."""
+
+    def sources(net):
+        layer_name = layers(net)
+        return by_layer(
+            net,
+            lambda path, layer: f"{layer_name(path[:-1])}.{leaf(path[-1], layer)}",
+        )
+
+    return sources
+
+
+def _resnet_sources(net: ResNet):
+    if net.norm is not None or not net.pool:
+        raise LookupError("resnet18 to 152 are post-activation nets for ImageNet")
+    return _sources(lambda net: resnet_imagenet)(net)
+
+
+IMPORTERS = {
+    "densenet_cifar": Importer(
+        net=DenseNet,
+        section=_section("densenet"),
+        sources=_sources(lambda net: densenet_cifar),
+    ),
+    "densenet_imagenet": Importer(
+        net=ImageNetDenseNet,
+        section=_section("densenet_imagenet"),
+        sources=_sources(lambda net: densenet_imagenet),
+    ),
+    "resnet_imagenet": Importer(
+        net=ResNet,
+        section=_section("resnet", form="imagenet", shortcut="B"),
+        sources=_resnet_sources,
+    ),
+    "vgg_cifar": Importer(
+        net=VGG,
+        section=_section("vgg"),
+        sources=_sources(lambda net: vgg_cifar(net).__getitem__),
+    ),
+    "mobilenet": Importer(
+        net=MobileNet,
+        section=_section("mobilenet"),
+        sources=_sources(lambda net: mobilenet),
+    ),
+    # Dropout off, as it was when the references were recorded.
+    "alexnet": Importer(
+        net=AlexNet,
+        section=_section("alexnet", dropout=0.0),
+        sources=_sources(lambda net: alexnet(net).__getitem__),
+    ),
+}

@@ -1,0 +1,97 @@
+"""Statistics of several runs, by hand, and runs by seed."""
+
+import json
+
+import pytest
+
+from analysis import curves
+from configs import cfmz
+from runtime import preflight
+from runtime.reporting import as_csv
+
+
+def save(workdir, accuracies, **fields):
+    """A finished run as reporting.py leaves it."""
+    config = cfmz.get_config()
+    config.update(fields)
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    rows = [
+        {"step": 10 * i, "epoch": float(i), "test_accuracy": accuracy}
+        for i, accuracy in enumerate(accuracies, 1)
+    ]
+    (workdir / "metrics.csv").write_text(as_csv(rows))
+    return workdir
+
+
+def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
+    first = save(tmp_path / "a", [0.5, 0.8, 0.7])
+    second = save(tmp_path / "b", [0.6, 0.6, 0.9], seed=1)
+    other = save(tmp_path / "c", [0.25], train={"batch_size": 64})
+    groups = curves.read([first, second, other])
+    assert [len(runs) for runs in groups.values()] == [2, 1]
+    rows = curves.table(groups).splitlines()[2:]
+    # Errors 30 and 10: mean 20, deviation 14.14; best 20 and 10: 15 and 7.07.
+    name = "cfmz_resnet 20, cifar10"
+    # Medians of the last five: 30 and 40.
+    spread = "20.00 | 14.14 | 35.00 | 7.07 | 15.00 | 7.07"
+    assert rows[0] == f"| {name} | 3 | 2 | {spread} |"
+    assert rows[1] == f"| {name} (2) | 1 | 1 | 75.00 |  | 75.00 |  | 75.00 |  |"
+
+
+def test_the_median_is_that_of_the_last_five(tmp_path):
+    groups = curves.read([save(tmp_path / "a", [0.5, 0.9, 0.1, 0.8, 0.2, 0.7])])
+    assert curves.table(groups).splitlines()[2].split(" | ")[5] == "30.00"
+
+
+def test_the_seeds_of_a_workdir_are_found_and_a_run_counts_once(tmp_path):
+    (tmp_path / "run").mkdir()
+    runs = [save(tmp_path / "run" / f"seed{i}", [0.5], seed=i) for i in range(3)]
+    groups = curves.read([tmp_path / "run", runs[1]])
+    assert [len(runs) for runs in groups.values()] == [3]
+
+
+def test_a_run_repeated_is_no_second_one(tmp_path):
+    runs = [save(tmp_path / name, [0.5, 0.8]) for name in "ab"]
+    with pytest.raises(ValueError, match=r"/b repeats the run and seed of .*/a"):
+        curves.read(runs)
+
+
+def test_what_came_less_far_is_a_row_of_its_own(tmp_path):
+    runs = [save(tmp_path / "a", [0.5, 0.8]), save(tmp_path / "b", [0.5], seed=1)]
+    assert [len(runs) for runs in curves.read(runs).values()] == [1, 1]
+
+
+def test_names_of_one_data_set_do_not_number_those_of_another(tmp_path):
+    runs = [
+        save(tmp_path / name, [0.5], data={"name": name})
+        for name in ("cifar100", "cifar10")
+    ]
+    assert list(curves.read(runs)) == [
+        "cfmz_resnet 20, cifar100",
+        "cfmz_resnet 20, cifar10",
+    ]
+
+
+def test_the_plot_holds_every_run(tmp_path):
+    groups = curves.read([save(tmp_path / "a", [0.5, 0.75])])
+    (line,) = curves.figure(groups).axes[0].lines
+    assert [*line.get_xdata()] == [1.0, 2.0]
+    assert [*line.get_ydata()] == [50.0, 25.0]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}.* holds no run"):
+        curves.read([tmp_path])
+
+
+def test_seeds_are_runs_of_their_own(tmp_path):
+    config = cfmz.get_config()
+    assert list(preflight.runs(config, tmp_path)) == [(config, tmp_path)]
+    config.update(seed=3, seeds=2)
+    runs = list(preflight.runs(config, tmp_path))
+    assert [path.name for _, path in runs] == ["seed3", "seed4"]
+    assert [(run.seed, run.seeds) for run, _ in runs] == [(3, 1), (4, 1)]
+    config.seeds = 0
+    with pytest.raises(ValueError, match="seeds=0"):
+        list(preflight.runs(config, tmp_path))

@@ -1,0 +1,285 @@
+"""Crops are what the originals make: compared with plain NumPy and Pillow."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_sources import crops
+from input_pipeline import tensorflow
+from tests.support.mini_imagenet import KINDS, encode, picture
+
+
+@pytest.fixture(scope="session")
+def tf():
+    return tensorflow()
+
+
+def whole(content):
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def draws_for(count):
+    return np.random.default_rng(0).random((count, crops.DRAWS))
+
+
+@pytest.fixture(scope="session")
+def made_up():
+    rng = np.random.default_rng(3)
+    return [encode(picture(rng, i % 4), KINDS[i % 5]) for i in range(10)]
+
+
+@pytest.fixture(
+    scope="session",
+    params=["made up", "some", pytest.param("all", marks=pytest.mark.slow)],
+)
+def photographs(request, made_up):
+    """Encoded images: our own, a few real ones, all 99 real ones."""
+    if request.param == "made up":
+        return made_up
+    folder = request.getfixturevalue("shared") / "data" / "imagenet_sample"
+    files = sorted(folder.glob("*/*.JPEG"))
+    if not files:
+        pytest.skip(f"{folder} is not here")
+    return [x.read_bytes() for x in files[:: 1 if request.param == "all" else 14]]
+
+
+def torch_bicubic(pixels, resized):
+    """Torch7's image.scale: corners on corners, Catmull-Rom, straight continuation."""
+    for axis, length in enumerate(resized):
+        pixels = np.moveaxis(pixels.astype(np.float64), axis, 0)
+        old = len(pixels)
+        if old == length:
+            pixels = np.moveaxis(pixels, 0, axis)
+            continue
+        extended = np.concatenate(
+            [2 * pixels[:1] - pixels[1:2], pixels, 2 * pixels[-1:] - pixels[-2:-1]]
+        )
+        extended = np.concatenate([extended, extended[-1:]])  # has weight 0
+        position = np.arange(length) * (old - 1) / (length - 1)
+        k = np.floor(position + 1e-12).astype(int)
+        t = (position - k).reshape(-1, 1, 1)
+        p0, p1, p2, p3 = (extended[k + i] for i in range(4))
+        pixels = p1 + t / 2 * (
+            p2
+            - p0
+            + t * (2 * p0 - 5 * p1 + 4 * p2 - p3 + t * (3 * (p1 - p2) + p3 - p0))
+        )
+        pixels = np.moveaxis(pixels, 0, axis)
+    return np.clip(np.rint(pixels), 0, 255)
+
+
+def torch_middle(pixels, side, size):
+    """The shorter side made `side`, the fraction of the other dropped; its middle."""
+    shorter = min(pixels.shape[:2])
+    resized = [
+        side if x == shorter else int(x * (side / shorter) + 1e-9)
+        for x in pixels.shape[:2]
+    ]
+    y, x = (math.ceil((r - size) / 2) for r in resized)
+    return torch_bicubic(pixels, resized)[y : y + size, x : x + size]
+
+
+def assert_near(ours, expected, levels=1, share=0.01):
+    """Equal but for roundings of a half: at most so many levels, in so many places."""
+    assert ours.dtype == np.uint8
+    difference = np.abs(ours.astype(int) - expected)
+    assert difference.max() <= levels
+    assert (difference > 0).mean() < share
+
+
+def test_windows_are_decoded_as_the_whole_image_is(tf, photographs):
+    for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
+        opened = Image.open(io.BytesIO(content))
+        window = crops.random_window(*opened.size, draws)
+        top, left, height, width = window
+        ours = crops.decode(tf, content, opened, window)
+        expected = whole(content)[top : top + height, left : left + width]
+        np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_array_equal(
+            crops.decode(tf, content, Image.open(io.BytesIO(content))), whole(content)
+        )
+
+
+@pytest.mark.parametrize("size", [224, 32])
+def test_inception_is_torchs_bicubic(tf, photographs, size):
+    for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
+        pixels = whole(content)
+        expected = torch_middle(pixels, size, size)
+        if window := crops._window_that_fits(*pixels.shape[1::-1], draws):
+            top, left, height, width = window
+            pixels_inside = pixels[top : top + height, left : left + width]
+            expected = torch_bicubic(pixels_inside, (size, size))
+        assert_near(crops.train(tf, content, "inception", size, draws), expected)
+
+        expected = torch_middle(pixels, round(size * 256 / 224), size)
+        assert_near(crops.test(tf, content, "inception", size), expected)
+
+
+def test_random_resized_is_pillows_resize(tf, photographs):
+    for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        top, left, height, width = crops.random_window(*image.size, draws)
+        window = image.crop((left, top, left + width, top + height))
+        expected = np.asarray(window.resize((224, 224), Image.BILINEAR))
+        ours = crops.train(tf, content, "random_resized", 224, draws)
+        np.testing.assert_array_equal(ours, expected)
+
+        w, h = (int(256 * x / min(image.size)) for x in image.size)
+        x, y = round((w - 224) / 2), round((h - 224) / 2)
+        resized = np.asarray(image.resize((w, h), Image.BILINEAR))
+        ours = crops.test(tf, content, "random_resized", 224)
+        np.testing.assert_array_equal(ours, resized[y : y + 224, x : x + 224])
+
+
+def warp_affine(pixels, matrix, height, width):
+    """OpenCV's warpAffine: bilinear, outside is the colour of the canvas."""
+    border = np.array((123, 113, 99), np.float64)
+    padded = np.full((pixels.shape[0] + 4, pixels.shape[1] + 4, 3), border)
+    padded[2:-2, 2:-2] = pixels
+    (ys, y0), (xs, x0) = matrix
+    y, x = (np.arange(height) - y0) / ys, (np.arange(width) - x0) / xs
+    y = np.clip(y, -2, pixels.shape[0])[:, None, None]
+    x = np.clip(x, -2, pixels.shape[1])[None, :, None]
+    i, j = np.floor(y).astype(int), np.floor(x).astype(int)
+    v, u = y - i, x - j
+    i, j = i[..., 0] + 2, j[..., 0] + 2
+    return (
+        (1 - v) * (1 - u) * padded[i, j]
+        + (1 - v) * u * padded[i, j + 1]
+        + v * (1 - u) * padded[i + 1, j]
+        + v * u * padded[i + 1, j + 1]
+    )
+
+
+def test_scale_aspect_is_igcnets_canvas(tf, photographs):
+    for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        w, h = (480 * x // min(image.size) for x in image.size)
+        if (w, h) != image.size:
+            image = image.resize((w, h), Image.BILINEAR)
+        for training in (True, False):
+            t = 0.533 + 0.467 * draws[0] if training else 0.533
+            a = 0.75 + 0.5 * draws[1] if training else 1.0
+            horizontal = 2 * t / (1 + a)
+            vertical = a * horizontal
+            canvas_w, canvas_h = max(256, t * w), max(256, t * h)
+            matrix = (
+                (vertical, (canvas_h - vertical * h) / 2),
+                (horizontal, (canvas_w - horizontal * w) / 2),
+            )
+            canvas = warp_affine(
+                np.asarray(image), matrix, int(canvas_h), int(canvas_w)
+            )
+            rows, columns = int(canvas_h) - 224, int(canvas_w) - 224
+            if training:
+                y, x = int(draws[2] * (rows + 1)), int(draws[3] * (columns + 1))
+                ours = crops.train(tf, content, "scale_aspect", 224, draws)
+            else:
+                y, x = rows // 2, columns // 2
+                ours = crops.test(tf, content, "scale_aspect", 224)
+            expected = np.rint(canvas[y : y + 224, x : x + 224])
+            assert_near(ours, expected, share=0.02)
+
+
+def test_the_canvas_shows_beside_narrow_images(tf):
+    content = encode(Image.new("RGB", (480, 480), (0, 255, 0)))
+    draws = np.zeros(crops.DRAWS)  # smallest scale, flattest aspect, upper left window
+    ours = crops.train(tf, content, "scale_aspect", 224, draws)
+    np.testing.assert_array_equal(ours[0], [crops.CANVAS] * 224)
+    assert (ours[-1, :, 1] > 250).all()
+
+
+def test_inception_windows_are_as_published():
+    size, count = 1000, 20_000
+    windows = [crops.random_window(size, size, x) for x in draws_for(count)]
+    top, left, height, width = np.array(windows).T
+    assert (top >= 0).all()
+    assert (top + height <= size).all()
+    assert (left + width <= size).all()
+    area, ratio = height * width / size**2, width / height
+    assert 0.0795 < area.min() < 0.082
+    assert area.max() <= 1
+    assert 0.748 < ratio.min() < 0.76
+    assert 1.32 < ratio.max() < 1.337
+    # Every other is swapped, so portrait and landscape are as frequent; of the small
+    # ones, which always fit, the area is uniform.
+    assert abs((ratio < 1).mean() - 0.5) < 0.02
+    small = np.sort(area[area < 0.5])
+    np.testing.assert_allclose(np.quantile(small, 0.5), 0.29, atol=0.01)
+    for start, side in ((top, height), (left, width)):
+        share = start / np.maximum(size - side, 1)
+        share = share[size - side > 50]
+        quartiles = np.quantile(share, [0.25, 0.5, 0.75])
+        np.testing.assert_allclose(quartiles, [0.25, 0.5, 0.75], atol=0.02)
+
+
+def test_the_square_in_the_middle_where_nothing_fits():
+    draws = np.ones(
+        (crops.TRIES, 5)
+    )  # the whole area, landscape: too wide for 10 x 900
+    assert crops.random_window(10, 900, draws.ravel()) == (445, 0, 10, 10)
+
+
+@pytest.mark.parametrize("shape", [(40, 1200), (1200, 40)])
+@pytest.mark.parametrize("size", [224, 32])
+def test_inception_scales_where_nothing_fits(tf, shape, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    content = encode(Image.fromarray(pixels), "png")
+    draws = np.ones(crops.DRAWS)  # the whole area, ten times
+    ours = crops.train(tf, content, "inception", size, draws)
+    assert_near(ours, torch_middle(pixels, size, size))
+
+    image = Image.fromarray(pixels).crop(
+        [(s - 40) // 2 + k for k in (0, 40) for s in shape[::-1]]
+    )
+    expected = np.asarray(image.resize((size, size), Image.BILINEAR))
+    ours = crops.train(tf, content, "random_resized", size, draws)
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("crop", crops.CROPS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 60), (60, 2)])
+def test_the_smallest_images_are_cropped(tf, crop, size):
+    content = encode(Image.new("RGB", size, (10, 200, 30)))
+    for pixels in (
+        crops.train(tf, content, crop, 224, draws_for(1)[0]),
+        crops.test(tf, content, crop, 224),
+    ):
+        assert pixels.shape == (224, 224, 3)
+        middle = pixels[112, 112].astype(int)
+        assert np.abs(middle - (10, 200, 30)).max() < 4
+
+
+def test_more_than_8_bits_are_refused(tf):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(buffer, "png")
+    with pytest.raises(ValueError, match="8 bits"):
+        crops.test(tf, buffer.getvalue(), "inception", 32)
+
+
+def with_thumbnail(image, **options):
+    """A JPEG with another whole one in its header, as cameras write them."""
+    header = b"Exif\x00\x00" + encode(image.resize((16, 16)))
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", exif=header, quality=90, **options)
+    assert buffer.getvalue().count(b"\xff\xd9") == 2
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+@pytest.mark.parametrize("crop", crops.CROPS)
+def test_a_jpeg_that_is_cut_off_is_refused_whatever_the_crop(tf, crop, progressive):
+    image = picture(np.random.default_rng(1), 2).resize((90, 80))
+    content = with_thumbnail(image, progressive=progressive)
+    for draws in draws_for(30):
+        for cut in (-2, -1, -100, len(content) // 2, 2 * len(content) // 3):
+            for filled in (content[:cut], content[:cut].ljust(len(content), b"\0")):
+                with pytest.raises(ValueError, match="cut off"):
+                    crops.train(tf, filled, crop, 32, draws)
+        whole = crops.train(tf, content, crop, 32, draws)
+        for appended in (b"\0" * 3000, b"\n", bytes(range(256)) * 20):
+            ours = crops.train(tf, content + appended, crop, 32, draws)
+            np.testing.assert_array_equal(ours, whole)

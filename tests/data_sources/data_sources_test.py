@@ -1,0 +1,335 @@
+"""Every source gives the written pixels; damage and absence are told, not passed on."""
+
+import io
+import pathlib
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from absl import logging
+
+import data_sources
+import input_pipeline
+from configs import common
+from data_sources import DataError, downloads, tfrecords
+from tests.support.tfds_writer import FORMATS, pixels, png, save_npz, write_set
+
+
+@pytest.fixture
+def data(tmp_path):
+    """config.data with everything below a folder of the test."""
+    data = common.base().data
+    data.name, data.dir, data.cache_dir = "tiny", str(tmp_path), str(tmp_path / "cache")
+    return data
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def crc32c(*pieces):
+    content = np.frombuffer(b"".join(pieces), np.uint8)
+    lengths = np.array([len(piece) for piece in pieces])
+    return tfrecords.crc32c(content, np.cumsum(lengths) - lengths, lengths)
+
+
+def test_checksum_is_castagnolis():
+    assert hex(crc32c(b"123456789")[0]) == "0xe3069283"  # the published check value
+    pieces = b"a", b"123456789", b"", b"bc"
+    assert list(crc32c(*pieces)) == [crc32c(piece)[0] for piece in pieces]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tfds_files_give_the_written_pixels_in_order(data, file_format, shards):
+    write_set(data.dir, file_format, shards=shards)
+    for split, count in (("train", 23), ("test", 7)):
+        examples = data_sources.load(data, split)
+        np.testing.assert_array_equal(examples.images, pixels(split, count))
+        np.testing.assert_array_equal(examples.labels, np.arange(count) % 3)
+        assert (examples.images.dtype, examples.labels.dtype) == (np.uint8, np.int32)
+        assert examples.num_classes == 3
+
+
+def test_grey_images_get_three_equal_channels(data):
+    write_set(data.dir, "tfrecord", shape=(8, 6, 1))
+    images = data_sources.load(data, "test").images
+    np.testing.assert_array_equal(images, pixels("test", 7, (8, 6, 1)).repeat(3, -1))
+
+
+def test_statistics_of_an_unknown_set_are_those_of_its_training_images(data):
+    write_set(data.dir, "tfrecord")
+    train = pixels("train", 23).astype(np.float64)
+    for split in ("train", "test"):
+        examples = data_sources.load(data, split)
+        np.testing.assert_allclose(examples.mean, train.mean((0, 1, 2)), rtol=1e-12)
+        np.testing.assert_allclose(examples.std, train.std((0, 1, 2)), rtol=1e-12)
+    both = input_pipeline.load_both(data)
+    assert {(x.mean, x.std) for x in both} == {(examples.mean, examples.std)}
+    assert [len(x.labels) for x in both] == [23, 7]
+    with data.unlocked():
+        data.mean, data.std = (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)
+    examples = data_sources.load(data, "test")
+    assert (examples.mean, examples.std) == (data.mean, data.std)
+
+
+@pytest.mark.parametrize("std", [(1.0, 1.0), (1.0, 0.0, 1.0), ("a", "b", "c")])
+def test_impossible_statistics_are_refused(data, std):
+    data.name, data.std = "digits", std
+    with pytest.raises(DataError, match=r"data\.std"):
+        data_sources.load(data, "test")
+
+
+def test_the_newest_version_is_read_unless_one_is_named(data):
+    write_set(data.dir, "tfrecord", version="9.0.0")
+    write_set(data.dir, "tfrecord", version="10.0.0", shape=(4, 4, 3))
+    assert data_sources.load(data, "test").images.shape == (7, 4, 4, 3)
+    data.name = "tiny:9.0.0"
+    assert data_sources.load(data, "test").images.shape == (7, 8, 6, 3)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"IDAT") + 20] ^= 16  # in the last picture
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut in the middle": lambda path: path.write_bytes(path.read_bytes()[:-300]),
+    "cut at the end": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "flipped bit": flip,
+    "removed": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_named_and_not_decoded(data, file_format, damage):
+    directory = write_set(data.dir, file_format)
+    DAMAGE[damage](directory / f"tiny-train.{file_format}-00000-of-00001")
+    with pytest.raises(DataError, match=f"{directory} is damaged or incomplete"):
+        data_sources.load(data, "train")
+    data.mean = data.std = (1.0, 1.0, 1.0)  # else from the training images
+    assert len(data_sources.load(data, "test").labels) == 7
+    assert not list(pathlib.Path(data.cache_dir).glob("*train*"))
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_damaged_descriptions_are_named(data, name):
+    directory = write_set(data.dir, "tfrecord")
+    (directory / name).write_text("")
+    with pytest.raises(DataError, match=str(directory)):
+        data_sources.load(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(encode=lambda image: png(image)[:-30]), "damaged"),  # checksum is right
+        (dict(encode=lambda image: b"no picture"), "damaged"),
+        (dict(encode=lambda image: png(image[:, :-1])), r"\(5, 8\), not \(6, 8\)"),
+        (dict(declared=(None, None, 3)), "of one size"),
+        (dict(shape=(8, 6, 4)), "channels"),
+        (dict(classes=2), r"0\.\.2, not in 0\.\.1"),
+    ],
+)
+def test_sets_that_cannot_be_trained_on_are_refused(data, change, message):
+    write_set(data.dir, "tfrecord", **change)
+    with pytest.raises(DataError, match=message):
+        data_sources.load(data, "train")
+
+
+def test_images_that_cannot_be_decoded_are_left_out_if_asked_for(data, monkeypatch):
+    images, said = pixels("train", 23), []
+    encoded = [(png(image), i % 3) for i, image in enumerate(images)]
+    encoded[4] = (b"no picture", 1)
+    encoded[9] = (encoded[9][0][:-30], 0)
+    write_set(data.dir, "tfrecord", encoded={"train": encoded, "test": encoded[:4]})
+    with pytest.raises(DataError, match=r"image [49]: .*--config\.data\.on_error=skip"):
+        data_sources.load(data, "train")
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *args: said.append(text % args)
+    )
+    data.on_error = "skip"
+    for _ in range(2):  # the second comes from the cache
+        examples = data_sources.load(data, "train")
+        kept = np.delete(np.arange(23), (4, 9))
+        np.testing.assert_array_equal(examples.images, images[kept])
+        np.testing.assert_array_equal(examples.labels, kept % 3)
+        assert said.pop().startswith("2 damaged images of ")
+    data.on_error = "raise"  # nor does the cache hide them
+    with pytest.raises(DataError, match="image"):
+        data_sources.load(data, "train")
+
+
+def test_missing_data_names_the_directory_and_the_ways_out(data, monkeypatch):
+    data.name = "cifar10"
+    with pytest.raises(DataError) as error:
+        data_sources.load(data, "train")
+    for part in (data.dir, "data.dir=", "data.name=digits", "data.download=True"):
+        assert part in str(error.value)
+    monkeypatch.setenv("TFDS_DATA_DIR", "/nowhere")
+    data.dir = ""
+    with pytest.raises(DataError, match="not in /nowhere"):
+        data_sources.load(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifra10", "no data set is called 'cifra10'; nearest: cifar10, "),
+        ("cifar_10/", "no data set is called 'cifar_10'; nearest: cifar10, "),
+        ("../cifar10", "no data set is called '..'; nearest: cifar10, cifar100, "),
+        ("*", r"no data set is called '\*'; nearest: cifar10, cifar100, "),
+        ("", "no data set is called ''; nearest: cifar10, cifar100, "),
+        ("modes", "nearest: .*, or an .npz; /.* has no folder modes/train/CLASS"),
+        ("/", "^/: no /train/CLASS"),
+        ("/nowhere/flowers", "^/nowhere/flowers: no /nowhere/flowers/train/CLASS"),
+    ],
+)
+def test_misspelt_names_are_answered_with_the_nearest(data, name, message):
+    data.name = name
+    with pytest.raises(DataError, match=message):
+        data_sources.load(data, "train")
+
+
+def test_an_unknown_on_error_is_refused(data):
+    data.name, data.on_error = "digits", "ignore"
+    with pytest.raises(DataError, match=r"'ignore': choose from raise, skip"):
+        data_sources.load(data, "train")
+
+
+def test_download_without_a_network_fails_at_once(data, monkeypatch):
+    def unreachable(request, timeout):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    data.name, data.download = "cifar10", True
+    with pytest.raises(DataError, match=r"could not be fetched.*cs\.toronto\.edu"):
+        data_sources.load(data, "train")
+
+
+def test_download_does_not_wait_for_a_silent_network(data, monkeypatch):
+    monkeypatch.setattr(downloads, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: time.sleep(20))
+    data.name, data.download = "cifar10", True
+    started = time.monotonic()
+    with pytest.raises(DataError, match="no answer"):
+        data_sources.load(data, "train")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("answer", [None, 404])
+def test_a_download_is_loaded_and_an_unfriendly_server_is_no_obstacle(
+    data, monkeypatch, answer
+):
+    class Builder:
+        url_infos = ("https://example.org/tiny.zip",)
+
+        def download_and_prepare(self):
+            write_set(data.dir, "tfrecord")
+
+    def urlopen(request, timeout):
+        if answer:
+            raise urllib.error.HTTPError(request.full_url, answer, "no", {}, None)
+        return io.BytesIO()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr("tensorflow_datasets.builder", lambda *_, **__: Builder())
+    monkeypatch.setattr("tensorflow_datasets.list_builders", lambda **_: ["tiny"])
+    data.download = True
+    assert len(data_sources.load(data, "train").labels) == 23
+
+
+def test_digits_are_the_real_ones_every_fifth_a_test_image(data):
+    from sklearn.datasets import load_digits
+
+    data.name = "digits"
+    real, position = load_digits(), 0
+    splits = {split: data_sources.load(data, split) for split in ("train", "test")}
+    assert [len(s.labels) for s in splits.values()] == [1437, 360]
+    for split, examples in splits.items():
+        chosen = [i for i in range(1797) if (i % 5 == 0) == (split == "test")]
+        np.testing.assert_array_equal(examples.labels, real.target[chosen])
+        small = examples.images.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4, 5)) / 255 * 16
+        truth = real.images[chosen[:200]].reshape(200, -1)
+        distance = ((small.reshape(len(small), 1, -1) - truth) ** 2).sum(-1)
+        np.testing.assert_array_equal(distance.argmin(0), np.arange(200))
+        position += len(chosen)
+    computed = data_sources.statistics(splits["train"].images)
+    known = splits["train"].mean, splits["train"].std
+    np.testing.assert_allclose(known, computed, atol=0.05)
+
+
+@pytest.mark.parametrize("directory", ["tfds", "tfds_array_record"])
+def test_cifar10_is_decoded_accurately(data, shared, directory):
+    import hashlib
+
+    data.name, data.dir = "cifar10", str(shared / "data" / directory)
+    if not pathlib.Path(data.dir).is_dir():
+        pytest.skip(f"{data.dir} is not here")
+    examples = data_sources.load(data, "test")
+    # shared/data/README.md: TensorFlow's default decoder gives other pixels.
+    digest = "927d39ca2821bd0b257cc11fbae52c4e7033ed17f245ada483b91c8374c8f4dd"
+    assert hashlib.sha256(examples.images).hexdigest() == digest
+    assert list(examples.labels[:10]) == [9, 5, 0, 6, 4, 0, 9, 1, 6, 8]
+    mean, std = data_sources.statistics(examples.images)
+    np.testing.assert_allclose(mean, (126.001, 123.701, 114.825), atol=6e-4)
+    np.testing.assert_allclose(std, (62.860, 61.932, 66.721), atol=6e-4)
+
+
+WITHOUT_TENSORFLOW = """
+import importlib.abc, importlib.machinery, sys
+
+class Loader(importlib.abc.Loader):
+    def create_module(self, spec):
+        raise AssertionError("something imports TensorFlow")
+    def exec_module(self, module):
+        pass
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensorflow":
+            return importlib.machinery.ModuleSpec(name, Loader())
+
+sys.meta_path.insert(0, Finder())
+import input_pipeline
+from configs import common
+
+config = common.base()
+config.data.pipeline, config.train.batch_size, config.eval.batch_size = "device", 8, 4
+config.data.cache_dir = sys.argv[1]
+for name, directory in zip(sys.argv[2::2], sys.argv[3::2]):
+    config.data.name, config.data.dir = name, directory
+    next(input_pipeline.batches(config, "train"))
+    for batch in input_pipeline.batches(config, "test"):
+        pass
+    assert "tensorflow" not in sys.modules
+print("done")
+"""
+
+
+def test_no_source_and_no_device_batch_imports_tensorflow(tmp_path):
+    arguments = [str(tmp_path / "cache"), "digits", "", str(save_npz(tmp_path)), ""]
+    for file_format in FORMATS:
+        write_set(tmp_path / file_format, file_format)
+        arguments += ["tiny", str(tmp_path / file_format)]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, *arguments],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "done\n", result.stderr

@@ -1,0 +1,337 @@
+"""Batches of photographs: the same from each format, from any start, of any threads."""
+
+import csv
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import input_pipeline
+import train
+from configs import cfmz
+from data_sources import crops, photographs, tfrecords
+from input_pipeline import DataError
+from tests.support.mini_imagenet import (
+    CLASSES,
+    make_config,
+    pictures,
+    write_folders,
+    write_tfds,
+)
+
+FORMATS = ("folders", "array_record", "tfrecord")
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """The same photographs in three formats."""
+    root = tmp_path_factory.mktemp("photographs")
+    write_folders(root / "folders", "tiny")
+    for file_format in ("array_record", "tfrecord"):
+        write_tfds(root / file_format, file_format)
+    return root
+
+
+@pytest.fixture
+def config(written):
+    return make_config(written / "folders")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A configuration with files that the test may damage."""
+    write_folders(tmp_path, "tiny")
+    return make_config(tmp_path)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        photographs.logging, "warning", lambda text, *x: told.append(text % x)
+    )
+    return told
+
+
+def take(config, count, start_step=0, **keywords):
+    batches = input_pipeline.batches(config, "train", start_step, **keywords)
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+            assert batch[key].dtype == other[key].dtype
+
+
+def by_hand(config, steps):
+    """One photograph after the other, from memory."""
+    tf, files = input_pipeline.tensorflow(), pictures()["train"]
+    for step in steps:
+        plan = input_pipeline.plan(config, len(files), step)
+        draws = input_pipeline._random(config.seed, 2, step)
+        draws = draws.random((len(plan.index), crops.DRAWS))
+        images = [
+            crops.train(tf, files[i][0], config.data.crop, config.data.image_size, x)
+            for i, x in zip(plan.index, draws, strict=True)
+        ]
+        images = [
+            x[:, ::-1] if flip else x for x, flip in zip(images, plan.flip, strict=True)
+        ]
+        labels = np.array([files[i][1] for i in plan.index], np.int32)
+        yield {"image": np.stack(images), "label": labels}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("crop", crops.CROPS)
+def test_batches_are_the_plan_carried_out_by_hand(written, file_format, crop):
+    config = make_config(written / file_format, crop=crop)
+    assert_same(take(config, 3), by_hand(config, range(3)))
+
+
+def test_a_later_start_gives_the_same_batches(config):
+    from_start = take(config, 6)
+    for start in (1, 4):
+        assert_same(take(config, 6 - start, start), from_start[start:])
+    far = 10**9  # costs no more than step 0
+    assert_same(take(config, 1, far), by_hand(config, [far]))
+
+
+def test_a_partial_last_batch_has_what_is_left(config):
+    config.train.batch_size, config.train.last_batch = 64, "partial"
+    batches = take(config, 5)
+    assert [len(x["label"]) for x in batches] == [64, 64, 64, 8, 64]
+    assert_same(batches, by_hand(config, range(5)))
+
+
+def test_the_number_of_threads_changes_nothing(config):
+    examples = input_pipeline.load(config.data, "train")
+    rows = lambda step: input_pipeline._rows(config, 200, 0, 1, step)
+    for workers in (1, 7):
+        batches = photographs.train_batches(
+            examples, input_pipeline.tensorflow(), rows, 0, workers
+        )
+        assert_same(itertools.islice(batches, 4), by_hand(config, range(4)))
+
+
+def test_processes_share_a_batch_in_order(config):
+    whole = take(config, 3)
+    parts = [take(config, 3, process_index=p, process_count=4) for p in range(4)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for key in batch:
+            joined = np.concatenate([share[key] for share in shares])
+            np.testing.assert_array_equal(batch[key], joined)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 41, 64])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_every_test_photograph_comes_once_and_in_order(config, batch_size, processes):
+    config.eval.batch_size = batch_size
+    parts = [
+        input_pipeline.batches(config, "test", process_index=p, process_count=processes)
+        for p in range(processes)
+    ]
+    tf, files, seen = input_pipeline.tensorflow(), pictures()["test"], 0
+    for shares in zip(*parts, strict=True):
+        for batch in shares:
+            assert batch["image"].shape == (-(-batch_size // processes), 32, 32, 3)
+            present = batch["mask"] == 1
+            assert not batch["image"][~present].any()
+            for image, label in zip(
+                batch["image"][present], batch["label"][present], strict=True
+            ):
+                content, expected = files[seen]
+                cropped = crops.test(tf, content, "inception", 32)
+                np.testing.assert_array_equal(image, cropped)
+                assert label == expected
+                seen += 1
+    assert seen == len(files)
+
+
+def test_only_a_few_batches_are_prepared(config):
+    examples, drawn = input_pipeline.load(config.data, "train"), []
+
+    def rows(step):
+        drawn.append(step)
+        return input_pipeline._rows(config, 200, 0, 1, step)
+
+    tf = input_pipeline.tensorflow()
+    batches = photographs.train_batches(examples, tf, rows, 0, workers=2)
+    for count in range(1, 40):
+        next(batches)
+        assert len(drawn) <= count + 3
+    batches.close()
+    assert drawn == list(range(len(drawn)))
+
+
+def test_what_the_rest_of_the_program_asks_for(config):
+    train_set, test_set = (
+        input_pipeline.load(config.data, split) for split in ("train", "test")
+    )
+    assert (len(train_set.labels), len(test_set.labels)) == (200, 41)
+    assert train_set.labels.dtype == np.int32
+    assert (train_set.num_classes, train_set.image_shape) == (4, (32, 32, 3))
+    np.testing.assert_allclose(np.array(train_set.mean) / 255, (0.485, 0.456, 0.406))
+    np.testing.assert_allclose(np.array(train_set.std) / 255, (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_records_are_scanned_once(written, file_format, monkeypatch):
+    config = make_config(written / file_format)
+    first = input_pipeline.load(config.data, "train")
+    monkeypatch.setattr(photographs, "_labels", None)
+    monkeypatch.setattr(photographs, "_labels_in_order", None)
+    monkeypatch.setattr(tfrecords, "index", None)
+    again = input_pipeline.load(config.data, "train")
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert [first.read(i) for i in (0, 77, 199)] == [
+        again.read(i) for i in (0, 77, 199)
+    ]
+
+
+def damage(own, split="train", number=3):
+    path = sorted(pathlib.Path(own.data.dir, "tiny", split, CLASSES[1]).iterdir())
+    path = path[number]
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def test_a_broken_photograph_is_named(own):
+    path = damage(own)
+    own.train.batch_size = 200
+    with pytest.raises(DataError, match=rf"{path} cannot be decoded.*on_error=skip"):
+        take(own, 1)
+    path = damage(own, "val")
+    with pytest.raises(DataError, match=f"{path} cannot be decoded"):
+        list(input_pipeline.batches(own, "test"))
+
+
+def test_tensorflow_reasons_are_told_without_its_nodes(own):
+    path = pathlib.Path(own.data.dir, "tiny", "train", CLASSES[1], "0051.JPEG")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"\xff\xc4")  # of the Huffman tables
+    content[start + 5 : start + 20] = b"\xff" * 15
+    path.write_bytes(content)
+    own.train.batch_size = 200
+    with pytest.raises(DataError, match=rf"{path} cannot be decoded: \w[^{{}}]+$"):
+        take(own, 1)
+
+
+def test_broken_training_photographs_are_counted_once_a_pass(own, warnings):
+    own.data.on_error, own.train.batch_size = "skip", 40
+    files = [damage(own, number=i) for i in (3, 9)]
+    examples = input_pipeline.load(own.data, "train")
+    files[1].unlink()  # missing since the list was made
+    assert len(take(own, 10, examples=examples)) == 10
+    assert len(warnings) == 2  # two passes
+    for text in warnings:
+        assert text.startswith("2 photographs were replaced")
+        assert all(str(path) in text for path in files)
+
+
+def test_broken_photographs_of_a_part_of_a_pass_are_told_at_its_end(own, warnings):
+    own.data.on_error = "skip"
+    examples = input_pipeline.load(own.data, "train")
+    path = pathlib.Path(examples.name(input_pipeline.plan(own, 200, 0).index[0]))
+    path.write_bytes(path.read_bytes()[:200])
+    batches = input_pipeline.batches(own, "train", examples=examples)
+    next(batches)
+    assert not warnings
+    batches.close()
+    assert len(warnings) == 1
+    assert warnings[0].startswith("1 photographs were replaced")
+    assert str(path) in warnings[0]
+
+
+def test_a_replacement_is_the_next_photograph_that_can_be_decoded(own, warnings):
+    own.data.on_error, own.train.batch_size = "skip", 40
+    examples = input_pipeline.load(own.data, "train")
+    whole = take(own, 5, examples=examples)
+    broken = [names(examples).index(str(damage(own, number=i))) for i in (3, 4)]
+    tf = input_pipeline.tensorflow()
+    for step, (batch, before) in enumerate(
+        zip(take(own, 5, examples=examples), whole, strict=True)
+    ):
+        rows = input_pipeline._rows(own, 200, 0, 1, step)
+        hit = np.isin(rows.index, broken)
+        np.testing.assert_array_equal(batch["image"][~hit], before["image"][~hit])
+        for i in np.flatnonzero(hit):
+            content = examples.read(max(broken) + 1)
+            expected = crops.train(tf, content, "inception", 32, rows.draws[i])
+            expected = expected[:, ::-1] if rows.flip[i] else expected
+            np.testing.assert_array_equal(batch["image"][i], expected)
+            assert batch["label"][i] == examples.labels[max(broken) + 1]
+
+
+def names(examples):
+    return [examples.name(i) for i in range(len(examples.labels))]
+
+
+def test_broken_test_photographs_are_masked_and_told(own, warnings):
+    own.data.on_error = "skip"
+    before = list(input_pipeline.batches(own, "test"))
+    path = damage(own, "val", number=0)
+    examples = input_pipeline.load(own.data, "test")
+    number = names(examples).index(str(path))
+    after = list(input_pipeline.batches(own, "test"))
+    for key in ("image", "mask"):
+        old, new = (np.concatenate([x[key] for x in y]) for y in (before, after))
+        assert not new[number].any()
+        np.testing.assert_array_equal(
+            np.delete(new, number, 0), np.delete(old, number, 0)
+        )
+    assert len(warnings) == 1
+    assert warnings[0].startswith("1 photographs are not counted")
+
+
+def test_nothing_but_broken_photographs_is_an_error(own):
+    own.data.on_error = "skip"
+    for path in pathlib.Path(own.data.dir, "tiny", "train").rglob("*.*"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="100 photographs in a row"):
+        take(own, 1)
+
+
+STOPS_IN_THE_MIDDLE = """
+import sys
+import input_pipeline
+from configs import common
+
+config = common.base()
+config.data.update(name="tiny", dir=sys.argv[1], crop="inception", image_size=64)
+batches = input_pipeline.batches(config, "train")
+for _ in range(5):
+    next(batches)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_while_threads_decode(config):
+    root = pathlib.Path(__file__).parents[2]
+    for _ in range(3):
+        subprocess.run(
+            [sys.executable, "-c", STOPS_IN_THE_MIDDLE, config.data.dir],
+            cwd=root,
+            check=True,
+            timeout=120,
+            capture_output=True,
+        )
+
+
+@pytest.mark.slow
+def test_a_net_learns_the_classes_of_the_folders(config, tmp_path):
+    trained = cfmz.get_config("20,cifar10")
+    trained.data.update(config.data)
+    trained.data.flip = False  # a mirrored wave is one of another class
+    trained.net.num_classes = 4
+    trained.train.update(batch_size=40, epochs=12.0, tensorboard=False)
+    trained.optimizer.update(learning_rate=0.05, drop_epochs=(9.0,))
+    trained.eval.update(batch_size=24, every_epochs=6.0)
+    result = train.train_and_evaluate(trained, tmp_path / "run")
+    assert result["test_accuracy"] > 0.6  # by chance 0.25
+    told = csv.DictReader((tmp_path / "run" / "per_class.csv").open())
+    assert [row["class"] for row in told] == sorted(CLASSES)

@@ -1,0 +1,69 @@
+"""AlexNet: the two published nets, and images of other sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nets
+from nets.layers.expander import Expander
+from tests.support.compiling import run_once
+
+SMALL = dict(name="alexnet", image_size=63, hidden=1024, num_classes=10)
+
+
+def build(**fields):
+    return nnx.eval_shape(lambda: nets.create(SMALL | fields, nnx.Rngs(0)))
+
+
+def test_the_published_expander_has_dense_convolutions_and_no_dropout():
+    net = build(wiring="expander", image_size=224, hidden=4096, num_classes=1000)
+    assert not any(isinstance(conv, Expander) for conv in net.convs)
+    assert all(conv.bias is not None for conv in net.convs)
+    shapes = [(x.in_channels, x.out_channels, x.degree) for x in net.linears]
+    assert shapes == [(9216, 4096, 256), (4096, 4096, 256), (4096, 1000, 512)]
+    assert (len(net.conv_norms), len(net.linear_norms)) == (5, 2)
+    assert net.dropout is None
+
+
+def test_without_published_degrees_the_compression_counts():
+    net = build(wiring="expander", published_degrees=False, compress=4)
+    wired = [*net.convs[1:], *net.linears]
+    assert all(layer.degree == layer.in_channels // 4 for layer in wired)
+    assert not isinstance(net.convs[0], Expander)
+
+
+def test_the_dense_net_drops_out_and_does_not_normalise():
+    net = nets.create(SMALL, nnx.Rngs(0))
+    assert net.conv_norms is net.linear_norms is None
+    definition, variables = nets.split(net)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 63, 63, 3)), "float32")
+    train = run_once(lambda key: definition.apply(variables, x, train=True, key=key)[0])
+    first, again, other = (train(jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_linear_layers_read_channels_then_rows_then_columns():
+    """As the original flattens; 128 pixels leave a map of 3x3."""
+    net = build(image_size=128)
+    assert net.linears[0].kernel.shape[0] == net.features == 256 * 3 * 3
+    net = nets.create(SMALL | dict(image_size=128, dropout=0.0), nnx.Rngs(0))
+    net.linears[0].kernel.set_value(net.linears[0].kernel[...].at[9:].set(0))
+    for name in ("kernel", "bias"):
+        last = getattr(net.convs[-1], name)
+        last.set_value(last[...].at[..., 0].set(0))
+    x = np.random.default_rng(0).standard_normal((2, 128, 128, 3)).astype(np.float32)
+    definition, variables = nets.split(net)
+    y, _ = run_once(definition.apply)(variables, x)
+    np.testing.assert_array_equal(y[0], y[1])  # nothing of channel 0, which is all read
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="63 pixels, image_size=62"):
+        build(image_size=62)
+    definition, variables = nets.split(build())
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
+    with pytest.raises(ValueError, match=r"image_size 63 has 256 features.* give 9216"):
+        jax.eval_shape(definition.apply, variables, x)

@@ -1,0 +1,160 @@
+"""Counts without compiling: against hand-made arithmetic and the originals' tables."""
+
+import json
+import re
+
+import jax
+import pytest
+from flax import nnx
+
+import nets
+from convert.sources import empty
+from nets import cost
+from nets.layers.conv import Conv, Linear
+from nets.layers.expander import ExpanderConv
+from nets.layers.norm import BatchNorm
+from tests.conftest import SHARED
+
+COUNTS = SHARED / "golden/xnets/counts.json"
+
+
+class Small(nnx.Module):
+    """Attributes in another order than that of computation; `mix` is used twice."""
+
+    def __init__(self, rngs):
+        self.head = Linear(6, 10, rngs=rngs)
+        options = dict(degree=2, sampling="per_output", padding=1, rngs=rngs)
+        self.mix = ExpanderConv(6, 6, 3, **options)
+        self.norm = BatchNorm(6)
+        self.stem = Conv(4, 6, 3, stride=2, padding=1, groups=2, rngs=rngs)
+        self.unused = Linear(5, 7, bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.stem(x))
+        return self.head(self.mix(self.mix(x)).mean((1, 2)))
+
+
+def test_layers_of_a_small_net():
+    net = empty(lambda: Small(nnx.Rngs(0)))
+    layers = cost.layers(net, (5, 8, 8, 4))
+    pixels, stem, mix, dense_mix = 4 * 4, 9 * 2 * 6, 9 * 6 * 2, 9 * 6 * 6
+    assert [(x.path, x.kind, x.output_shape) for x in layers] == [
+        ("stem", "Conv", (5, 4, 4, 6)),
+        ("norm", "BatchNorm", (5, 4, 4, 6)),
+        ("mix", "ExpanderConv", (5, 4, 4, 6)),
+        ("head", "Linear", (5, 10)),
+        ("unused", "Linear", ()),
+    ]
+    assert [(x.parameters, x.dense_parameters) for x in layers] == [
+        (stem, stem),
+        (12, 12),
+        (mix, dense_mix),
+        (70, 70),
+        (35, 35),
+    ]
+    assert [(x.macs, x.dense_macs) for x in layers] == [
+        (stem * pixels, stem * pixels),
+        (0, 0),
+        (2 * mix * pixels, 2 * dense_mix * pixels),
+        (60, 60),
+        (0, 0),
+    ]
+    assert cost.total(layers) == cost.Cost(
+        parameters=stem + 12 + mix + 70 + 35,
+        dense_parameters=stem + 12 + dense_mix + 70 + 35,
+        macs=(stem + 2 * mix) * pixels + 60,
+        dense_macs=(stem + 2 * dense_mix) * pixels + 60,
+    )
+
+
+def test_an_abstract_net_suffices_and_nothing_is_compiled():
+    config = dict(name="densenet", depth=10, growth=4, wiring="expander")
+    compilations = []
+
+    def listen(event, *_, **__):
+        if "compile" in event and "backend" in event:
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1)(1)
+        assert compilations.pop()  # the listener hears
+        compilations.clear()
+        net = nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
+        layers = cost.layers(net, (1, 32, 32, 3))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compilations
+    concrete = cost.layers(nets.create(config, nnx.Rngs(0)), (1, 32, 32, 3))
+    assert layers == concrete
+
+
+def _recorded():
+    """The nets of the originals' table; the large ones are slow to trace."""
+    if not COUNTS.exists():
+        reason = pytest.mark.skip(f"reference material {COUNTS} is not here")
+        return [pytest.param({}, id="counts", marks=reason)]
+    return [
+        pytest.param(
+            entry,
+            id="-".join(
+                filter(None, (entry["name"], entry["rule"], entry["transition"]))
+            ),
+            marks=() if entry["macs_dense_equivalent"] < 1e9 else pytest.mark.slow,
+        )
+        for entry in json.loads(COUNTS.read_text())["models"]
+    ]
+
+
+NAMES = (
+    (r"densenet\w*?_cifar-(?P<depth>\d+)-(?P<growth>\d+)-?(\d+)?-c\d+", "densenet"),
+    (r"densenet\D*(?P<depth>\d+)(-\d+)?", "densenet_imagenet"),
+    (r"resnet\D*(?P<depth>\d+)(-\d+)?", "resnet"),
+    (r"vgg(?P<depth>\d+)\D*", "vgg"),
+    (r"mobilenet-(?P<width>[\d.]+)\S*", "mobilenet"),
+    (r"alexnet\D*", "alexnet"),
+)
+
+
+def _config(recorded):
+    """The `net` section of an entry, all of which stands in its name and rule."""
+    full, transition = recorded["name"], recorded["transition"]
+    (match, name) = next(
+        (match, name)
+        for pattern, name in NAMES
+        if (match := re.fullmatch(pattern, full))
+    )
+    config = {
+        k: float(v) if k == "width" else int(v) for k, v in match.groupdict().items()
+    }
+    config |= dict(name=name, num_classes=1000)
+    if classes := re.search(r"-c(\d+)$", full):
+        config["num_classes"] = int(classes[1])
+    if name == "resnet":
+        config |= dict(form="imagenet", shortcut="B")
+    if name == "vgg":
+        config |= dict(batch_norm="_bn" in full, num_classes=10)
+    factor = re.search(r"-(\d+)(-c\d+)?$", full)
+    if "expander" in full:
+        sampling = {"head": "smaller_side", "output": "per_output"}[recorded["rule"]]
+        config |= dict(wiring="expander", sampling=sampling)
+        config |= dict(compress=int(factor[1])) if factor else {}
+        config |= dict(wired_transitions=transition == "expander") if transition else {}
+    elif "grouped" in full:
+        config |= dict(wiring="grouped", groups=2)
+    elif "groups" in full:
+        config |= dict(wiring="grouped", groups=int(factor[1]))
+    return config
+
+
+@pytest.mark.parametrize("recorded", _recorded())
+def test_counts_of_the_original(recorded):
+    net = nnx.eval_shape(lambda: nets.create(_config(recorded), nnx.Rngs(0)))
+    size = recorded["input"]
+    total = cost.total(cost.layers(net, (1, size, size, 3)))
+    assert total == cost.Cost(
+        parameters=recorded["params_effective"],
+        dense_parameters=recorded["params_trainable"],
+        macs=recorded["macs_nonzero"],
+        dense_macs=recorded["macs_dense_equivalent"],
+    )

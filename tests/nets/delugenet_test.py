@@ -1,0 +1,339 @@
+"""DelugeNets: who reads what, what is normalised once, which weights are dead."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import configs.delugenets
+import convert
+import nets
+from convert.sources import to_reference
+from nets import cost
+from nets.layers.conv import Conv
+from nets.layers.cross_layer import CrossLayer, Source
+from nets.layers.expander import ExpanderConv
+from nets.layers.norm import BatchNorm
+from tests.support.compiling import run_once
+
+TINY = dict(name="delugenet", layers=(3, 2, 1), width=0.25)
+REFERENCE = {
+    "system": "delugenets",
+    "net": "delugenet",
+    "config": dict(layers=[3, 2, 1], width=0.25, dataset="cifar", num_classes=10),
+}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def maps(count, channels=5, size=4):
+    """With means, and deviations between 1 and 2."""
+    return [
+        i + (1 + i / count) * normal(3, size, size, channels, seed=i)
+        for i in range(count)
+    ]
+
+
+class Mixing(nnx.Module):
+    """Maps, the oldest first, normalised at birth and mixed once; then a BN or none."""
+
+    def __init__(self, count, channels=5, norm=False):
+        norms = [BatchNorm(channels, affine=False) for _ in range(count)]
+        self.norms = nnx.List(norms)
+        self.cross = CrossLayer(channels, count)
+        self.cross.scale[...] = jnp.asarray(normal(count, channels, seed=7))
+        self.cross.bias[...] = jnp.asarray(normal(count, channels, seed=8))
+        self.norm = BatchNorm(channels) if norm else None
+
+    def __call__(self, maps):
+        pairs = zip(maps, self.norms, strict=True)
+        sources = [Source(x, norm(x)) for x, norm in pairs]
+        x = self.cross(sources)
+        return x if self.norm is None else self.norm(x)
+
+
+# The cross-layer convolution
+
+
+def test_one_normalisation_for_all_readers_is_the_originals_one_per_reader():
+    """Literally: a whole batch normalisation of every source, summed."""
+    xs, mixing, expected = maps(4), Mixing(4), 0
+    for i, x in enumerate(xs):
+        norm = BatchNorm(5)
+        norm.scale[...], norm.bias[...] = mixing.cross.scale[i], mixing.cross.bias[i]
+        expected = expected + norm(x)
+    np.testing.assert_allclose(mixing(xs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_starts_as_the_plain_average_of_what_is_normalised():
+    layer = CrossLayer(5, 4)
+    sources = [Source(x, x) for x in maps(4)]
+    np.testing.assert_allclose(layer(sources), np.mean(maps(4), 0), atol=1e-6)
+
+
+def test_channels_and_pixels_do_not_meet():
+    layer, (first, *others) = Mixing(3).cross, maps(3, size=2)
+
+    def one(x):
+        return layer([Source(x, x), *(Source(y, y) for y in others)])[0, 1, 0, 2]
+
+    reached = np.argwhere(np.asarray(jax.grad(one)(first)))
+    np.testing.assert_array_equal(reached, [[0, 1, 0, 2]])
+
+
+def test_sources_have_no_order_but_that_of_the_weights():
+    xs, mixing = maps(4), Mixing(4)
+    expected, order = mixing(xs), [2, 0, 3, 1]
+    for variable in (mixing.cross.scale, mixing.cross.bias):
+        variable[...] = variable[...][np.array(order)]
+    np.testing.assert_allclose(mixing([xs[i] for i in order]), expected, atol=1e-5)
+
+
+def test_biases_and_lengths_of_weights_are_dead_before_a_normalisation():
+    xs, mixing = maps(4), Mixing(4, norm=True)
+    expected = mixing(xs)
+    mixing.cross.bias[...] += 3.0
+    np.testing.assert_allclose(mixing(xs), expected, atol=1e-4)
+    mixing.cross.scale[...] *= jnp.asarray([2.0, 3.0, 0.5, 1.5, 4.0])
+    np.testing.assert_allclose(mixing(xs), expected, atol=1e-3)  # up to eps
+    mixing.cross.scale[0] *= -1.0
+    assert np.abs(mixing(xs) - expected).max() > 0.1  # the direction is not
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_sources_are_refused(count):
+    with pytest.raises(ValueError, match=f"over {count} sources of 6 channels.* 2"):
+        CrossLayer(6, count)
+
+
+def test_half_precision_is_summed_in_single():
+    xs = [jnp.asarray(x, jnp.bfloat16) for x in maps(4)]
+    y = Mixing(4)(xs)
+    assert y.dtype == jnp.bfloat16
+    exact = Mixing(4)([np.asarray(x, np.float32) for x in xs])
+    assert np.abs(y - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_loops_that_keep_a_map_change_neither_it_nor_its_gradient(size):
+    xs, layer = maps(3, size=size), CrossLayer(5, 3)
+    layer.scale[...] = jnp.asarray(normal(3, 5, seed=7))
+    upstream = normal(*xs[0].shape, seed=9)
+
+    def loss(xs):
+        return (layer([Source(x, x) for x in xs]) * upstream).sum()
+
+    expected = sum(scale * x for scale, x in zip(layer.scale[...], xs, strict=True))
+    np.testing.assert_allclose(loss(xs), (expected * upstream).sum(), rtol=1e-5)
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(xs).compile().as_text()
+    assert lowered.count(" while(") == 2  # one for the map, one for its gradient
+    for gradient, scale in zip(jax.grad(loss)(xs), layer.scale[...], strict=True):
+        np.testing.assert_allclose(gradient, scale * upstream, rtol=1e-5)
+
+
+# The net
+
+
+@functools.cache
+def tiny():
+    """A net and the gradients of its parameters, compiled once for all tests."""
+    net = nets.create(TINY, nnx.Rngs(0))
+    definition, variables = nets.split(net)
+    x, weights = normal(4, 32, 32, 3), normal(4, 10, seed=3)
+
+    def loss(params):
+        state = variables | {"params": params}
+        return (definition.apply(state, x, train=True)[0] * weights).sum()
+
+    return variables["params"], run_once(jax.grad(loss))
+
+
+def gradients(silent=None):
+    """With source `silent` of the first block read by nobody."""
+    params, gradient = tiny()
+
+    def silenced(path, value):
+        match tuple(key.key for key in path):
+            case ("blocks", 0, "layers", _, "cross", "scale"):
+                pass
+            case ("blocks", 1, "opening", "cross", "scale"):
+                pass
+            case _:
+                return value
+        return jnp.where(np.arange(len(value))[:, None] == silent, 0.0, value)
+
+    return gradient(jax.tree.map_with_path(silenced, params))["blocks"]
+
+
+@pytest.mark.parametrize("silent", [1, 2])
+def test_there_is_no_way_around_the_cross_layer_convolutions(silent):
+    """No shortcut: the weights of a layer that nobody reads have no gradient."""
+    layers = gradients(silent)[0]["layers"]
+    for i, layer in layers.items():
+        reached = np.abs(layer["conv3"]["kernel"]).max() > 0
+        # Source 0 is the opening's, so layer i makes source i + 1.
+        assert reached == (i + 1 != silent)
+
+
+def test_every_reader_weighs_every_source():
+    """The newest as the oldest: all have a gradient, unlike a residual net's."""
+    blocks = gradients()
+    for reader in (blocks[0]["layers"][1]["cross"], blocks[1]["opening"]["cross"]):
+        largest = np.abs(reader["scale"]).max(1)
+        assert (largest > 1e-3).all()
+        # Dead, but for rounding.
+        assert np.abs(reader["bias"]).max() < 1e-3 * largest.max()
+
+
+@functools.cache
+def abstract(variant):
+    data = next(iter(configs.delugenets.VARIANTS[variant].parameters))
+    config = configs.delugenets.get_config(f"{variant},{data}").net
+    return nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("variant", "normalisations", "cross_layers", "maps"),
+    [
+        ("146", 147, 47, 8 + 17 + 25),
+        ("wide-146", 147, 47, 8 + 17 + 25),
+        ("218", 219, 71, 12 + 25 + 37),
+        ("92", 95, 30, 8 + 8 + 9 + 9),
+        ("104", 107, 34, 8 + 9 + 10 + 11),
+        ("122", 125, 40, 8 + 10 + 12 + 14),
+    ],
+)
+def test_layers_are_as_many_as_the_originals(
+    variant, normalisations, cross_layers, maps
+):
+    """And every map has one normalisation, however many readers."""
+    modules = [module for _, module in nnx.iter_modules(abstract(variant))]
+    norms = [module for module in modules if isinstance(module, BatchNorm)]
+    assert sum(norm.scale is not None for norm in norms) == normalisations
+    assert sum(norm.scale is None for norm in norms) == maps
+    assert sum(isinstance(module, CrossLayer) for module in modules) == cross_layers
+    assert sum(isinstance(module, Conv) for module in modules) == normalisations
+
+
+@pytest.mark.parametrize(
+    ("variant", "blocks"),
+    [
+        ("146", (110_912, 969_600, 5_588_992)),
+        ("wide-146", (332_528, 2_911_776, 16_877_056)),
+        ("218", (170_048, 1_442_176, 8_346_624)),
+        ("92", (391_424, 1_809_152, 8_052_224, 32_096_256)),
+        ("104", (391_424, 2_027_264, 8_915_968, 38_960_128)),
+        ("122", (391_424, 2_245_888, 10_646_016, 49_271_808)),
+    ],
+)
+def test_parameters_are_where_the_originals_are(variant, blocks):
+    counted = [
+        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)))
+        for block in abstract(variant).blocks
+    ]
+    assert counted == list(blocks)
+
+
+def test_sizes_of_maps():
+    shapes = {
+        layer.path: layer.output_shape
+        for layer in cost.layers(abstract("92"), (1, 224, 224, 3))
+    }
+    assert shapes["stem"] == (1, 112, 112, 64)
+    for i, (size, channels) in enumerate([(56, 128), (28, 256), (14, 512), (7, 1024)]):
+        expected = (1, size, size, channels)
+        assert shapes[f"blocks.{i}.opening.conv"] == expected
+        assert shapes[f"blocks.{i}.layers.6.conv3"] == expected
+
+
+def test_the_wiring_is_that_of_the_composite_layers():
+    net = nnx.eval_shape(
+        lambda: nets.create(TINY | {"wiring": "expander"}, nnx.Rngs(0))
+    )
+    kinds = {Conv: set(), ExpanderConv: set()}
+    for path, module in nnx.iter_modules(net):
+        if type(module) in kinds:
+            kinds[type(module)].add(path[-1])
+    assert kinds == {
+        Conv: {"stem", "conv"},
+        ExpanderConv: {"conv1", "conv2", "conv3"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(layers=(1, 2, 3)), r"block 1 has 1 composite .* 2.*\(1, 2, 3\)"),
+        (dict(layers=(2, 0)), r"block 2 has 0 composite .* at least 1"),
+        (dict(layers=(0, 1), form="imagenet"), "block 1 has 0 composite"),
+        (dict(layers=()), "at least one block"),
+        (dict(width=0.3), r"width 0.3 times 32 channels is 9\.6"),
+        (dict(width=0.0), r"width 0.0 times 32"),
+        (dict(form="svhn"), "unknown form 'svhn': choose from cifar, imagenet"),
+        (dict(wiring="grouped", groups=3), "3 groups do not divide 8 input"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: nets.create(TINY | fields, nnx.Rngs(0)))
+
+
+# The importer
+
+
+def original(net, seed=0):
+    """Random tensors of every original name and shape; variances are positive."""
+    tensors = {}
+    sources = convert.find("delugenets", "delugenet").sources(net)
+    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    for i, (name, shape) in enumerate(sorted(shapes.items())):
+        value = normal(*shape, seed=seed + i)
+        tensors[name] = np.exp(0.1 * value) if name.endswith("_var") else value
+    return tensors
+
+
+def values(net):
+    state = nnx.to_flat_state(nnx.state(net))
+    return {path: np.asarray(variable[...]) for path, variable in state}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_net_gives_back_tensors_that_make_it_again(mode):
+    """In train mode the originals, but for statistics that no longer differ."""
+    net, again = convert.build(REFERENCE), convert.build(REFERENCE)
+    getattr(net, mode)()
+    getattr(again, mode)()
+    tensors = original(net)
+    convert.load(net, tensors)
+    sources = convert.find("delugenets", "delugenet").sources(net)
+    returned = to_reference(sources, values(net))
+    assert returned.keys() == tensors.keys()
+    convert.load(again, returned)
+    for path, value in values(net).items():
+        np.testing.assert_allclose(values(again)[path], value, 1e-5, err_msg=path)
+    if mode == "train":
+        for name, tensor in tensors.items():
+            if ".cross.running" not in name:
+                np.testing.assert_array_equal(returned[name], tensor, err_msg=name)
+
+
+def test_the_newest_source_comes_first_in_the_original():
+    net = convert.build(REFERENCE)
+    tensors = original(net)
+    convert.load(net, tensors)
+    theirs, ours = tensors["block2.trans.cross.weight"], net.blocks[1].opening.cross
+    np.testing.assert_array_equal(ours.scale[0], theirs[:, 2])
+    np.testing.assert_array_equal(ours.scale[2], theirs[:, 0])
+    oldest = tensors["block2.trans.cross.running_mean"][:, 2]
+    np.testing.assert_array_equal(net.blocks[0].norms[0].mean[...], oldest)
+
+
+def test_a_depth_that_was_not_published_is_refused():
+    config = dict(depth=150, width=1.0, dataset="cifar", num_classes=10)
+    with pytest.raises(ValueError, match="depth 150: choose from 146"):
+        convert.build(REFERENCE | {"config": config})

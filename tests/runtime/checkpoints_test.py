@@ -1,0 +1,399 @@
+import contextlib
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from absl import logging
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import metrics
+from runtime import checkpoints
+from runtime.checkpoints import CheckpointError, Checkpoints
+from tests.support import checkpoints_saver
+from tests.support.checkpoints_saver import abstract, assert_same, make_state
+
+# Of several failing reads or writes orbax awaits one; the others find its loop closed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def save_steps(workdir, steps, keep=2):
+    """Saves make_state(step) at each of the steps."""
+    with Checkpoints(workdir, keep) as saved:
+        for step in steps:
+            saved.save(step, make_state(step))
+
+
+def restored(workdir, which="last", template=None):
+    with Checkpoints(workdir) as saved:
+        return saved.restore(template or abstract(make_state()), which)
+
+
+def files_below(folder):
+    return sorted(str(path) for path in pathlib.Path(folder).rglob("*"))
+
+
+def test_any_pytree_comes_back_bit_for_bit(tmp_path):
+    state = make_state(4)
+    wide = {"wide": np.arange(3, dtype=np.float64) / 3, "count": np.int64(1 << 40)}
+    with Checkpoints(tmp_path) as saved:
+        saved.save(4, state)
+        got, step = saved.restore(abstract(state))
+        saved.save(5, wide)
+        got_wide, _ = saved.restore(wide)
+    assert step == 4
+    assert_same(got, state)
+    assert isinstance(got.step, jax.Array)
+    assert_same(got_wide, wide)  # jax would make 32 bits of it: numpy stays numpy
+    assert isinstance(got_wide["wide"], np.ndarray)
+
+
+def test_state_may_be_overwritten_as_soon_as_save_returns(tmp_path):
+    advance = jax.jit(lambda w: w * 3 + 1, donate_argnums=0)
+    state, seen = {"w": jnp.arange(50_000.0), "host": np.zeros(50_000)}, {}
+    with Checkpoints(tmp_path, keep=9) as saved:
+        for step in range(1, 6):
+            seen[step] = jax.tree.map(lambda x: np.array(x, copy=True), state)
+            saved.save(step, state)
+            given, state["w"] = state["w"], advance(state["w"])
+            assert given.is_deleted()
+            state["host"] += 1
+        for step, wanted in seen.items():
+            assert_same(saved.restore(wanted, step)[0], wanted)
+
+
+def mesh_of_eight():
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 (simulated) devices")
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def test_restored_state_can_be_donated_on_many_devices(tmp_path):
+    """Copies of one host array on eight devices must not be eight views of it."""
+    mesh = mesh_of_eight()
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    template = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=everywhere)
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, {"w": jnp.ones(4096)})
+        state, _ = saved.restore({"w": template})
+    assert state["w"].sharding == everywhere
+    add = jax.jit(lambda w: w + 1, donate_argnums=0)
+    for shard in add(add(state["w"])).addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.full(4096, 3.0))
+
+
+def test_moves_between_one_device_and_eight(tmp_path):
+    mesh = mesh_of_eight()
+    values = np.arange(16.0, dtype=np.float32).reshape(8, 2)
+    one = jax.device_put(values, jax.devices()[0])
+    with Checkpoints(tmp_path, keep=5) as saved:
+        saved.save(0, {"w": one})
+        for step, spec in enumerate([PartitionSpec(), PartitionSpec("data")]):
+            sharding = NamedSharding(mesh, spec)
+            template = jax.ShapeDtypeStruct((8, 2), np.float32, sharding=sharding)
+            state, _ = saved.restore({"w": template}, step)
+            assert state["w"].sharding == sharding
+            np.testing.assert_array_equal(state["w"], values)
+            saved.save(step + 1, state)  # from eight devices
+        state, step = saved.restore({"w": one})
+    assert step == 2
+    assert state["w"].devices() == {jax.devices()[0]}
+    np.testing.assert_array_equal(state["w"], values)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    scores = {1: 0.2, 2: 0.9, 3: 0.9, 4: float("nan"), 5: 0.1, 6: None, 7: 0.8}
+    with Checkpoints(tmp_path, keep=2) as saved:
+        for step, score in scores.items():
+            saved.save(step, make_state(step), score and {metrics.SELECTION: score})
+        saved.wait()
+        assert saved.steps() == [2, 6, 7]
+    assert_same(restored(tmp_path, "best")[0], make_state(2))  # the earliest of equals
+    assert restored(tmp_path, "last")[1] == 7
+    assert restored(tmp_path, 6)[1] == restored(tmp_path, "6")[1] == 6
+
+
+@pytest.mark.parametrize("which", ["best", 3, "newest"])
+def test_what_is_not_there_is_answered_with_what_is(tmp_path, which):
+    save_steps(tmp_path, [1, 2])
+    with pytest.raises(CheckpointError, match=f"{which}.*there are: last, 1, 2"):
+        restored(tmp_path, which)
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'last' .*are: none"):
+        restored(tmp_path / "empty")
+
+
+def test_equal_step_is_replaced(tmp_path):
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, make_state(1))
+        saved.save(1, make_state(7), {metrics.SELECTION: 0.5})
+        best = saved.restore(abstract(make_state()), "best")[0]  # with its new row
+        assert_same(best, make_state(7))
+        assert os.listdir(saved.directory) == ["1"]
+
+
+def test_kill_while_replacing_loses_nothing_and_is_cleaned_up(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    folder = tmp_path / "checkpoints"
+    (folder / "2").rename(folder / "2.replaced")
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    shutil.copytree(folder / "1", folder / "0.deleted")
+    before = files_below(tmp_path)
+    got, step = restored(tmp_path)
+    assert step == 2
+    assert_same(got, make_state(2))
+    assert files_below(tmp_path) == before  # reading touches nothing
+    save_steps(tmp_path, [3])
+    assert sorted(os.listdir(folder)) == ["2", "3"]
+    assert restored(tmp_path, 2)[1] == 2
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "removed": pathlib.Path.unlink,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_in_any_file_never_gives_wrong_numbers(tmp_path, kind):
+    """The newest intact, or the one before it: nothing else may come out."""
+    save_steps(tmp_path / "good", [1, 2])
+    newest = tmp_path / "good/checkpoints/2"
+    files = [path for path in newest.rglob("*") if path.stat().st_size]
+    files = [path.relative_to(newest) for path in files if path.is_file()]
+    random.seed(kind)
+    fallen_back = set()
+    for file in files * (3 if kind == "flipped" else 1):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "run")
+        DAMAGES[kind](tmp_path / "run/checkpoints/2" / file)
+        got, step = restored(tmp_path / "run")
+        assert_same(got, make_state(step))
+        fallen_back |= {file.parts[0]} if step == 1 else set()
+    assert fallen_back >= {"arrays", "table"}
+
+
+def test_flipped_bit_in_an_array_is_named(tmp_path, caplog):
+    """The damage that only our digest sees: orbax returns the wrong number."""
+    noise = np.random.default_rng(0).bytes(4096)  # stored as it is: incompressible
+    state = {"noise": np.frombuffer(noise, np.uint8), "other": np.zeros(9)}
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, state)
+        saved.save(2, state)
+    newest = tmp_path / "checkpoints/2"
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    holders = [path for path in files if noise in path.read_bytes()]
+    assert holders
+    for path in holders:
+        data = bytearray(path.read_bytes())
+        data[data.find(noise) + 99] ^= 64
+        path.write_bytes(data)
+    assert restored(tmp_path, template=state)[1] == 1
+    found = "1 digests differ, first noise"
+    assert f"checkpoint {newest} is damaged: {found}" in caplog.messages
+    with pytest.raises(CheckpointError, match=f"damaged:\n  2: {found}"):
+        restored(tmp_path, 2, state)  # asked for by number: no other will do
+
+
+def test_damaged_best_gives_way_to_the_next_best(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as saved:
+        for step, score in [(1, 0.7), (2, 0.9), (3, 0.8)]:
+            saved.save(step, make_state(step), {metrics.SELECTION: score})
+    shutil.rmtree(tmp_path / "checkpoints/2/arrays")
+    assert restored(tmp_path, "best")[1] == 3
+
+
+def test_all_damaged_names_each_and_deletes_nothing(tmp_path):
+    save_steps(tmp_path, [1, 2, 3], keep=3)
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "1")
+    (folder / "1").mkdir()
+    shutil.rmtree(folder / "2/arrays")
+    (folder / "3/table/table.json").write_text('{"table": {')
+    before = files_below(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        restored(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert [line[:4] for line in lines[1:4]] == ["  3:", "  2:", "  1:"]
+    assert max(map(len, lines)) < 400
+    assert files_below(tmp_path) == before
+
+
+def test_run_goes_on_over_a_damaged_checkpoint(tmp_path):
+    save_steps(tmp_path, [1, 2, 4])
+    flip_me = tmp_path / "checkpoints/4/table/table.json"
+    flip_me.write_text(flip_me.read_text().replace("float32", "float64"))
+    with Checkpoints(tmp_path) as saved:
+        assert saved.restore(abstract(make_state()))[1] == 2
+        saved.save(3, make_state(3))
+        saved.wait()
+        assert saved.steps() == [2, 3, 4]  # the damaged one is none of the two kept
+        saved.save(4, make_state(4))
+        saved.wait()
+        assert saved.steps() == [3, 4]
+    assert_same(restored(tmp_path)[0], make_state(4))
+
+
+def test_checkpoint_of_another_net_is_refused_in_few_words(tmp_path):
+    save_steps(tmp_path, [1])
+    with Checkpoints(tmp_path) as saved:
+        saved.save(2, make_state(2, channels=17))
+    other = make_state()
+    other.params["head"]["kernel"] = other.params["head"]["kernel"].astype("float32")
+    other.params |= {f"blocks.{i}": np.zeros(3, "f4") for i in range(1, 99)}
+    with pytest.raises(CheckpointError) as caught:  # and no falling back to step 1
+        restored(tmp_path, template=other)
+    text = str(caught.value)
+    assert "102 arrays differ" in text
+    assert "params/head/kernel: bfloat16[17,10], here float32[16,10]" in text
+    assert "params/blocks.1: absent, here float32[3]" in text
+    assert str(tmp_path / "config.json") in text
+    assert text.count("\n") < 10
+
+
+def test_dtype_is_never_cast(tmp_path):
+    save_steps(tmp_path, [1])
+    template = abstract(make_state())
+    template.step = jax.ShapeDtypeStruct((), jnp.float32)
+    with pytest.raises(CheckpointError, match=r"step: int32\[\], here float32\[\]"):
+        restored(tmp_path, template=template)
+
+
+def test_unstorable_leaves_are_named(tmp_path):
+    cases = {
+        "name is <U1": {"name": "x"},
+        "rng is key<fry>": {"rng": jax.random.key(0)},
+        "none is float64.0,3.": {"none": np.zeros((0, 3))},
+        "two leaves .* a/b": {"a": {"b": np.ones(1)}, "a/b": np.ones(1)},
+    }
+    with Checkpoints(tmp_path) as saved:
+        for words, state in cases.items():
+            with pytest.raises(CheckpointError, match=words):
+                saved.save(1, state)
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """Stands for a full disk: writing on is an OSError, in threads of C++ too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_full_disk_is_an_error_and_the_good_ones_stay(tmp_path, limit):
+    """The write fails in the background, as when the disk fills up meanwhile."""
+    save_steps(tmp_path, [1, 2])
+    big = {"w": np.random.default_rng(0).normal(size=200_000)}
+    with Checkpoints(tmp_path) as saved:
+        with files_no_larger_than(limit):
+            saved.save(2, big)  # sets the step 2 that exists aside
+            with pytest.raises(CheckpointError) as caught:
+                saved.wait()
+        for words in [str(saved.directory / "2"), "File too large", "still good: 1, 2"]:
+            assert words in str(caught.value)
+        assert len(str(caught.value)) < 600
+        assert_same(saved.restore(abstract(make_state()))[0], make_state(2))
+        saved.save(3, big)
+    assert_same(restored(tmp_path, template=big)[0], big)
+
+
+def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1])
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with Checkpoints(tmp_path) as saved:
+        with pytest.raises(CheckpointError, match=r"disk full: .* 100 free; .* 1"):
+            saved.save(1, make_state(5))
+        assert_same(saved.restore(abstract(make_state()))[0], make_state(1))
+
+
+def test_error_under_way_is_not_hidden_by_a_failed_write(tmp_path, monkeypatch):
+    def fails():
+        with Checkpoints(tmp_path) as saved:
+            saved.save(1, make_state())
+            monkeypatch.setattr(saved._orbax, "wait_until_finished", lambda: 1 / 0)
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        fails()
+
+
+def test_killed_at_any_moment_every_checkpoint_is_what_was_saved(tmp_path):
+    """SIGKILL of a process that does nothing but save, in one run again and again."""
+    command = [sys.executable, checkpoints_saver.__file__, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    cut_short = kills = 0
+    while kills < 3 or (not cut_short and kills < 9):
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        printed = [process.stdout.readline() for _ in range(3)]
+        time.sleep(random.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        printed += process.stdout.read().splitlines()
+        process.wait()
+        kills += 1
+        with Checkpoints(tmp_path) as saved:
+            cut_short += not all(map(str.isdecimal, os.listdir(saved.directory)))
+            assert saved.steps()[-1] >= int(printed[-1])
+            for step in saved.steps():
+                got, _ = saved.restore(abstract(make_state()), step)
+                assert_same(got, make_state(step))
+    assert cut_short, "no kill hit a write: this test has lost its meaning"
+    save_steps(tmp_path, [999])
+    names = os.listdir(tmp_path / "checkpoints")
+    assert all(map(str.isdecimal, names))
+    assert len(names) <= 3
+
+
+def test_log_of_a_save_is_empty(tmp_path, caplog):
+    logging.set_verbosity(logging.INFO)
+    save_steps(tmp_path, [1])
+    assert restored(tmp_path)[1] == 1
+    assert [record for record in caplog.records if record.name == "absl"] == []
+
+
+def test_config_is_beside_them_sorted_and_comes_back_equal(tmp_path):
+    config = ml_collections.ConfigDict(
+        {"seed": 0, "net": {"name": "x", "blocks": (1, 2)}}
+    )
+    config.data = {"mean": (), "rate": 0.1, "flip": True, "none": None}
+    checkpoints.save_config(tmp_path, config)
+    assert checkpoints.load_config(tmp_path) == config
+    text = (tmp_path / "config.json").read_text()
+    assert text.index('"data"') < text.index('"net"') < text.index('"seed"')
+    assert os.listdir(tmp_path) == ["config.json"]
+    (tmp_path / "config.json").write_text(text[:-9])
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+        checkpoints.load_config(tmp_path)
+    with pytest.raises(CheckpointError, match="No such file"):
+        checkpoints.load_config(tmp_path / "nothing")
+
+
+def test_failed_text_leaves_the_old_one(tmp_path):
+    path = tmp_path / "metrics.csv"
+    checkpoints.write_text(path, "old")
+    with files_no_larger_than(10), pytest.raises(CheckpointError, match=str(path)):
+        checkpoints.write_text(path, "new" * 1000)
+    assert path.read_text() == "old"

@@ -1,0 +1,123 @@
+"""Two real processes, one device each, and gloo between them: one run."""
+
+import shutil
+import signal
+import socket
+
+import numpy as np
+import pytest
+
+from runtime.reporting import read_rows
+from tests.support import launch
+from tests.support.launch import CONFIG, TOTAL, arguments, finish, kill_when, start
+
+
+def start_both(workdir, cache, **fields):
+    """A list holds what each of the two gets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = []
+    for index in range(2):
+        own = {k: v[index] if isinstance(v, list) else v for k, v in fields.items()}
+        where = workdir[index] if isinstance(workdir, list) else workdir
+        flags = arguments(where, CONFIG, "--distributed", **own)
+        env = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        }
+        processes.append(start(flags, cache, env=env))
+    return processes
+
+
+def finish_both(processes):
+    results = [finish(process) for process in processes]
+    return [code for code, _, _ in results], [err for _, _, err in results]
+
+
+def complete(workdir, cache, **fields):
+    codes, said = finish_both(start_both(workdir, cache, **fields))
+    assert codes == [0, 0], said
+    return said
+
+
+@pytest.fixture(scope="module")
+def together(cache):
+    """The uninterrupted run of two processes."""
+    return launch.once(cache / "together", lambda folder: complete(folder, cache))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
+def test_two_processes_compute_what_one_does(tmp_path, cache, pipeline):
+    short = dict(train__epochs=0.2, eval__every_epochs=0.1, data__pipeline=pipeline)
+    short["optimizer__learning_rate"] = 0.001  # steps do not blow up rounding
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch.complete(arguments(one, **short), cache)
+    quiet = complete(two, cache, **short)[1]
+    assert "step" not in quiet  # one of them tells it all
+    for ours, wanted in zip(
+        *(read_rows(x / "metrics.csv") for x in (two, one)), strict=True
+    ):
+        assert ours.keys() == wanted.keys()
+        for loss in ("train_loss", "test_loss"):
+            np.testing.assert_allclose(ours[loss], wanted[loss], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_they_resume_to_the_same_end(tmp_path, cache, together):
+    processes = start_both(tmp_path, cache)
+    assert kill_when(processes[0], lambda: max(launch.steps(tmp_path), default=0) >= 40)
+    processes[1].kill()
+    finish_both(processes)
+    assert max(launch.steps(tmp_path)) < TOTAL
+    complete(tmp_path, cache)
+    launch.assert_same_end(tmp_path, together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_of_one_stops_both(tmp_path, cache, together, told):
+    processes = start_both(tmp_path, cache)
+    row = tmp_path / "metrics.csv"
+    killed = kill_when(processes[told], row.exists, number=signal.SIGTERM)
+    codes, said = finish_both(processes)
+    assert killed, said
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    assert f"SIGTERM: saved up to step {max(launch.steps(tmp_path))}" in said[0]
+    complete(tmp_path, cache)
+    launch.assert_same_end(tmp_path, together)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_the_same_for_both_is_told(tmp_path, cache, together):
+    folders = [shutil.copytree(together, tmp_path / "mine"), tmp_path / "other"]
+    codes, said = finish_both(start_both(folders, cache, train__epochs=3.0))
+    assert codes == [1, 1], said
+    for err in said:
+        assert "Traceback" not in err
+        assert f"last steps [-1, {TOTAL}" in err
+        assert "one folder that all share" in err
+
+
+@pytest.mark.slow
+def test_other_flags_for_one_of_them_are_told(tmp_path, cache):
+    codes, said = finish_both(start_both(tmp_path, cache, seed=[1, 2]))
+    assert codes == [1, 1], said
+    assert all("need the same --config" in err for err in said)
+
+
+def test_nothing_is_compared_over_processes():
+    """jax.device_put compares all values: each step would wait for collectives."""
+    for name in ("devices.py", "train.py", "evaluate.py"):
+        assert "jax.device_put(" not in (launch.ROOT / name).read_text(), name
+
+
+def test_what_is_missing_is_named(tmp_path, cache):
+    flags = arguments(tmp_path, CONFIG, "--distributed")
+    code, _, err = finish(start(flags, cache))
+    assert code == 1
+    assert "Traceback" not in err
+    assert "JAX_COORDINATOR_ADDRESS" in err

@@ -1,0 +1,76 @@
+"""Layer files of fb.resnet.torch: single blocks with any upstream gradient."""
+
+import json
+import pathlib
+
+import numpy as np
+from flax import nnx
+
+from convert import fb_resnet
+from convert.golden import draw, normal
+from convert.sources import assign, by_layer, empty
+from nets.layers.wiring import Wiring
+from nets.resnet import Block, PreactBlock
+from tests.support.golden_checks import Comparison, evaluate, train
+
+KINDS = {"running_mean": "mean", "running_var": "var", "bias": "bias"}
+
+
+def reader(facts: dict):
+    return blocks if all(key.startswith("fb_") for key in facts) else None
+
+
+def blocks(path: pathlib.Path) -> Comparison:
+    comparison, arrays = Comparison(), np.load(path.with_suffix(".npz"))
+    for model, facts in json.loads(path.read_text()).items():
+        found = _block(model, facts)
+        names = {key for key in arrays if key.startswith(f"{model}/")}
+        assert names == {f"{model}/{name}" for name in found}
+        for name, actual in found.items():
+            expected = arrays[f"{model}/{name}"]
+            comparison.add(name.split("_")[0], actual, expected, name=name)
+    return comparison
+
+
+def _block(model: str, facts: dict) -> dict:
+    """Our results, by the names that the file has for them."""
+    layer = empty(lambda: _build(facts))
+    naming = fb_resnet.preresnet if "preresnet" in facts["block"] else fb_resnet.resnet
+    strip = len("layer1.0.")
+    sources = by_layer(layer, lambda p, m: naming(("stages", 0, 0, *p), m)[strip:])
+    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    tensors = {name: _draw(f"{model}/{name}", shapes[name]) for name in shapes}
+    assign(layer, sources, tensors)
+    layer.eval()
+    x = np.moveaxis(normal(f"{model}/input", facts["input_shape"]), 1, -1)
+    upstream = np.moveaxis(normal(f"{model}/dout", facts["out_shape"]), 1, -1)
+    x = x.astype(np.float64)
+    found = {"eval_out": evaluate(layer, x)}
+    trained = train(layer, sources, x, lambda y: (y * upstream).sum())
+    found |= {"train_out": trained["output"], "dx": trained["input gradient"]}
+    found = {name: np.moveaxis(np.asarray(y), -1, 1) for name, y in found.items()}
+    found |= {f"d_{k}": v for k, v in trained["gradients"].items()}
+    return found | {f"{k}_after": v for k, v in trained["statistics"].items()}
+
+
+def _build(facts: dict) -> nnx.Module:
+    channels = facts["input_shape"][1], facts["out_shape"][1]
+    kind = facts["shortcut"][0] if facts["shortcut"][0] in "ABC" else "A"
+    options = dict(
+        bottleneck="bottleneck" in facts["block"],
+        shortcut=kind,
+        wiring=Wiring(),
+        rngs=nnx.Rngs(0),
+    )
+    if "preresnet" not in facts["block"]:
+        return Block(*channels, facts["stride"], **options)
+    activation = "both" if "both" in facts["block"] else "branch"
+    if "bn0.weight" not in facts["params"]:  # ImageNet's first block
+        activation = "none"
+    return PreactBlock(*channels, facts["stride"], activation=activation, **options)
+
+
+def _draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    leaf = key.rpartition(".")[2]
+    kind = KINDS.get(leaf) or ("weight" if len(shape) > 1 else "gamma")
+    return draw(key, shape, kind).astype(np.float64)
