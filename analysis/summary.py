@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from flax import nnx
 
 import nets
-from configs.common import IMAGE_SIZE, Published
+from configs.common import Published
+from configs.data_sets import DATA_SETS
 from nets import cost
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-NO_FAMILY = ("common", "__init__")
+NO_FAMILY = ("common", "data_sets")
 HEADER = (
     *("family", "variant", "data", "parameters", "dense", "MACs", "layers"),
     *("published", "error"),  # parameters and operations as printed; test error
@@ -32,7 +33,7 @@ LAYER_WIDTHS = ("32", "14", "14", ">12", ">12", ">14")
 def layers(config) -> list[cost.LayerCost]:
     """The costs of a configuration's net for one image; nothing is compiled."""
     net = nnx.eval_shape(lambda: nets.create(config.net, nnx.Rngs(0)))
-    size = IMAGE_SIZE[config.data.name]
+    size = DATA_SETS[config.data.name].image_size
     return cost.layers(net, (1, size, size, 3))
 
 

@@ -7,32 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-NUM_CLASSES = {
-    "cifar10": 10,
-    "cifar100": 100,
-    "digits": 10,
-    "imagenet2012": 1000,
-    "svhn_cropped": 10,
-    "svhn_cropped_extra": 10,  # trains on the extra images too
-}
-# A mirrored digit is another one.
-DIGITS = ("digits", "svhn_cropped", "svhn_cropped_extra")
-# What the nets see of them: rows and columns.
-IMAGE_SIZE = dict.fromkeys(NUM_CLASSES, 32) | {"imagenet2012": 224}
-CIFAR = ("cifar10", "cifar100")
-IMAGENET = "imagenet2012"
+from configs.data_sets import CIFAR, DATA_SETS, IMAGENET
+
 # The original's training, or ours of the same net: docs/recipes.md.
 RECIPES = ("faithful", "modern")
 # config.augment of fb.resnet.torch for ImageNet.
 COLORS = {"jitter": 0.4, "lighting": 0.1}
-# Images of the training splits, for milestones that are counted in steps.
-NUM_EXAMPLES = {
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "imagenet2012": 1_281_167,
-    "svhn_cropped": 73_257,
-    "svhn_cropped_extra": 604_388,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +68,6 @@ def base() -> ConfigDict:
     config.seeds = 1  # runs, one seed after the other, in WORKDIR/seed0, ...
     config.variant = ""  # row of the family's VARIANTS, for the record
     config.recipe = ""  # one of RECIPES, for the record
-    config.recipe_data = ""  # the data set whose recipe it is, for the record
 
     config.net = ConfigDict(
         dict(
@@ -121,6 +100,12 @@ def base() -> ConfigDict:
             flip=True,  # horizontally, with probability 1/2
             mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
             std=(),
+            # The data set that the recipe is for, and its normalisation while data.name
+            # is that set.
+            recipe=dict(name="", mean=(), std=()),
+            # Normalisation of photographs of any other set.
+            photograph_mean=DATA_SETS[IMAGENET].mean,
+            photograph_std=DATA_SETS[IMAGENET].std,
         )
     )
     config.augment = ConfigDict(  # within the train step, after crop and flip
@@ -205,9 +190,9 @@ def select(
     if variant not in variants:
         raise ValueError(_choices("variant", variant, list(variants)))
     data = data or next(iter(variants[variant].parameters))
-    if data not in NUM_CLASSES:
+    if data not in DATA_SETS:
         raise ValueError(
-            _choices("data set", data, list(NUM_CLASSES))
+            _choices("data set", data, list(DATA_SETS))
             + "; any other is named by --config.data.name and --config.net.num_classes"
         )
     recipe = recipe or RECIPES[0]
@@ -217,9 +202,10 @@ def select(
     config.variant, config.recipe = variant, recipe
     with config.unlocked():
         config.net.update(fields | dict(variants[variant].net))
-    config.net.num_classes = NUM_CLASSES[data]
-    config.data.name = config.recipe_data = data
-    config.data.flip = data not in DIGITS
+    facts = DATA_SETS[data]
+    config.net.num_classes = facts.num_classes
+    config.data.update(name=data, flip=facts.flip)
+    config.data.recipe.update(name=data, mean=facts.mean, std=facts.std)
     if data == IMAGENET:
         config.data.crop = "inception"
     return config

@@ -8,7 +8,8 @@ Compiling takes minutes on CPU, for each program anew: the blocks are unrolled.
 """
 
 from configs import common
-from configs.common import IMAGENET, Published, Variant
+from configs.common import Published, Variant
+from configs.data_sets import IMAGENET
 
 README = "DelugeNets README: best epoch on the test set"
 

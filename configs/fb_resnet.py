@@ -9,7 +9,8 @@ The code came without a table for CIFAR; the errors are those of the paper it fo
 """
 
 from configs import common
-from configs.common import IMAGENET, Published, Variant
+from configs.common import Published, Variant
+from configs.data_sets import IMAGENET
 
 HE = "He et al. 2015, table 6: not of this code; 110: the best of 5 runs"
 README = "fb.resnet.torch README: validation error, single 224 crop"

@@ -10,7 +10,8 @@ count; which one is meant, only the data set whose count rounds to 29.6M says.
 """
 
 from configs import common
-from configs.common import IMAGENET, Published, Variant
+from configs.common import Published, Variant
+from configs.data_sets import IMAGENET
 
 README = "GUNN README: best of all epochs on the test set"
 DERIVED = f"{README}; the net is derived, not published"

@@ -11,7 +11,8 @@ which epoch the others are.
 """
 
 from configs import common
-from configs.common import IMAGENET, Published, Variant
+from configs.common import Published, Variant
+from configs.data_sets import DATA_SETS, IMAGENET
 
 README = "IGCNets README: ImageNet validation, single centre crop; files of epoch 95"
 PAPER = "IGCNets paper, from memory: unverified"
@@ -131,7 +132,9 @@ def get_config(argument: str = ""):
     data = config.data.name
     # The mean was meant; the authors' library probably filled with white.
     config.data.border = "dataset_mean"
-    config.data.mean, config.data.std = MEAN_AND_STD.get(data, ((), ()))
+    if data in MEAN_AND_STD:
+        config.data.mean, config.data.std = MEAN_AND_STD[data]
+        config.data.recipe.update(mean=config.data.mean, std=config.data.std)
     if data.startswith("svhn"):
         config.data.pad = 0  # and no flip: no augmentation at all
     if data == IMAGENET:
@@ -151,5 +154,5 @@ def get_config(argument: str = ""):
 
 def _epoch(milestone: int, data: str, batch_size: int) -> float:
     """Where the code puts a milestone: it counts only the full batches of an epoch."""
-    images = common.NUM_EXAMPLES.get(data, batch_size)
+    images = DATA_SETS[data].num_train
     return milestone * (images // batch_size) * batch_size / images

@@ -9,7 +9,8 @@ rate.
 """
 
 from configs import common
-from configs.common import IMAGENET, Variant
+from configs.common import Variant
+from configs.data_sets import IMAGENET
 
 VARIANTS = {
     "expander": Variant({"wiring": "expander"}, {IMAGENET: 5_097_536}),

@@ -10,7 +10,8 @@ their epochs is that of the epochs they hold.
 """
 
 from configs import common
-from configs.common import IMAGENET, Published, Variant
+from configs.common import Published, Variant
+from configs.data_sets import IMAGENET
 
 LOG = "Deep-Expander-Networks training log: best on the validation set of epochs"
 FIELDS = {

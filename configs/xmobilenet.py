@@ -14,7 +14,8 @@ The README's errors do not say of which net they are; no log of it exists.
 """
 
 from configs import common
-from configs.common import IMAGENET, Published, Variant
+from configs.common import Published, Variant
+from configs.data_sets import IMAGENET
 
 README = "Deep-Expander-Networks README: presumably best epoch on the validation set"
 LOG = "Deep-Expander-Networks training log: best of 138 epochs on the validation set"

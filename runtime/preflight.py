@@ -84,7 +84,11 @@ def flag_error(error: Exception, argv: Sequence[str]) -> str:
     root = causes[-1]
     if missing := re.search("No such file or directory: '(.*)'", str(root)):
         here = pathlib.Path(__file__).parents[1]
-        files = sorted(x.name for x in here.glob("configs/*.py") if x.stem != "common")
+        files = sorted(
+            x.name
+            for x in here.glob("configs/*.py")
+            if x.stem not in ("common", "data_sets")
+        )
         return f"--config: no file {missing[1]}; configs/ has {', '.join(files)}"
     if re.search("indices must be|not a valid index|Attempting to look", str(root)):
         return f"a field is given whole and has no parts: {root}"
@@ -325,11 +329,11 @@ def describe(config: ConfigDict, examples: input_pipeline.Split, mesh: Mesh) -> 
         examples.num_classes,
         config.data.pipeline,
     )
-    if config.recipe_data not in (re.split("[:/]", config.data.name)[0], ""):
+    if config.data.recipe.name not in (re.split("[:/]", config.data.name)[0], ""):
         logging.warning(
             "flip, crop, border and schedule are those for %s unless you set them; a "
             "set that has a recipe is chosen by --config=FILE:%s,SET",
-            config.recipe_data,
+            config.data.recipe.name,
             config.variant,
         )
     if jax.default_backend() == "cpu" and config.train.steps_per_dispatch > 1:

@@ -81,7 +81,7 @@ def allowed(path: pathlib.Path, name: str) -> bool:
     if len(path.parts) == 1:
         return first in MAY_IMPORT[path.stem]
     if room == "configs":
-        return within(name, "configs.common") and path.stem != "common"
+        return within(name, "configs.common", "configs.data_sets")
     if path == pathlib.Path("nets/connectivity.py"):
         return False
     if path.parts[:2] == ("nets", "layers"):

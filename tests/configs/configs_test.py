@@ -12,10 +12,11 @@ import pytest
 import data_sources
 import optimizers
 from configs import common
+from configs.data_sets import DATA_SETS
 from runtime import devices, preflight
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-FAMILIES = sorted({p.stem for p in CONFIGS.glob("*.py")} - {"common", "__init__"})
+FAMILIES = sorted({p.stem for p in CONFIGS.glob("*.py")} - {"common", "data_sets"})
 
 
 def get_config(argument):
@@ -223,7 +224,7 @@ def test_a_recipe_has_the_fields_of_its_original(argument):
 @pytest.mark.parametrize("argument", TABLE)
 def test_a_recipe_has_the_steps_and_rates_of_its_original(argument):
     config, wanted = get_config(argument), TABLE[argument][0]
-    images = common.NUM_EXAMPLES[config.data.name]
+    images = DATA_SETS[config.data.name].num_train
     clock = optimizers.Clock.of(config, images)
     assert clock.total == wanted["total"]
     rate = optimizers.schedule(config, images)
@@ -239,7 +240,7 @@ def test_a_recipe_has_the_steps_and_rates_of_its_original(argument):
 def test_a_recipe_can_be_run(argument):
     """On one device: the last batch too, in groups of images that share statistics."""
     config = get_config(argument)
-    labels = np.zeros(common.NUM_EXAMPLES[config.data.name], np.int32)
+    labels = np.zeros(DATA_SETS[config.data.name].num_train, np.int32)
     examples = types.SimpleNamespace(
         labels=labels, num_classes=config.net.num_classes, image_shape=(32, 32, 3)
     )
@@ -263,7 +264,7 @@ def test_a_modern_recipe_trains_the_same_net(argument):
     assert modern.recipe == "modern"
     assert modern.net == faithful.net
     assert modern.data == faithful.data
-    images = common.NUM_EXAMPLES[modern.data.name]
+    images = DATA_SETS[modern.data.name].num_train
     rate, total = optimizers.schedule(modern, images), modern.train.epochs
     assert total <= faithful.train.epochs
     last = optimizers.Clock.of(modern, images).total - 1

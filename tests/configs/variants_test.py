@@ -11,13 +11,13 @@ from flax import nnx
 
 import nets
 import optimizers
-from configs.common import NUM_CLASSES
+from configs.data_sets import DATA_SETS
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FAMILIES = {
     path.stem: importlib.import_module(f"configs.{path.stem}")
     for path in sorted(CONFIGS.glob("*.py"))
-    if path.stem not in ("common", "__init__")
+    if path.stem not in ("common", "data_sets")
 }
 ROWS = [
     (family, variant)
@@ -39,7 +39,7 @@ def test_a_family_has_rows_and_a_default(family):
     assert module.VARIANTS
     default = module.get_config()
     assert default.variant in module.VARIANTS
-    assert default.data.name in NUM_CLASSES
+    assert default.data.name in DATA_SETS
     # The docstring is a command that works.
     assert f"python main.py --config=configs/{family}.py" in module.__doc__
 
@@ -48,7 +48,7 @@ def test_a_family_has_rows_and_a_default(family):
 def test_a_row_says_what_it_should(family, variant):
     row = FAMILIES[family].VARIANTS[variant]
     assert row.parameters, "no parameter count"
-    assert row.published.keys() <= row.parameters.keys() <= NUM_CLASSES.keys()
+    assert row.published.keys() <= row.parameters.keys() <= DATA_SETS.keys()
     for published in row.published.values():
         assert 0 < published.error < 100
         assert published.selection in ("best", "last")
@@ -73,7 +73,7 @@ def test_a_row_has_the_published_number_of_parameters(family, variant):
     for data in row.parameters:
         config = module.get_config(f"{variant},{data}")
         assert (config.variant, config.data.name) == (variant, data)
-        assert config.net.num_classes == NUM_CLASSES[data]
+        assert config.net.num_classes == DATA_SETS[data].num_classes
         assert config.net.name in nets.names()
         assert dict(row.net).items() <= config.net.to_dict().items()
         counted[data] = parameters(config.net.to_json())
