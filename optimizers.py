@@ -1,91 +1,12 @@
-"""The clock of a run, schedules, and SGD as each original defines it."""
+"""Learning rate schedules, and SGD as each original defines it."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-
-def steps_per_epoch(num_examples: int, batch_size: int, partial: bool = False) -> float:
-    """Batches of a pass; with `partial` it ends with a smaller one, a whole number.
-
-    Without, batches run through the passes and leave no gap: 50,000 images in batches
-    of 128 make 70,313 steps in 180 epochs, as cfmz has; with it, 64,124 in the 164 of
-    fb.resnet.torch.
-    """
-    steps = num_examples / batch_size
-    return math.ceil(steps) if partial else steps
-
-
-def step_of_epoch(epoch: float, steps_per_epoch: float) -> int:
-    """The first step whose first image belongs to `epoch` (from 0) or a later one."""
-    return math.ceil(epoch * steps_per_epoch - 1e-6)  # but for rounding errors
-
-
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """A run's steps, counted in images, epochs and dispatches."""
-
-    steps_per_epoch: float  # a whole number where a pass ends with a smaller batch
-    smaller_last: bool
-    batch_size: int
-    total: int
-    steps_per_dispatch: int
-    log_every: int
-    eval_every_epochs: float
-    save_every: int
-
-    @classmethod
-    def of(cls, config: ConfigDict, num_examples: int) -> "Clock":
-        batch_size = config.train.batch_size
-        partial = config.train.last_batch == "partial"
-        per_epoch = steps_per_epoch(num_examples, batch_size, partial)
-        on_device = config.data.pipeline == "device"
-        if config.train.epochs * per_epoch >= 2**31:
-            raise ValueError(
-                f"train.epochs={config.train.epochs} makes 2**31 steps or more"
-            )
-        if (total := step_of_epoch(config.train.epochs, per_epoch)) < 1:
-            raise ValueError(f"train.epochs={config.train.epochs} is not one step")
-        return cls(
-            steps_per_epoch=per_epoch,
-            smaller_last=partial and num_examples % batch_size > 0,
-            batch_size=batch_size,
-            total=total,
-            steps_per_dispatch=config.train.steps_per_dispatch if on_device else 1,
-            log_every=config.train.log_every_steps,
-            eval_every_epochs=config.eval.every_epochs,
-            save_every=config.checkpoint.every_steps,
-        )
-
-    def epoch(self, step: int) -> float:
-        return step / self.steps_per_epoch
-
-    def step_of(self, epoch: float) -> int:
-        return step_of_epoch(epoch, self.steps_per_epoch)
-
-    def dispatch(self, step: int, stop: int) -> int:
-        """How many steps are carried out together: a smaller batch goes alone."""
-        most = min(self.steps_per_dispatch, stop - step)
-        if not self.smaller_last:
-            return most
-        whole = self.steps_per_epoch - 1 - step % self.steps_per_epoch
-        return min(most, whole or 1)
-
-    def next_eval(self, step: int) -> int:
-        """The first step after `step` that ends an evaluation interval, or the last."""
-        every = self.eval_every_epochs
-        interval = int(self.epoch(step) / every)
-        while (stop := self.step_of(interval * every)) <= step:
-            interval += 1
-        return min(stop, self.total)
-
-    def next_save(self, step: int) -> int:
-        every = self.save_every or self.total
-        return min((step // every + 1) * every, self.total)
+from runtime.clock import Clock
 
 
 def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:

@@ -22,9 +22,9 @@ import metrics
 import nets
 import optimizers
 from nets.layers.norm import BatchNorm
-from optimizers import Clock
 from runtime import preflight
 from runtime.checkpoints import CheckpointError, Checkpoints, save_config
+from runtime.clock import Clock
 from runtime.devices import make_advance, make_mesh, place
 from runtime.preemption import Preempted, sigterm
 from runtime.reporting import Reporter, read_rows, write_confusion

@@ -28,7 +28,7 @@ class Reporter:
     """
 
     def __init__(self, workdir: pathlib.Path, clock, start: int, tensorboard: bool):
-        """`clock` is the run's optimizers.Clock, `start` the step it goes on from."""
+        """`clock` is the run's Clock, `start` the step it goes on from."""
         self._path = workdir / "metrics.csv"
         # Rows after the checkpoint come again: the run repeats those steps.
         self.rows = [row for row in read_rows(self._path) if row["step"] <= start]

@@ -5,7 +5,6 @@ import pytest
 
 import optimizers
 from configs import cfmz, xdensenet
-from optimizers import Clock, step_of_epoch, steps_per_epoch
 
 
 def run(optimizer, gradients, start=1.0):
@@ -71,10 +70,8 @@ def test_the_forms_differ_after_a_drop_of_the_rate_only():
     np.testing.assert_allclose(constant[0], constant[1], rtol=1e-6)
 
 
-def test_cfmz_takes_the_steps_of_the_original():
+def test_cfmz_drops_the_rate_at_the_steps_of_the_original():
     config = cfmz.get_config()
-    clock = Clock.of(config, 50_000)
-    assert clock.total == 70_313
     rate = optimizers.schedule(config, 50_000)
     rates = {step: float(rate(step)) for step in (0, 35_156, 35_157, 52_734, 52_735)}
     np.testing.assert_allclose(list(rates.values()), [0.1, 0.1, 0.01, 0.01, 0.001])
@@ -88,51 +85,6 @@ def test_xnets_never_go_below_the_least_rate():
     np.testing.assert_allclose(
         [rate(s) for s in (9, 10, 20, 30)], [0.1, 0.01, 0.001, 5e-4]
     )
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 128, 1000])
-def test_an_epoch_begins_with_its_first_image(batch_size):
-    """In the stream of images, with no gap between the passes."""
-    for epoch in (0, 1, 2.5, 7, 90):
-        step = step_of_epoch(epoch, steps_per_epoch(1000, batch_size))
-        assert step * batch_size >= epoch * 1000
-        assert (step - 1) * batch_size < epoch * 1000
-
-
-def clock(**fields):
-    config = xdensenet.get_config("22-8-2,digits")
-    config.update_from_flattened_dict(
-        {k.replace("__", "."): v for k, v in fields.items()}
-    )
-    return Clock.of(config, 1437)
-
-
-def stops(next_stop, total):
-    step, found = 0, []
-    while step < total:
-        step = next_stop(step)
-        found.append(step)
-    return found
-
-
-def test_evaluations_come_on_time_and_once_at_the_end():
-    times = clock(train__epochs=3.0, eval__every_epochs=1.0)
-    assert stops(times.next_eval, times.total) == [45, 90, times.total]
-    assert [times.epoch(s) >= n for n, s in enumerate((45, 90, 135), 1)] == [True] * 3
-    uneven = clock(train__epochs=1.0, eval__every_epochs=0.4)
-    assert stops(uneven.next_eval, uneven.total) == [18, 36, 45]
-    rare = clock(train__epochs=1.0, eval__every_epochs=50.0)
-    assert stops(rare.next_eval, rare.total) == [45]
-    crowded = clock(train__epochs=0.1, eval__every_epochs=0.001)
-    assert stops(crowded.next_eval, crowded.total) == [1, 2, 3, 4, 5]
-
-
-def test_where_a_run_stops_does_not_depend_on_where_it_resumes():
-    times = clock(train__epochs=3.0, eval__every_epochs=0.35, checkpoint__every_steps=7)
-    for next_stop in (times.next_eval, times.next_save):
-        planned = stops(next_stop, times.total)
-        for step in range(times.total):
-            assert next_stop(step) == next(x for x in planned if x > step)
 
 
 def test_impossible_recipes_are_refused():
@@ -203,12 +155,3 @@ def test_a_schedule_that_does_not_exist_or_fit_is_refused():
             rates([0], schedule="cosine", warmup_epochs=epochs)
     with pytest.raises(ValueError, match="warmup_epochs to 0"):
         rates([0], schedule="one_cycle", warmup_epochs=1.0)
-
-
-@pytest.mark.parametrize("batch_size", [7, 64, 100])
-def test_with_partial_batches_an_epoch_is_whole_steps(batch_size):
-    per_epoch = -(-1000 // batch_size)
-    for epoch in (0, 1, 7, 90):
-        found = steps_per_epoch(1000, batch_size, partial=True)
-        assert step_of_epoch(epoch, found) == epoch * per_epoch
-    assert step_of_epoch(2.5, steps_per_epoch(1000, 64, partial=True)) == 40

@@ -14,6 +14,7 @@ import optimizers
 from configs import common
 from configs.data_sets import DATA_SETS
 from runtime import devices, preflight
+from runtime.clock import Clock
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FAMILIES = sorted({p.stem for p in CONFIGS.glob("*.py")} - {"common", "data_sets"})
@@ -225,7 +226,7 @@ def test_a_recipe_has_the_fields_of_its_original(argument):
 def test_a_recipe_has_the_steps_and_rates_of_its_original(argument):
     config, wanted = get_config(argument), TABLE[argument][0]
     images = DATA_SETS[config.data.name].num_train
-    clock = optimizers.Clock.of(config, images)
+    clock = Clock.of(config, images)
     assert clock.total == wanted["total"]
     rate = optimizers.schedule(config, images)
     edges = [0, *wanted["drops"], clock.total]
@@ -267,7 +268,7 @@ def test_a_modern_recipe_trains_the_same_net(argument):
     images = DATA_SETS[modern.data.name].num_train
     rate, total = optimizers.schedule(modern, images), modern.train.epochs
     assert total <= faithful.train.epochs
-    last = optimizers.Clock.of(modern, images).total - 1
+    last = Clock.of(modern, images).total - 1
     assert float(rate(last)) < 1e-3 * modern.optimizer.learning_rate
     optimizers.create(modern.optimizer, rate)
     chosen = dict(schedule="one_cycle", min_learning_rate=0.0, nesterov=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import xdensenet
-from optimizers import Clock
 from runtime import reporting
+from runtime.clock import Clock
 from runtime.reporting import Reporter, as_csv, read_rows, write_confusion
 
 CONFIG = xdensenet.get_config("22-8-2,digits")

@@ -19,6 +19,7 @@ from nets.layers.conv import Linear, he_fan_in
 from nets.layers.pooling import global_average_pool
 from nets.layers.wiring import Wiring
 from nets.resnet import Block, NeonBatchNorm
+from runtime.clock import step_of_epoch
 from tests.support import (
     golden_delugenets,
     golden_gunn,
@@ -148,7 +149,7 @@ def cfmz_trajectory(path: pathlib.Path) -> Comparison:
     examples, batch_size = 50_000, config.train.batch_size
     schedule = optimizers.schedule(config, examples)
     for epoch, rate in zip(facts["epoch_argument"], facts["lr"], strict=True):
-        step = optimizers.step_of_epoch(epoch, examples / batch_size)
+        step = step_of_epoch(epoch, examples / batch_size)
         comparison.add("rates", schedule(step), rate, ROUNDED)
 
     net = convert.build(golden.facts)

@@ -1,0 +1,120 @@
+"""The clock of a run: converts epochs to steps, and cuts a run into dispatches."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+
+def steps_per_epoch(num_examples: int, batch_size: int, partial: bool = False) -> float:
+    """Returns the number of batches per epoch.
+
+    By default, batches continue across epoch boundaries without a gap, and the result
+    is a fraction: 50,000 images in batches of 128 make 70,313 steps in cfmz's 180
+    epochs. With `partial`, each epoch ends with a smaller batch, and the result is a
+    whole number: 64,124 steps in fb.resnet.torch's 164 epochs.
+    """
+    steps = num_examples / batch_size
+    return math.ceil(steps) if partial else steps
+
+
+def step_of_epoch(epoch: float, steps_per_epoch: float) -> int:
+    """Returns the first step whose first image belongs to `epoch` (from 0) or later."""
+    return math.ceil(epoch * steps_per_epoch - 1e-6)  # tolerates rounding errors
+
+
+class Chunk(NamedTuple):
+    """The steps of one dispatch, and what follows the last of them."""
+
+    steps: int
+    end: int  # steps of the run that are done after this chunk
+    evaluate: bool
+    save: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Converts between the steps and the epochs of a run, and schedules its dispatches.
+
+    steps_per_epoch is a whole number if each epoch ends with a smaller batch.
+    """
+
+    steps_per_epoch: float
+    smaller_last: bool
+    batch_size: int
+    total: int
+    steps_per_dispatch: int
+    log_every: int
+    eval_every_epochs: float
+    save_every: int
+
+    @classmethod
+    def of(cls, config: ConfigDict, num_examples: int) -> "Clock":
+        """Returns the clock of a run on `num_examples` training images.
+
+        Raises ValueError if the run has no steps, or more than an int32 can count.
+        """
+        batch_size = config.train.batch_size
+        partial = config.train.last_batch == "partial"
+        per_epoch = steps_per_epoch(num_examples, batch_size, partial)
+        on_device = config.data.pipeline == "device"
+        if config.train.epochs * per_epoch >= 2**31:
+            raise ValueError(
+                f"train.epochs={config.train.epochs} is 2**31 steps or more"
+            )
+        if (total := step_of_epoch(config.train.epochs, per_epoch)) < 1:
+            raise ValueError(
+                f"train.epochs={config.train.epochs} is less than one step"
+            )
+        return cls(
+            steps_per_epoch=per_epoch,
+            smaller_last=partial and num_examples % batch_size > 0,
+            batch_size=batch_size,
+            total=total,
+            steps_per_dispatch=config.train.steps_per_dispatch if on_device else 1,
+            log_every=config.train.log_every_steps,
+            eval_every_epochs=config.eval.every_epochs,
+            save_every=config.checkpoint.every_steps,
+        )
+
+    def epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def step_of(self, epoch: float) -> int:
+        return step_of_epoch(epoch, self.steps_per_epoch)
+
+    def chunks(self, step: int) -> Iterator[Chunk]:
+        """Yields the rest of the run after `step` steps, one dispatch at a time.
+
+        Chunks end at evaluations and checkpoints, whose steps do not depend on where
+        the run was resumed. Every evaluation is saved; the last step is evaluated.
+        """
+        while step < self.total:
+            next_eval, next_save = self.next_eval(step), self.next_save(step)
+            steps = self.dispatch(step, min(next_eval, next_save))
+            step += steps
+            evaluate = step == next_eval
+            yield Chunk(steps, step, evaluate, save=evaluate or step == next_save)
+
+    def dispatch(self, step: int, stop: int) -> int:
+        """Returns how many steps one dispatch runs: a smaller batch goes alone."""
+        most = min(self.steps_per_dispatch, stop - step)
+        if not self.smaller_last:
+            return most
+        whole = self.steps_per_epoch - 1 - step % self.steps_per_epoch
+        return min(most, whole or 1)
+
+    def next_eval(self, step: int) -> int:
+        """Returns the first step after `step` that ends an evaluation interval."""
+        every = self.eval_every_epochs
+        interval = int(self.epoch(step) / every)
+        while (stop := self.step_of(interval * every)) <= step:
+            interval += 1
+        return min(stop, self.total)
+
+    def next_save(self, step: int) -> int:
+        """Returns the first step after `step` that ends a checkpoint interval."""
+        every = self.save_every or self.total
+        return min((step // every + 1) * every, self.total)
