@@ -59,6 +59,35 @@ def load_both(data: ConfigDict) -> tuple[Split, Split]:
     return train, load(data, "test")
 
 
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The properties of a data set that a trained net depends on.
+
+    mean, std: per channel, on the scale 0..255.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_train: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def facts(data: ConfigDict, train_split: Split) -> Facts:
+    """Returns the facts about a data set whose training images are `train_split`."""
+    return Facts(
+        train_split.class_names or tuple(map(str, range(train_split.num_classes))),
+        train_split.image_shape,
+        train_split.mean,
+        train_split.std,
+        len(train_split.labels),
+    )
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["index", "offset", "flip"],

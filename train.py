@@ -23,11 +23,19 @@ import nets
 import optimizers
 from nets.layers.norm import BatchNorm
 from runtime import preflight
-from runtime.checkpoints import CheckpointError, Checkpoints, save_config
+from runtime.checkpoints import Checkpoints
 from runtime.clock import Clock
 from runtime.devices import make_advance, make_mesh, place
 from runtime.preemption import Preempted, sigterm
-from runtime.reporting import Reporter, read_rows, write_confusion
+from runtime.reporting import Reporter, write_confusion
+from runtime.workdir import (
+    WorkdirError,
+    changes,
+    evaluation_changes,
+    lock,
+    read_rows,
+    save_config,
+)
 
 # Numbers that random keys are folded with. A step's: its devices take 0, 1, ...
 AUGMENTATION = 2**31 - 1
@@ -204,7 +212,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         logging.info("%s holds this run, complete", workdir)
         return summary(read_rows(workdir / "metrics.csv"))
     with (
-        preflight.claimed(workdir),
+        lock(workdir),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
     ):
         program, state = create_train_state(config, examples)
@@ -213,7 +221,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         state, step = _resume(config, workdir, checkpoints, state, clock.total)
         if step == clock.total:
             return summary(read_rows(workdir / "metrics.csv"))
-        save_config(workdir, config)
+        save_config(workdir, config, input_pipeline.facts(config.data, examples))
         reporter = Reporter(workdir, clock, step, config.train.tensorboard)
         step_fn = functools.partial(train_step, program)
         advance = make_advance(config, step_fn, mesh, examples, state, step)
@@ -273,7 +281,7 @@ def _resume(
             f"{workdir} holds step {step} already, this run ends at step {total} "
             f"(train.epochs={config.train.epochs:g}): use another --workdir"
         )
-    for change in preflight.changes(config, workdir):
+    for change in changes(config, workdir):
         logging.warning(change)
     logging.info("resuming %s from step %d", workdir, step)
     return state, step
@@ -313,7 +321,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
         program, state = create_train_state(config, examples, no_rate)
         state = place(state, mesh)
         state, step = checkpoints.restore(state, config.eval.checkpoint)
-    for change in preflight.evaluation_changes(config, workdir):
+    for change in evaluation_changes(config, workdir):
         logging.warning(change)
     test = evaluate.make_test(
         config, program.definition, program.normalization, mesh, examples
@@ -322,7 +330,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
     names = examples.class_names
     try:
         write_confusion(workdir, confusion, names, f"-{step}")
-    except CheckpointError as error:  # somebody else's workdir, to be read only
+    except WorkdirError as error:  # somebody else's workdir, to be read only
         logging.warning(error)
     return {"step": step} | means
 

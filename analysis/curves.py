@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from runtime.reporting import read_rows
+from runtime.workdir import read_rows
 
 Curve = list[dict[str, float]]
 

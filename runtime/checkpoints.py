@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -259,47 +258,6 @@ class Checkpoints:
             f"checkpoint {self.directory / str(step)} could not be written: "
             f"{_one_line(error)}; still good: {', '.join(map(str, good)) or 'none'}"
         )
-
-
-def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict):
-    """Writes config.json, sorted and indented."""
-    write_json(pathlib.Path(workdir) / "config.json", config.to_dict())
-
-
-def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Reads config.json. JSON has no tuples: every list becomes one, as configs do."""
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read; delete it: {error}") from error
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def write_json(path: str | os.PathLike, value: Any):
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: str | os.PathLike, text: str):
-    """Writes a file on process 0. A kill leaves the old content or the new."""
-    if jax.process_index() != 0:
-        return
-    path = pathlib.Path(path)
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else the rename may outlive the content
-        draft.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Before the first step: what is refused, what is announced, what has been done."""
 
-import contextlib
 import math
 import os
 import pathlib
@@ -22,8 +21,8 @@ import input_pipeline
 import nets
 from data_sources import cache
 from nets import cost
-from runtime.checkpoints import Checkpoints, load_config
-from runtime.reporting import read_rows
+from runtime.checkpoints import Checkpoints
+from runtime.workdir import PATHS, changes, flatten, read_rows
 
 POSITIVE = (
     "train.batch_size",
@@ -47,13 +46,6 @@ NOT_NEGATIVE = (
     "optimizer.warmup_epochs",
 )
 SHARES = ("train.label_smoothing", "train.ema", "net.dropout")
-PLACES = ("data.dir", "data.cache_dir")  # may differ from machine to machine
-# Of the net and the data, what a test does not see: it has its own crop, no dropout,
-# and a graph from the checkpoint.
-UNSEEN = (
-    *(*PLACES, "data.download", "data.pipeline", "data.flip", "data.pad"),
-    *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
-)
 CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "train.last_batch": ("fill", "partial"),
@@ -172,7 +164,7 @@ def check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
         return
     with Checkpoints(workdir) as checkpoints:
         last = max(checkpoints.steps(), default=-1)
-    fields = {k: v for k, v in _flat(config).items() if k not in PLACES}
+    fields = {k: v for k, v in flatten(config).items() if k not in PATHS}
     digest = zlib.crc32(repr(sorted(fields.items())).encode()) >> 1  # an int32
     seen = multihost_utils.process_allgather(np.asarray([last, digest]))
     if len({*seen[:, 1].tolist()}) > 1:
@@ -185,47 +177,9 @@ def check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def claimed(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds a workdir while a run writes to it; ValueError if another one does.
-
-    Two runs would sweep away each other's checkpoints. The system lets go of it when a
-    process ends, however it does. Nothing is held where files cannot be locked.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    if jax.process_index() != 0:  # the others do not write
-        yield
-        return
-    path = workdir / ".lock"
-    workdir.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last owner may have removed it since it was opened.
-            if not os.fstat(file.fileno()).st_nlink:
-                raise BlockingIOError
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process trains in {workdir}: wait for its end, or use "
-                "another --workdir"
-            ) from error
-        except OSError as error:  # some network file systems
-            logging.warning("%s cannot be locked: %s", path, error)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what was refused leaves no trace
-                workdir.rmdir()
-
-
 def check_evaluation(config: ConfigDict, examples: input_pipeline.Split) -> None:
     """Refuses, with a ValueError, impossible values and classes that do not fit."""
-    fields = _flat(config)
+    fields = flatten(config)
     for field, value in fields.items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
@@ -360,37 +314,3 @@ def is_complete(config: ConfigDict, workdir: pathlib.Path, total: int) -> bool:
         return False
     rows = read_rows(workdir / "metrics.csv")
     return bool(rows) and rows[-1]["step"] == total
-
-
-def changes(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
-    """What differs between a configuration and that of the workdir, if it has one."""
-    return [
-        f"this run was started with {field} = {old}, it goes on with {new}"
-        for field, old, new in _changed(config, workdir)
-    ]
-
-
-def evaluation_changes(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
-    """Of those, what a test sees."""
-    return [
-        f"this run was trained with {field} = {old}, it is tested with {new}"
-        for field, old, new in _changed(config, workdir)
-        if field.startswith(("net.", "data.", "train.dtype")) and field not in UNSEEN
-    ]
-
-
-def _changed(config, workdir):
-    if not (workdir / "config.json").exists():
-        return
-    old, new = _flat(load_config(workdir)), _flat(config)
-    for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field):
-            yield field, old.get(field), new.get(field)
-
-
-def _flat(config: ConfigDict, prefix: str = "") -> dict:
-    fields = {}
-    for key, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        fields |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return fields

@@ -1,9 +1,7 @@
 """What a run tells while it lives: metrics.csv, best.json, TensorBoard, progress."""
 
 import concurrent.futures
-import csv
 import datetime
-import io
 import math
 import pathlib
 import time
@@ -15,7 +13,7 @@ from absl import logging
 
 import input_pipeline
 import metrics
-from runtime.checkpoints import write_json, write_text
+from runtime.workdir import as_csv, read_rows, write_json, write_text
 
 MOST_CLASSES = 200  # of which a matrix is small
 
@@ -160,27 +158,6 @@ def write_confusion(
     if len(confusion) <= MOST_CLASSES:
         matrix = [dict(zip(names, row, strict=True)) for row in confusion.tolist()]
         write_text(workdir / f"confusion{suffix}.csv", as_csv(matrix))
-
-
-def as_csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, steps as integers; none when there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        rows = [{k: float(v) for k, v in row.items()} for row in rows]
-        return [row | {"step": int(row["step"])} for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged; delete it to go on: {error!r}") from error
 
 
 def _fetched(totals: dict) -> dict[str, float]:

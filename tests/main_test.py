@@ -8,7 +8,7 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 
-from runtime.reporting import read_rows
+from runtime.workdir import read_rows
 from tests.support import launch
 from tests.support.launch import arguments
 
@@ -212,7 +212,7 @@ def test_images_on_the_device_need_no_tensorflow(results):
 
 def test_a_changed_field_is_told(results):
     said = results["changed"]["err"]
-    assert "started with train.log_every_steps = 10, it goes on with 9" in said
+    assert "resuming with train.log_every_steps=9 (the run was started with 10)" in said
     assert results["changed"]["code"] == 0
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from runtime import checkpoints, preflight
+from runtime import checkpoints
 from tests.support import launch
 from tests.support.launch import (
     TOTAL,
@@ -159,14 +159,6 @@ def test_complete_run_is_not_repeated(cache, reference):
     assert f"{reference} holds this run, complete" in err
     assert f"(step {TOTAL})" in out
     assert {p: p.stat().st_mtime_ns for p in reference.rglob("*")} == before
-
-
-def test_a_workdir_has_one_run_at_a_time(tmp_path):
-    run = tmp_path / "run"
-    taken = pytest.raises(ValueError, match="another process trains")
-    with preflight.claimed(run), taken, preflight.claimed(run):
-        pass
-    assert not run.exists()  # nothing was written
 
 
 @pytest.mark.slow

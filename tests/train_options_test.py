@@ -13,7 +13,7 @@ import metrics
 import train
 from runtime import preflight
 from runtime.devices import make_mesh
-from runtime.reporting import read_rows
+from runtime.workdir import read_rows
 from tests.support.stepping import SLOWLY, Compilations, Steps, configured, save_images
 
 

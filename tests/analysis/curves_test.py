@@ -7,7 +7,7 @@ import pytest
 from analysis import curves
 from configs import cfmz
 from runtime import preflight
-from runtime.reporting import as_csv
+from runtime.workdir import as_csv
 
 
 def save(workdir, accuracies, **fields):

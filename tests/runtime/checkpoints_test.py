@@ -1,8 +1,6 @@
-import contextlib
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -11,17 +9,16 @@ import time
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import metrics
-from runtime import checkpoints
 from runtime.checkpoints import CheckpointError, Checkpoints
 from tests.support import checkpoints_saver
 from tests.support.checkpoints_saver import abstract, assert_same, make_state
+from tests.support.full_disk import files_no_larger_than
 
 # Of several failing reads or writes orbax awaits one; the others find its loop closed.
 pytestmark = pytest.mark.filterwarnings(
@@ -291,15 +288,6 @@ def test_unstorable_leaves_are_named(tmp_path):
                 saved.save(1, state)
 
 
-@contextlib.contextmanager
-def files_no_larger_than(size):
-    """Stands for a full disk: writing on is an OSError, in threads of C++ too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("limit", [0, 100_000])
 def test_full_disk_is_an_error_and_the_good_ones_stay(tmp_path, limit):
     """The write fails in the background, as when the disk fills up meanwhile."""
@@ -372,28 +360,3 @@ def test_log_of_a_save_is_empty(tmp_path, caplog):
     save_steps(tmp_path, [1])
     assert restored(tmp_path)[1] == 1
     assert [record for record in caplog.records if record.name == "absl"] == []
-
-
-def test_config_is_beside_them_sorted_and_comes_back_equal(tmp_path):
-    config = ml_collections.ConfigDict(
-        {"seed": 0, "net": {"name": "x", "blocks": (1, 2)}}
-    )
-    config.data = {"mean": (), "rate": 0.1, "flip": True, "none": None}
-    checkpoints.save_config(tmp_path, config)
-    assert checkpoints.load_config(tmp_path) == config
-    text = (tmp_path / "config.json").read_text()
-    assert text.index('"data"') < text.index('"net"') < text.index('"seed"')
-    assert os.listdir(tmp_path) == ["config.json"]
-    (tmp_path / "config.json").write_text(text[:-9])
-    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
-        checkpoints.load_config(tmp_path)
-    with pytest.raises(CheckpointError, match="No such file"):
-        checkpoints.load_config(tmp_path / "nothing")
-
-
-def test_failed_text_leaves_the_old_one(tmp_path):
-    path = tmp_path / "metrics.csv"
-    checkpoints.write_text(path, "old")
-    with files_no_larger_than(10), pytest.raises(CheckpointError, match=str(path)):
-        checkpoints.write_text(path, "new" * 1000)
-    assert path.read_text() == "old"

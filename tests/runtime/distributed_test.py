@@ -7,7 +7,7 @@ import socket
 import numpy as np
 import pytest
 
-from runtime.reporting import read_rows
+from runtime.workdir import read_rows
 from tests.support import launch
 from tests.support.launch import CONFIG, TOTAL, arguments, finish, kill_when, start
 

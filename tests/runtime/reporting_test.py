@@ -11,7 +11,8 @@ import pytest
 from configs import xdensenet
 from runtime import reporting
 from runtime.clock import Clock
-from runtime.reporting import Reporter, as_csv, read_rows, write_confusion
+from runtime.reporting import Reporter, write_confusion
+from runtime.workdir import read_rows
 
 CONFIG = xdensenet.get_config("22-8-2,digits")
 CONFIG.train.update(batch_size=16, epochs=4.0, log_every_steps=10)
@@ -43,23 +44,6 @@ def lines(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
     caplog.set_level(logging.INFO, "absl")
     return lambda: [record.getMessage() for record in caplog.records]
-
-
-def test_rows_come_back_as_they_were(tmp_path):
-    rows = [row(100, 0.1), row(200, 1 / 3)]
-    (tmp_path / "metrics.csv").write_text(as_csv(rows))
-    assert read_rows(tmp_path / "metrics.csv") == rows
-    assert isinstance(read_rows(tmp_path / "metrics.csv")[0]["step"], int)
-    assert read_rows(tmp_path / "absent.csv") == []
-
-
-@pytest.mark.parametrize(
-    "text", ["step,loss\n1,", "loss\n1.0\n", "step,loss\n1\n", "\0\n1"]
-)
-def test_damaged_rows_are_named(tmp_path, text):
-    (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"metrics\.csv is damaged"):
-        read_rows(tmp_path / "metrics.csv")
 
 
 def test_rows_that_will_come_again_are_dropped(tmp_path):

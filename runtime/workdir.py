@@ -1,0 +1,195 @@
+"""The files of a workdir other than its checkpoints: config.json, tables, the lock."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+import input_pipeline
+
+FORMAT = 2  # of config.json
+_OWN_KEYS = ("format", "data_set")  # of config.json, beside the fields of the config
+PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
+# Fields of the net and the data that do not affect evaluation: it has its own crop and
+# no dropout, and graphs come from the checkpoint.
+TRAINING_ONLY = (
+    *(*PATHS, "data.download", "data.pipeline", "data.flip", "data.pad"),
+    *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
+)
+
+
+class WorkdirError(ValueError):
+    """A file of a workdir is missing, damaged, in use or cannot be written."""
+
+
+def save_config(
+    workdir: str | os.PathLike, config: ConfigDict, facts: input_pipeline.Facts
+) -> None:
+    """Writes config.json: the fields of `config` and the facts about its data set."""
+    own = {"format": FORMAT, "data_set": dataclasses.asdict(facts)}
+    write_json(pathlib.Path(workdir) / "config.json", config.to_dict() | own)
+
+
+def load_config(workdir: str | os.PathLike) -> ConfigDict:
+    """Loads the configuration from config.json; lists become tuples, as in configs/."""
+    fields = _read_config(workdir)
+    return ConfigDict({k: v for k, v in fields.items() if k not in _OWN_KEYS})
+
+
+def load_facts(workdir: str | os.PathLike) -> input_pipeline.Facts:
+    """Loads the facts about the data set of a run from config.json."""
+    return input_pipeline.Facts(**_read_config(workdir)["data_set"])
+
+
+def _read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        fields = _tuples(json.loads(path.read_text()))
+        written = fields.get("format", 1)
+        age = "an older" if written < FORMAT else "a newer"
+        if written == FORMAT:
+            input_pipeline.Facts(**fields["data_set"])
+    except FileNotFoundError as error:
+        raise WorkdirError(f"{path} does not exist; is --workdir correct?") from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise WorkdirError(
+            f"{path} cannot be read ({error}): restore it from a copy, or delete it "
+            "and repeat the training command"
+        ) from error
+    if written != FORMAT:
+        raise WorkdirError(
+            f"{path} was written by {age} version of Wirings (format {written}, this "
+            f"is format {FORMAT}): use that version, or another --workdir"
+        )
+    return fields
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def changes(config: ConfigDict, workdir: str | os.PathLike) -> list[str]:
+    """Describes each field that differs from the workdir's config.json, if any."""
+    return [
+        f"resuming with {field}={new} (the run was started with {old})"
+        for field, old, new in _differences(config, workdir)
+    ]
+
+
+def evaluation_changes(config: ConfigDict, workdir: str | os.PathLike) -> list[str]:
+    """Describes the changes that affect evaluation."""
+    return [
+        f"evaluating with {field}={new} (the run was trained with {old})"
+        for field, old, new in _differences(config, workdir)
+        if field.startswith(("net.", "data.", "train.dtype"))
+        and field not in TRAINING_ONLY
+    ]
+
+
+def _differences(config, workdir) -> Iterator[tuple[str, Any, Any]]:
+    if not (pathlib.Path(workdir) / "config.json").exists():
+        return
+    old, new = flatten(load_config(workdir)), flatten(config)
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            yield field, old.get(field), new.get(field)
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns {'train.batch_size': 64, ...}."""
+    return traverse_util.flatten_dict(config.to_dict(), sep=".")
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """Locks a workdir while a run writes to it; WorkdirError if another run holds it.
+
+    Two runs would delete each other's checkpoints. The operating system releases the
+    lock when the process ends, even by SIGKILL. File systems without locks get a
+    warning, Windows nothing.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    if jax.process_index() != 0:  # only process 0 writes
+        yield
+        return
+    path = workdir / ".lock"
+    workdir.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its previous holder may have removed the file since it was opened.
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError
+        except BlockingIOError as error:
+            raise WorkdirError(
+                f"another process trains in {workdir}: wait until it ends, or use "
+                "another --workdir"
+            ) from error
+        except OSError as error:  # some network file systems
+            logging.warning("%s cannot be locked: %s", path, error)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a refused run leaves no trace
+                workdir.rmdir()
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
+    """Reads the rows of a metrics.csv, steps as int; none if the file is missing."""
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        rows = [{k: float(v) for k, v in row.items()} for row in rows]
+        return [row | {"step": int(row["step"])} for row in rows]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise WorkdirError(f"{path} is damaged; delete it: {error!r}") from error
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Formats rows, which all have the keys of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON, indented and with sorted keys, as write_text does."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file on process 0. A kill leaves either the old content or the new."""
+    if jax.process_index() != 0:
+        return
+    path = pathlib.Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # otherwise the rename may reach the disk first
+        draft.replace(path)
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be written: {error}") from error

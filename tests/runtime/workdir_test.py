@@ -1,0 +1,158 @@
+import fcntl
+import json
+import os
+
+import pytest
+
+from configs import igcnets
+from input_pipeline import Facts
+from runtime import workdir
+from runtime.workdir import WorkdirError, as_csv, read_rows
+from tests.support.full_disk import files_no_larger_than
+
+FACTS = Facts(("cat", "caf\udce9"), (32, 32, 3), (1 / 3, 2.0, 3.0), (4.0, 5.0, 6.0), 9)
+
+
+def config(**fields):
+    """A configuration with tuples, empty ones too."""
+    result = igcnets.get_config("resnet-20-L24M2,cifar10")
+    fields = {k.replace("__", "."): v for k, v in fields.items()}
+    result.update_from_flattened_dict(fields)
+    return result
+
+
+def test_config_and_facts_come_back_equal(tmp_path):
+    workdir.save_config(tmp_path, config(), FACTS)
+    assert workdir.load_config(tmp_path) == config()
+    assert workdir.load_facts(tmp_path) == FACTS
+    assert os.listdir(tmp_path) == ["config.json"]
+    text = (tmp_path / "config.json").read_text()
+    assert text.index('"data"') < text.index('"net"') < text.index('"seed"')  # sorted
+
+
+@pytest.mark.parametrize("load", [workdir.load_config, workdir.load_facts])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": None}, "by an older version of Wirings .format 1, .* format 2.*"),
+        ({"format": 3}, "by a newer version of Wirings .format 3, .* format 2.*"),
+        ({"format": "two"}, "cannot be read .*: restore it .* delete it"),
+        ({"data_set": None}, "cannot be read .*data_set"),
+        ({"data_set": {"mean": [1.0]}}, "cannot be read .*num_train"),
+    ],
+)
+def test_config_of_another_format_is_refused(tmp_path, load, change, message):
+    workdir.save_config(tmp_path, config(), FACTS)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    with pytest.raises(WorkdirError, match=f"{path} .*{message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "1", "\0"])
+def test_damaged_or_missing_config_is_refused(tmp_path, text):
+    path = tmp_path / "config.json"
+    with pytest.raises(WorkdirError, match=f"{path} does not exist.*--workdir"):
+        workdir.load_config(tmp_path)
+    path.write_text(text)
+    with pytest.raises(WorkdirError, match=f"{path} cannot be read .* delete it"):
+        workdir.load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train.dtype", "bfloat16"),
+        ("net.depth", 32),
+        ("data.mean", (1.0, 2.0, 3.0)),
+        ("data.name", "cifar100"),
+    ],
+)
+def test_changes_that_affect_evaluation(tmp_path, field, value):
+    old, new = config(), config(**{field: value})
+    workdir.save_config(tmp_path, old, FACTS)
+    (change,) = workdir.evaluation_changes(new, tmp_path)
+    was = workdir.flatten(old)[field]
+    assert change == f"evaluating with {field}={value} (the run was trained with {was})"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data.flip": False, "data.pad": 2, "data.border": "zero"},
+        {"data.dir": "/elsewhere", "data.pipeline": "device"},
+        {"net.lowering": "native", "net.graph_seed": 5},
+        {"optimizer.momentum": 0.5, "train.batch_size": 32, "seed": 3},
+    ],
+)
+def test_changes_that_do_not_affect_evaluation(tmp_path, fields):
+    workdir.save_config(tmp_path, config(), FACTS)
+    assert workdir.evaluation_changes(config(**fields), tmp_path) == []
+    assert len(workdir.changes(config(**fields), tmp_path)) == len(fields)
+
+
+def test_changes_name_the_field_and_both_values(tmp_path):
+    assert workdir.changes(config(), tmp_path) == []  # a new workdir
+    workdir.save_config(tmp_path, config(train__epochs=0.2), FACTS)
+    assert workdir.changes(config(train__epochs=0.2), tmp_path) == []
+    assert workdir.changes(config(train__epochs=0.4), tmp_path) == [
+        "resuming with train.epochs=0.4 (the run was started with 0.2)"
+    ]
+
+
+def test_a_workdir_has_one_run_at_a_time(tmp_path):
+    run = tmp_path / "run"
+    refused = pytest.raises(WorkdirError, match=f"another process trains in {run}")
+    with workdir.lock(run), refused, workdir.lock(run):
+        pass
+    assert not run.exists()  # nothing was written
+
+
+def test_a_lock_file_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
+    """Otherwise the next run would create a new lock file and hold that one."""
+    flock = fcntl.flock
+
+    def late(file, how):
+        (tmp_path / ".lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    refused = pytest.raises(WorkdirError, match="another process trains")
+    with refused, workdir.lock(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with workdir.lock(tmp_path):
+        assert "cannot be locked: no locks available" in caplog.text
+
+
+def test_rows_come_back_equal(tmp_path):
+    rows = [{"step": 100, "loss": 0.1}, {"step": 200, "loss": 1 / 3}]
+    (tmp_path / "metrics.csv").write_text(as_csv(rows))
+    found = read_rows(tmp_path / "metrics.csv")
+    assert found == rows
+    assert isinstance(found[0]["step"], int)
+    assert read_rows(tmp_path / "absent.csv") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["step,loss\n1,", "loss\n1.0\n", "step,loss\n1\n", "\0\n1"]
+)
+def test_damaged_rows_are_refused(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(WorkdirError, match=r"metrics\.csv is damaged; delete it"):
+        read_rows(tmp_path / "metrics.csv")
+
+
+def test_failed_write_leaves_the_old_content(tmp_path):
+    path = tmp_path / "metrics.csv"
+    workdir.write_text(path, "old")
+    with files_no_larger_than(10), pytest.raises(WorkdirError, match=str(path)):
+        workdir.write_text(path, "new" * 1000)
+    assert path.read_text() == "old"
