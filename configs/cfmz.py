@@ -44,4 +44,4 @@ def get_config(argument: str = ""):
     config.optimizer.update(
         drop_epochs=(90.0, 135.0), nesterov=False, rate_in_velocity=True
     )
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

@@ -1,4 +1,7 @@
-"""Every field of a configuration, with what it means; the families fill in theirs."""
+"""The fields of a configuration, their defaults, and how a family's table selects them.
+
+The comment behind a field says what it means.
+"""
 
 import dataclasses
 import difflib
@@ -9,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs.data_sets import CIFAR, DATA_SETS, IMAGENET
 
-# The original's training, or ours of the same net: docs/recipes.md.
+# The original's training, or our own schedule for the same net (docs/recipes.md).
 RECIPES = ("faithful", "modern")
 # config.augment of fb.resnet.torch for ImageNet.
 COLORS = {"jitter": 0.4, "lighting": 0.1}
@@ -17,11 +20,13 @@ COLORS = {"jitter": 0.4, "lighting": 0.1}
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A table row of a paper or README, as printed there.
+    """One row of a table in a paper, README or log, as printed there.
 
-    error: test error in percent; selection: 'best' of all epochs on the test set, or
-    the 'last' epoch. parameters, macs: the printed figures, where there are any.
+    error: test error in percent. selection: 'best' for the best epoch on the test set,
+      'last' for an epoch that was not selected.
+    parameters, macs: the printed figures, '' if there are none.
     top5: the top-5 error of the same epoch.
+    note: a remark that analysis.summary prints with the row.
     """
 
     error: float
@@ -30,14 +35,17 @@ class Published:
     parameters: str = ""
     top5: float | None = None
     macs: str = ""
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A row of a family's VARIANTS: the net's fields, and what was published of it.
+    """One row of a family's VARIANTS: a net and what was published about it.
 
-    parameters: exact number of existing parameters (specification, or our count where
-    nothing is published), by data set; tests/variants_test.py holds them.
+    net: the fields of config.net that differ from the family's defaults.
+    parameters: data set -> exact number of stored parameters, tested against the net.
+      The first data set is the default one.
+    published: data set -> published result.
     """
 
     net: Mapping[str, Any]
@@ -45,35 +53,38 @@ class Variant:
     published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
 
 
-def cifar(
-    net, parameters, errors=(None, None), source="", printed="", macs=""
+def cifar_variant(
+    net, parameters, errors=(None, None), source="", printed="", macs="", note=""
 ) -> Variant:
-    """A row for CIFAR-10 and -100: two parameter counts, two best errors.
+    """Returns a row with parameter counts and best errors for CIFAR-10 and CIFAR-100.
 
-    None: not known, or, of a count, that the net is no row of that table.
+    A count of None means that the row does not offer that data set, an error of None
+    that none was published.
     """
     counts, published = {}, {}
     for data, count, error in zip(CIFAR, parameters, errors, strict=True):
         if count is not None:
             counts[data] = count
         if error is not None:
-            published[data] = Published(error, "best", source, printed, macs=macs)
+            published[data] = Published(
+                error, "best", source, printed, macs=macs, note=note
+            )
     return Variant(net, counts, published)
 
 
 def base() -> ConfigDict:
-    """The defaults. Overrides keep the type that a field has here."""
+    """Returns the defaults. An override must have the type that the field has here."""
     config = ConfigDict()
-    config.seed = 0  # initial weights, order of examples, augmentation
-    config.seeds = 1  # runs, one seed after the other, in WORKDIR/seed0, ...
-    config.variant = ""  # row of the family's VARIANTS, for the record
-    config.recipe = ""  # one of RECIPES, for the record
+    config.seed = 0  # of initial weights, order of examples and augmentation
+    config.seeds = 1  # number of runs, with consecutive seeds, in WORKDIR/seed0, ...
+    config.variant = ""  # row of the family's VARIANTS, for logs and tables
+    config.recipe = ""  # one of RECIPES, for tables
 
     config.net = ConfigDict(
         dict(
             name="",  # nets.names()
             num_classes=10,
-            graph_seed=0,  # expander graphs are a function of it and the layer's path
+            graph_seed=0,  # of the random graphs of expander layers
             lowering="auto",  # of every convolution: nets/layers/lowerings.py
             wiring="dense",  # or expander, grouped, interleaved: nets/layers/wiring.py
             compress=2,  # expander: a sampling channel keeps in // compress partners
@@ -85,25 +96,28 @@ def base() -> ConfigDict:
     )
     config.data = ConfigDict(
         dict(
-            # A TFDS set, 'digits' (embedded), or the name or path of a folder of class
-            # folders (folders.py) or of an .npz.
+            # A TFDS data set, 'digits' (embedded), an .npz file, or a directory of
+            # class directories (data_sources/folders.py).
             name="cifar10",
-            dir="",  # '': $TFDS_DATA_DIR or ~/tensorflow_datasets
-            download=False,  # the network is used only when asked
-            cache_dir="",  # decoded images; '': wirings in $XDG_CACHE_HOME, ~/.cache
+            dir="",  # location of the files; '': $TFDS_DATA_DIR, ~/tensorflow_datasets
+            download=False,  # whether to download a missing TFDS data set
+            cache_dir="",  # of decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache
             pipeline="tf.data",  # or 'device': images and augmentation on the device
-            crop="pad",  # and read into memory; or photographs by one of crops.CROPS
-            pad=4,  # crop='pad': pixels a side before the random crop; 0: no crop
-            border="zero",  # crop='pad': what fills them: augment.BORDERS
-            image_size=224,  # rows and columns of a photograph's crop
-            on_error="raise",  # pictures that cannot be decoded; or 'skip', counted
-            flip=True,  # horizontally, with probability 1/2
-            mean=(),  # per channel, 0..255; (): the data set's own (data_sources.py)
+            # 'pad': pads and crops images in memory. Any other: reads photographs of
+            # any size from disk and crops them (data_sources/crops.py).
+            crop="pad",
+            pad=4,  # crop='pad': width of the border in pixels; 0: no random crop
+            border="zero",  # crop='pad': or mean, dataset_mean, white, reflect
+            image_size=224,  # photographs: height and width of the crop
+            on_error="raise",  # on an image that cannot be decoded; or 'skip'
+            flip=True,  # mirrors a training image with probability 1/2
+            # Normalisation per channel, on the scale 0..255. (): that of `recipe` for
+            # its data set; for others `photograph_mean` and `photograph_std`, or, in
+            # memory, the exact values of the training images.
+            mean=(),
             std=(),
-            # The data set that the recipe is for, and its normalisation while data.name
-            # is that set.
+            # The data set that the recipe is made for, and its normalisation.
             recipe=dict(name="", mean=(), std=()),
-            # Normalisation of photographs of any other set.
             photograph_mean=DATA_SETS[IMAGENET].mean,
             photograph_std=DATA_SETS[IMAGENET].std,
         )
@@ -111,62 +125,66 @@ def base() -> ConfigDict:
     config.augment = ConfigDict(  # within the train step, after crop and flip
         dict(
             jigsaw=False,  # GUNN: random cyclic shift
-            jitter=0.0,  # fb.resnet.torch: brightness, contrast, saturation (0.4)
-            lighting=0.0,  # standard deviation along the colours' axes (0.1)
-            hls=(),  # IGC: largest change of hue, lightness, saturation (36, 50, 50)
+            jitter=0.0,  # brightness, contrast and saturation (fb.resnet.torch: 0.4)
+            lighting=0.0,  # std along the principal colour axes (fb.resnet.torch: 0.1)
+            hls=(),  # largest change of hue, lightness, saturation (IGC: 36, 50, 50)
             autoaugment=False,  # the policies found for CIFAR-10
-            randaugment_ops=0,  # operations an image; 0: none
+            randaugment_ops=0,  # operations per image; 0: off
             randaugment_magnitude=9.0,  # of 30
-            cutout=0,  # side of the grey square, in pixels; 0: none
-            # One of mixup, cutmix and ricap: the parameter of its Beta distribution.
+            cutout=0,  # side of the square in pixels; 0: off
+            # At most one of mixup, cutmix and ricap: the parameter of its Beta
+            # distribution; 0: off.
             mixup=0.0,
             cutmix=0.0,
-            cutmix_probability=0.5,  # of a batch to be cut at all
+            cutmix_probability=0.5,  # that a batch is cut at all
             ricap=0.0,
         )
     )
     config.train = ConfigDict(
         dict(
-            batch_size=64,  # of all devices together
-            last_batch="fill",  # of a pass: from the next one; or partial
-            label_smoothing=0.0,  # share of the target given to all classes alike
-            ema=0.0,  # decay a step of averaged weights, which are evaluated; 0: off
+            batch_size=64,  # over all devices
+            # The last batch of an epoch: 'fill' takes the missing images from the next
+            # epoch, 'partial' is smaller.
+            last_batch="fill",
+            label_smoothing=0.0,  # share of the target spread over all classes
+            ema=0.0,  # decay per step of averaged weights, used in evaluation; 0: off
             epochs=300.0,  # passes over the training images
-            steps_per_dispatch=1,  # pipeline='device': steps a call of the device makes
-            dtype="float32",  # of the computation; parameters stay float32
-            # Equal parts of a batch that have their own statistics, as on so many GPUs;
-            # 1: those of the whole batch, on any devices; 0: each device has its own.
+            steps_per_dispatch=1,  # pipeline='device': train steps per compiled call
+            dtype="float32",  # of activations; parameters are always float32
+            # Number of equal parts of a batch with separate batch statistics, like the
+            # GPUs of an original. 1: the whole batch, on any number of devices; 0: each
+            # device has its own.
             batch_norm_groups=1,
-            log_every_steps=100,  # progress line, TensorBoard
-            tensorboard=True,  # where TensorFlow is installed
-            compilation_cache=True,  # keep compiled programs in the cache directory
+            log_every_steps=100,  # progress line and TensorBoard
+            tensorboard=True,  # if TensorFlow is installed
+            compilation_cache=True,  # stores compiled programs in the cache directory
         )
     )
     config.optimizer = ConfigDict(
         dict(
             learning_rate=0.1,
             schedule="steps",  # or cosine, one_cycle: optimizers.SCHEDULES
-            warmup_epochs=0.0,  # of 'steps' and 'cosine': linear from 0
-            drop_epochs=(150.0, 225.0),  # counted from 0; the rate is multiplied there
-            drop_factor=0.1,
+            warmup_epochs=0.0,  # linear from 0, for 'steps' and 'cosine'
+            drop_epochs=(150.0, 225.0),  # 'steps': epochs (from 0) that lower the rate
+            drop_factor=0.1,  # by this factor
             min_learning_rate=0.0,
             momentum=0.9,
             nesterov=True,
             rate_in_velocity=False,  # neon: v <- momentum v - rate g (optimizers.py)
-            weight_decay=1e-4,  # L2 on every parameter, as all originals do
+            weight_decay=1e-4,  # L2 on every parameter, as in all originals
         )
     )
     config.eval = ConfigDict(
         dict(
             batch_size=250,
-            every_epochs=1.0,  # fractions allowed; a checkpoint follows each
+            every_epochs=1.0,  # may be a fraction; a checkpoint follows each evaluation
             checkpoint="best",  # --mode=eval: best, last or a step
         )
     )
     config.checkpoint = ConfigDict(
         dict(
-            keep=2,  # the newest ones, besides the best
-            every_steps=0,  # besides those after evaluations; 0: none
+            keep=2,  # number of recent checkpoints to keep, besides the best
+            every_steps=0,  # extra checkpoints between evaluations; 0: off
         )
     )
     return config
@@ -175,34 +193,33 @@ def base() -> ConfigDict:
 def select(
     argument: str, variants: Mapping[str, Variant], default: str, **fields
 ) -> ConfigDict:
-    """base() for 'variant,data,recipe' of --config=file.py:variant,data,recipe.
+    """Returns base() with the choices of --config=file.py:variant,data,recipe.
 
-    default: the variant, where none is named; the data set is then the first that the
-    variant has a parameter count for, and the recipe the faithful one. fields: of the
-    family's net, with the defaults.
-    Raises ValueError with the choices for an unknown variant, data set or recipe.
+    Each choice may be empty: the variant is then `default`, the data set the first of
+    the variant's, the recipe the faithful one. `fields` are the family's defaults of
+    config.net. Raises ValueError that lists the choices if one is unknown.
     """
     parts = argument.split(",")
     if len(parts) > 3:
-        raise ValueError(f"{argument!r} has {len(parts)} parts: variant,data,recipe")
+        raise ValueError(
+            f"{argument!r} has {len(parts)} parts, expected variant,data,recipe"
+        )
     variant, data, recipe = parts + [""] * (3 - len(parts))
     variant = variant or default
-    if variant not in variants:
-        raise ValueError(_choices("variant", variant, list(variants)))
+    _check_choice("variant", variant, variants)
     data = data or next(iter(variants[variant].parameters))
-    if data not in DATA_SETS:
-        raise ValueError(
-            _choices("data set", data, list(DATA_SETS))
-            + "; any other is named by --config.data.name and --config.net.num_classes"
-        )
+    _check_choice(
+        "data set",
+        data,
+        DATA_SETS,
+        "; for any other set --config.data.name and --config.net.num_classes",
+    )
     recipe = recipe or RECIPES[0]
-    if recipe not in RECIPES:
-        raise ValueError(_choices("recipe", recipe, list(RECIPES)))
-    config = base()
+    _check_choice("recipe", recipe, RECIPES)
+    config, facts = base(), DATA_SETS[data]
     config.variant, config.recipe = variant, recipe
     with config.unlocked():
         config.net.update(fields | dict(variants[variant].net))
-    facts = DATA_SETS[data]
     config.net.num_classes = facts.num_classes
     config.data.update(name=data, flip=facts.flip)
     config.data.recipe.update(name=data, mean=facts.mean, std=facts.std)
@@ -211,10 +228,11 @@ def select(
     return config
 
 
-def with_recipe(config: ConfigDict) -> ConfigDict:
-    """A family's faithful configuration, changed in place to what config.recipe says.
+def apply_recipe(config: ConfigDict) -> ConfigDict:
+    """Changes a family's faithful configuration in place to config.recipe; returns it.
 
-    modern: a rate that goes to nothing, the choice of docs/recipes.md.
+    modern: one cycle that ends at a learning rate of zero (docs/recipes.md has the
+    measurements).
     """
     if config.recipe == "modern":
         config.optimizer.update(
@@ -226,7 +244,11 @@ def with_recipe(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _choices(what: str, given: str, choices: list[str]) -> str:
+def _check_choice(kind: str, given: str, choices, remedy: str = "") -> None:
+    if given in choices:
+        return
     nearest = difflib.get_close_matches(given, choices, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown {what} {given!r}: choose from {', '.join(choices)}{hint}"
+    raise ValueError(
+        f"unknown {kind} {given!r}: choose from {', '.join(choices)}{hint}{remedy}"
+    )

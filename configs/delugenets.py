@@ -16,7 +16,7 @@ README = "DelugeNets README: best epoch on the test set"
 
 def _cifar(layers, parameters, errors, printed, width=1.0):
     net = {"name": "delugenet", "layers": layers, "width": width, "form": "cifar"}
-    return common.cifar(net, parameters, errors, README, printed)
+    return common.cifar_variant(net, parameters, errors, README, printed)
 
 
 def _imagenet(layers, parameters, top1, top5, size, operations):
@@ -50,4 +50,4 @@ def get_config(argument: str = ""):
         # Eight GPUs, each with the statistics of its 32 images.
         config.train.update(batch_size=256, epochs=100.0, batch_norm_groups=8)
         config.optimizer.update(drop_epochs=(30.0, 60.0, 90.0))
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

@@ -82,4 +82,4 @@ def get_config(argument: str = ""):
         config.augment.update(common.COLORS)
         config.train.update(batch_size=256, epochs=90.0, batch_norm_groups=4)
         config.optimizer.update(drop_epochs=(30.0, 60.0))
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

@@ -32,7 +32,7 @@ def _imagenet(channels, segments, parameters, errors, source, printed):
 
 
 VARIANTS = {
-    "15": common.cifar(
+    "15": common.cifar_variant(
         CIFAR_15 | {"shortcuts": ("projection",)},
         (1_585_746, 1_618_236),
         (4.15, 20.45),
@@ -55,14 +55,14 @@ VARIANTS = {
         DERIVED,
         "45.6M",
     ),
-    "24": common.cifar(
+    "24": common.cifar_variant(
         CIFAR_24 | {"shortcuts": ("projection", "projection")},
         (29_636_706, 29_733_996),
         (3.21, 16.69),
         DERIVED,
         "29.6M",
     ),
-    "24-identity": common.cifar(
+    "24-identity": common.cifar_variant(
         CIFAR_24 | {"shortcuts": ("projection", "identity")},
         (29_534_106, 29_631_396),
         (3.21, 16.69),
@@ -95,4 +95,4 @@ def get_config(argument: str = ""):
         config.train.update(batch_size=256, epochs=120.0)
         # The code skips 1e-4: from 1e-3 to 1e-5.
         config.optimizer.update(drop_epochs=(30.0, 60.0, 90.0, 90.0))
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

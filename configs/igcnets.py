@@ -149,7 +149,7 @@ def get_config(argument: str = ""):
     config.optimizer.drop_epochs = tuple(
         _epoch(milestone, data, batch_size) for milestone in milestones
     )
-    return common.with_recipe(config)
+    return common.apply_recipe(config)
 
 
 def _epoch(milestone: int, data: str, batch_size: int) -> float:

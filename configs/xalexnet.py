@@ -36,4 +36,4 @@ def get_config(argument: str = ""):
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
     if config.net.wiring == "dense":
         config.optimizer.learning_rate = 0.01
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

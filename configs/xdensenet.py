@@ -31,7 +31,7 @@ def _grouped(growth):
 def _logged(depth, growth, wired_transitions, rows):
     """CIFAR-100 only; rows: compress: parameters, error."""
     return {
-        f"{depth}-{growth}-{compress}": common.cifar(
+        f"{depth}-{growth}-{compress}": common.cifar_variant(
             _expander(growth, wired_transitions, depth, compress),
             (None, parameters),
             (None, error),
@@ -44,13 +44,13 @@ def _logged(depth, growth, wired_transitions, rows):
 # The README's operations are half of the dense twin's, not those of the net (144.7M for
 # 40-24-2 with its transitions expanders, 157.9M as it was run).
 VARIANTS = {
-    "40-24-2": common.cifar(
+    "40-24-2": common.cifar_variant(
         _expander(24, False), (375_850, 399_700), (5.17, 25.63), README, "0.4M", "144M"
     ),
-    "40-36-2": common.cifar(
+    "40-36-2": common.cifar_variant(
         _expander(36, False), (835_066, 870_796), (5.02, 23.31), README, "0.75M", "324M"
     ),
-    "40-48-2": common.cifar(
+    "40-48-2": common.cifar_variant(
         _expander(48, True),
         (1_380_682, 1_428_292),
         (4.52, 22.3),
@@ -58,7 +58,7 @@ VARIANTS = {
         "1.4M",
         "575M",
     ),
-    "40-60-2": common.cifar(
+    "40-60-2": common.cifar_variant(
         _expander(60, True),
         (2_148_490, 2_207_980),
         (4.29, 21.47),
@@ -66,16 +66,34 @@ VARIANTS = {
         "2.15M",
         "898M",
     ),
-    "40-24": common.cifar(_dense(24), (690_346, 714_196), (5.21, None), LOG),
-    "40-36": common.cifar(_dense(36), (1_542_682, 1_578_412), (4.74, 22.16), LOG),
-    "40-48": common.cifar(_dense(48), (2_733_130, 2_780_740), (4.36, 20.97), LOG),
-    "40-60": common.cifar(_dense(60), (4_261_690, 4_321_180), (4.09, 20.13), LOG),
-    "40-100": common.cifar(_dense(100), (11_798_810, 11_897_900), (None, 19.1), LOG),
-    "40-200": common.cifar(_dense(200), (47_077_610, 47_275_700), (None, 18.38), LOG),
-    "58-60": common.cifar(_dense(60, 58), (7_622_110, 7_709_950), (None, 19.21), LOG),
-    "70-60": common.cifar(_dense(60, 70), (10_320_190, 10_426_930), (None, 18.72), LOG),
-    "100-12": common.cifar(_dense(12, 100), (769_162, 800_032), (None, 22.67), LOG),
-    "100-24": common.cifar(_dense(24, 100), (3_020_506, 3_082_156), (None, 19.98), LOG),
+    "40-24": common.cifar_variant(_dense(24), (690_346, 714_196), (5.21, None), LOG),
+    "40-36": common.cifar_variant(
+        _dense(36), (1_542_682, 1_578_412), (4.74, 22.16), LOG
+    ),
+    "40-48": common.cifar_variant(
+        _dense(48), (2_733_130, 2_780_740), (4.36, 20.97), LOG
+    ),
+    "40-60": common.cifar_variant(
+        _dense(60), (4_261_690, 4_321_180), (4.09, 20.13), LOG
+    ),
+    "40-100": common.cifar_variant(
+        _dense(100), (11_798_810, 11_897_900), (None, 19.1), LOG
+    ),
+    "40-200": common.cifar_variant(
+        _dense(200), (47_077_610, 47_275_700), (None, 18.38), LOG
+    ),
+    "58-60": common.cifar_variant(
+        _dense(60, 58), (7_622_110, 7_709_950), (None, 19.21), LOG
+    ),
+    "70-60": common.cifar_variant(
+        _dense(60, 70), (10_320_190, 10_426_930), (None, 18.72), LOG
+    ),
+    "100-12": common.cifar_variant(
+        _dense(12, 100), (769_162, 800_032), (None, 22.67), LOG
+    ),
+    "100-24": common.cifar_variant(
+        _dense(24, 100), (3_020_506, 3_082_156), (None, 19.98), LOG
+    ),
     **_logged(
         40,
         100,
@@ -113,10 +131,10 @@ VARIANTS = {
         {2: (5_305_285, 19.11), 4: (2_744_200, 20.44), 8: (1_463_005, 22.52)},
     ),
     **_logged(70, 60, False, {16: (1_624_870, 22.77)}),
-    "40-24-groups-2": common.cifar(_grouped(24), (352_234, 376_084)),
-    "40-36-groups-2": common.cifar(_grouped(36), (781_930, 817_660)),
-    "40-48-groups-2": common.cifar(_grouped(48), (1_380_682, 1_428_292)),
-    "40-60-groups-2": common.cifar(_grouped(60), (2_148_490, 2_207_980)),
+    "40-24-groups-2": common.cifar_variant(_grouped(24), (352_234, 376_084)),
+    "40-36-groups-2": common.cifar_variant(_grouped(36), (781_930, 817_660)),
+    "40-48-groups-2": common.cifar_variant(_grouped(48), (1_380_682, 1_428_292)),
+    "40-60-groups-2": common.cifar_variant(_grouped(60), (2_148_490, 2_207_980)),
     # Ours: what `make run` trains, a few minutes on two cores.
     "22-8-2": Variant(
         {"depth": 22, "growth": 8, "wiring": "expander", "sampling": "per_output"},
@@ -143,7 +161,7 @@ def get_config(argument: str = ""):
     config.optimizer.update(drop_epochs=(150.0, 225.0), min_learning_rate=0.0005)
     if data == "digits":
         _digits(config)
-    return common.with_recipe(config)
+    return common.apply_recipe(config)
 
 
 def _digits(config):

@@ -79,4 +79,4 @@ def get_config(argument: str = ""):
     gpus = GPUS.get(config.variant.removesuffix("-2"), 1)
     config.train.update(batch_norm_groups=gpus)
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

@@ -80,4 +80,4 @@ def get_config(argument: str = ""):
         nesterov=False,
         weight_decay=4e-5,
     )
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

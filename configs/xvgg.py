@@ -67,4 +67,4 @@ def get_config(argument: str = ""):
         min_learning_rate=0.0005,
         weight_decay=5e-4,
     )
-    return common.with_recipe(config)
+    return common.apply_recipe(config)

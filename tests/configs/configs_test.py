@@ -282,5 +282,5 @@ def test_another_recipe_than_these_is_refused():
     assert get_config("cfmz:,,modern").recipe == "modern"
     with pytest.raises(ValueError, match=r"'moderne'.*faithful, modern.*'modern'\?"):
         get_config("cfmz:20,cifar10,moderne")
-    with pytest.raises(ValueError, match="4 parts: variant,data,recipe"):
+    with pytest.raises(ValueError, match="4 parts, expected variant,data,recipe"):
         get_config("cfmz:20,cifar10,modern,fast")
