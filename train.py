@@ -21,7 +21,6 @@ import input_pipeline
 import metrics
 import nets
 import optimizers
-from nets.layers.norm import BatchNorm
 from runtime import preflight
 from runtime.checkpoints import Checkpoints
 from runtime.clock import Clock
@@ -99,10 +98,7 @@ def create_train_state(
     rate: None is that of training on these examples.
     """
     net = nets.create(config.net, nnx.Rngs(config.seed))
-    for _, module in nnx.iter_modules(net):
-        if isinstance(module, BatchNorm):
-            groups = config.train.batch_norm_groups
-            module.axis_name, module.groups = ("data", groups) if groups else (None, 1)
+    nets.configure(net, batch_norm_groups=config.train.batch_norm_groups)
     definition, variables = nets.split(net)
     rate = rate or optimizers.schedule(config, len(examples.labels))
     optimizer = optimizers.create(config.optimizer, rate)

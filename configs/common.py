@@ -86,12 +86,14 @@ def base() -> ConfigDict:
             num_classes=10,
             graph_seed=0,  # of the random graphs of expander layers
             lowering="auto",  # of every convolution: nets/layers/lowerings.py
-            wiring="dense",  # or expander, grouped, interleaved: nets/layers/wiring.py
-            compress=2,  # expander: a sampling channel keeps in // compress partners
-            sampling="smaller_side",  # expander: or per_output, per_input
-            groups=2,  # grouped
-            primary_groups=2,  # interleaved; 0: output channels / secondary_groups
-            secondary_groups=0,  # interleaved; 0: output channels / primary_groups
+            wiring=dict(  # nets/layers/wiring.py
+                kind="dense",  # or expander, grouped, interleaved
+                compress=2,  # expander: each sampling channel keeps in // compress
+                sampling="smaller_side",  # expander: or per_output, per_input
+                groups=2,  # grouped
+                primary_groups=2,  # interleaved; 0: output channels / secondary_groups
+                secondary_groups=0,  # interleaved; 0: output channels / primary_groups
+            ),
         )
     )
     config.data = ConfigDict(

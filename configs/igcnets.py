@@ -75,7 +75,8 @@ def _width(size: str) -> dict:
     if size[0] == "W":
         return dict(width=int(size[1:]))
     primary, members = map(int, size[1:].split("M"))
-    return dict(wiring="interleaved", primary_groups=primary, width=primary * members)
+    wiring = dict(kind="interleaved", primary_groups=primary)
+    return dict(width=primary * members, wiring=wiring)
 
 
 def _cifar(name: str) -> Variant:
@@ -98,8 +99,8 @@ def _imagenet(name: str) -> Variant:
     size = name.removeprefix("imagenet-")
     net = dict(name="igc_resnet_imagenet", depth=18) | _width(size)
     if size == "L100M2":  # the partitions double, already in the first stage
-        net |= dict(width=100, expand_first_stage=True)
-        net |= dict(primary_groups=0, secondary_groups=2)
+        wiring = dict(kind="interleaved", primary_groups=0, secondary_groups=2)
+        net |= dict(width=100, expand_first_stage=True, wiring=wiring)
     parameters, top1, top5, printed, macs = IMAGENET_ROWS[name]
     published = Published(top1, "last", README, printed, top5, macs)
     return Variant(net, {IMAGENET: parameters}, {IMAGENET: published})

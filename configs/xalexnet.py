@@ -13,8 +13,8 @@ from configs.common import Variant
 from configs.data_sets import IMAGENET
 
 VARIANTS = {
-    "expander": Variant({"wiring": "expander"}, {IMAGENET: 5_097_536}),
-    "dense": Variant({"wiring": "dense"}, {IMAGENET: 61_100_840}),
+    "expander": Variant({"wiring": {"kind": "expander"}}, {IMAGENET: 5_097_536}),
+    "dense": Variant({"wiring": {"kind": "dense"}}, {IMAGENET: 61_100_840}),
 }
 
 
@@ -34,6 +34,6 @@ def get_config(argument: str = ""):
     config.data.crop = "random_resized"
     config.train.update(batch_size=128, epochs=90.0, last_batch="partial")
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
-    if config.net.wiring == "dense":
+    if config.net.wiring.kind == "dense":
         config.optimizer.learning_rate = 0.01
     return common.apply_recipe(config)

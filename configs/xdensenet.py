@@ -20,12 +20,13 @@ def _dense(growth, depth=40):
 
 def _expander(growth, wired_transitions, depth=40, compress=2):
     """As the published logs print them, with output-side sampling (their history)."""
-    net = {"wiring": "expander", "compress": compress, "sampling": "per_output"}
-    return _dense(growth, depth) | net | {"wired_transitions": wired_transitions}
+    wiring = {"kind": "expander", "compress": compress, "sampling": "per_output"}
+    net = {"wiring": wiring, "wired_transitions": wired_transitions}
+    return _dense(growth, depth) | net
 
 
 def _grouped(growth):
-    return _dense(growth) | {"wiring": "grouped", "groups": 2}
+    return _dense(growth) | {"wiring": {"kind": "grouped", "groups": 2}}
 
 
 def _logged(depth, growth, wired_transitions, rows):
@@ -137,7 +138,11 @@ VARIANTS = {
     "40-60-groups-2": common.cifar_variant(_grouped(60), (2_148_490, 2_207_980)),
     # Ours: what `make run` trains, a few minutes on two cores.
     "22-8-2": Variant(
-        {"depth": 22, "growth": 8, "wiring": "expander", "sampling": "per_output"},
+        {
+            "depth": 22,
+            "growth": 8,
+            "wiring": {"kind": "expander", "sampling": "per_output"},
+        },
         {"digits": 17_418},
     ),
 }

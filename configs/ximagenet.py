@@ -6,7 +6,7 @@ python main.py --config=configs/ximagenet.py:densenet-169-2 --workdir=/tmp/run
 A variant is network-depth-compression; without the last it is the dense twin. The
 transitions of the DenseNets are dense. All of the logs were resumed, so the best of
 their epochs is that of the epochs they hold.
---config.net.sampling=smaller_side is the rule of the published code's head.
+--config.net.wiring.sampling=smaller_side is the rule of the published code's head.
 """
 
 from configs import common
@@ -61,7 +61,8 @@ def _variant(name, parameters, error=None, top5=None, epochs=""):
     net = FIELDS[network] | dict(depth=int(depth))
     if compress:
         # The history's rule, of the time of the logs.
-        net |= dict(wiring="expander", compress=int(*compress), sampling="per_output")
+        wiring = dict(kind="expander", compress=int(*compress), sampling="per_output")
+        net |= dict(wiring=wiring)
     published = {}
     if error:
         row = Published(error, "best", f"{LOG} {epochs}", top5=top5)

@@ -39,12 +39,12 @@ def _expanders():
     variants = {}
     for compress, (error, macs, code, textbook) in EXPANDERS.items():
         published = Published(error, "best", README, macs=macs)
-        wiring = dict(wiring="expander", compress=compress)
-        groups = dict(wiring="grouped", groups=compress)
+        expander = dict(wiring=dict(kind="expander", compress=compress))
+        groups = dict(wiring=dict(kind="grouped", groups=compress))
         variants |= {
-            f"0.5-{compress}": _variant(0.5, code, published, **wiring),
+            f"0.5-{compress}": _variant(0.5, code, published, **expander),
             f"0.5-{compress}-textbook": _variant(
-                0.5, textbook, published, **wiring, **TEXTBOOK
+                0.5, textbook, published, **expander, **TEXTBOOK
             ),
             f"0.5-groups-{compress}": _variant(0.5, code, **groups),
         }

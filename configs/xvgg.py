@@ -38,7 +38,7 @@ def _variant(name):
     net = dict(depth=int(depth), batch_norm="bn" in options)
     if "expander" in options:
         # By the absolute degrees of nets/vgg.py, the head's rule as in the log.
-        net |= dict(wiring="expander", sampling="smaller_side")
+        net |= dict(wiring=dict(kind="expander", sampling="smaller_side"))
     published = {}
     if name in ERRORS:
         published["cifar10"] = Published(ERRORS[name], "best", LOG)

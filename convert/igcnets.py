@@ -66,8 +66,8 @@ def _cifar(net: type[nnx.Module], naming: Naming, *, interleaved: bool) -> Impor
         primary_groups = fields.pop("L")
         fields["width"] = primary_groups * fields.pop("M")
         fields["name"] = {Plain: "plain", IgcResNet: "igc_resnet"}[net]
-        wiring = dict(wiring="interleaved", primary_groups=primary_groups)
-        return fields | (wiring if interleaved else {})
+        wiring = dict(kind="interleaved", primary_groups=primary_groups)
+        return fields | (dict(wiring=wiring) if interleaved else {})
 
     return _importer(net, section, naming)
 
@@ -97,10 +97,11 @@ def _partitions(widths: list[int], primary: list[int] | None) -> dict:
         return {}
     secondary = [width // count for width, count in zip(widths, primary, strict=True)]
     if len(set(primary)) == 1:
-        return dict(wiring="interleaved", primary_groups=primary[0], secondary_groups=0)
+        groups = dict(primary_groups=primary[0], secondary_groups=0)
+        return dict(wiring=dict(kind="interleaved", **groups))
     if len(set(secondary)) == 1:
         groups = dict(primary_groups=0, secondary_groups=secondary[0])
-        return dict(wiring="interleaved", **groups)
+        return dict(wiring=dict(kind="interleaved", **groups))
     raise ValueError(
         f"stages of {widths} channels in {primary} partitions: neither the primary nor "
         "the secondary groups are equal in all"

@@ -103,12 +103,16 @@ def alexnet(net: AlexNet) -> dict[Path, str]:
 
 
 def _section(name: str, **fields):
-    """The configurations of the golden files have the fields of our nets, but one."""
+    """The configurations of the golden files, which do not nest the wiring."""
     renamed = {"expander_transitions": "wired_transitions"}
+    wiring_fields = {k: k for k in ("compress", "sampling", "groups")}
+    wiring_fields["wiring"] = "kind"
 
     def section(config: Mapping) -> dict:
         ours = {renamed.get(k, k): v for k, v in config.items()}
-        return {"name": name, **fields, **ours}
+        names = [k for k in wiring_fields if k in ours]
+        wiring = {wiring_fields[k]: ours.pop(k) for k in names}
+        return {"name": name, **fields, **ours, "wiring": wiring}
 
     return section
 

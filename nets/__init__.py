@@ -1,10 +1,10 @@
-"""The registry: name -> class, and one way to build a net from a configuration."""
+"""The registry of networks, and the functions that create and configure one."""
 
 import dataclasses
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 from flax import nnx
@@ -15,21 +15,22 @@ from nets.delugenet import DelugeNet
 from nets.densenet import DenseNet, ImageNetDenseNet
 from nets.gunn import Gunn
 from nets.layers.expander import Connectivity, Expander
+from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 from nets.mobilenet import MobileNet
 from nets.plain import IgcImageNetResNet, IgcResNet, Plain
 from nets.resnet import CfmzResNet, ResNet
 from nets.vgg import VGG
 
-__all__ = ["Connectivity", "Definition", "create", "names", "split"]
+__all__ = ["Connectivity", "Definition", "configure", "create", "names", "split"]
 
 NETS: dict[str, type[nnx.Module]] = {
     "alexnet": AlexNet,
     "cfmz_resnet": CfmzResNet,
     "delugenet": DelugeNet,
     "densenet": DenseNet,
-    "gunn": Gunn,
     "densenet_imagenet": ImageNetDenseNet,
+    "gunn": Gunn,
     "igc_resnet": IgcResNet,
     "igc_resnet_imagenet": IgcImageNetResNet,
     "mobilenet": MobileNet,
@@ -37,14 +38,8 @@ NETS: dict[str, type[nnx.Module]] = {
     "resnet": ResNet,
     "vgg": VGG,
 }
-WIRING_FIELDS = {
-    "wiring": "kind",
-    "compress": "compress",
-    "sampling": "sampling",
-    "groups": "groups",
-    "primary_groups": "primary_groups",
-    "secondary_groups": "secondary_groups",
-}
+WIRING_FIELDS = [field.name for field in dataclasses.fields(Wiring)]
+# Compiler options for a program that runs once: 2 s instead of 5 s to compile.
 RUN_ONCE = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -52,65 +47,108 @@ RUN_ONCE = {
 
 
 def names(pattern: str = "*") -> list[str]:
-    """Registered names that match a shell pattern."""
+    """Returns the registered names that match a shell pattern, sorted."""
     return fnmatch.filter(sorted(NETS), pattern)
 
 
 def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
-    """The net of a configuration's `net` section; logits in float32 at least.
+    """Returns the net of a configuration's `net` section.
 
-    Fields: `name`; `graph_seed` (expander graphs are a function of it and of the
-    layer's path), `lowering` (of every convolution); the wiring's (`wiring`,
-    `compress`, `sampling`, `groups`, `primary_groups`, `secondary_groups`); the rest
-    goes to the class by name. Works under nnx.eval_shape too. Raises ValueError on
-    what cannot be built.
+    `name` selects the class and `wiring` is the section of nets.layers.wiring.Wiring;
+    `lowering` and `graph_seed` go to `configure`, all other fields to the class. The
+    logits of a net are at least float32. Works under nnx.eval_shape. Raises ValueError
+    for unknown fields and values that cannot be built.
     """
     options = dict(config)
     name = options.pop("name")
     if name not in NETS:
-        nearest = difflib.get_close_matches(str(name), NETS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown net {name!r}: choose from {names()}{hint}")
-    graph_seed, lowering = options.pop("graph_seed", 0), options.pop("lowering", "auto")
-    wiring = {WIRING_FIELDS[k]: options.pop(k) for k in WIRING_FIELDS if k in options}
-    accepted = set(inspect.signature(NETS[name].__init__).parameters)
+        raise ValueError(f"unknown net {name!r}: {_choices(name, names())}")
+    lowering, graph_seed = options.pop("lowering", "auto"), options.pop("graph_seed", 0)
+    wiring = _wiring(options)
+    accepted = inspect.signature(NETS[name].__init__).parameters.keys()
     accepted -= {"self", "wiring", "rngs"}
-    if unknown := sorted(set(options) - accepted):
+    for field in options.keys() - accepted:
         raise ValueError(
-            f"net {name!r} has no field {unknown}: choose from {sorted(accepted)}, "
-            f"and {sorted(WIRING_FIELDS)} for its wiring"
+            f"net {name!r} has no field {field!r}: {_choices(field, accepted)}"
         )
 
-    def build(key):
+    def build(key: jax.Array) -> nnx.Module:
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, 1))
         rngs.params = _Stream(key, tag="params")
         try:
-            return NETS[name](wiring=Wiring(**wiring), rngs=rngs, **options)
+            return NETS[name](wiring=wiring, rngs=rngs, **options)
         except TypeError as error:  # such as layers=(2.5, 3)
             raise ValueError(f"net {name!r} cannot be built: {error}") from error
 
-    key = rngs.params()
-    if isinstance(key, jax.core.Tracer):  # under nnx.eval_shape: shapes only
-        net = build(key)
-    else:
-        # One program instead of one compilation per initialiser; it runs once, so
-        # its compilation is worth 2 s, not the 5 s of full optimisation.
-        init = jax.jit(lambda key: nnx.state(build(key)), compiler_options=RUN_ONCE)
-        net = nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), init(key))
-    for path, module in nnx.iter_modules(net):
-        if isinstance(module, Expander):
-            path = ".".join(map(str, path))
-            module.draw(connectivity.layer_rng(graph_seed, path))
-        if hasattr(module, "lowering"):
-            module.lowering = lowering
+    net = _initialize(build, rngs.params())
+    configure(net, lowering=lowering, graph_seed=graph_seed)
     return net
 
 
-class _Stream(nnx.RngStream):
-    """The keys of nnx.RngStream, counted in Python.
+def configure(
+    net: nnx.Module,
+    *,
+    lowering: str | None = None,
+    graph_seed: int | None = None,
+    batch_norm_groups: int | None = None,
+) -> None:
+    """Sets what the modules of a net do not know when they are constructed.
 
-    Its own count lives in the traced program, where each update costs time that grows
-    with the program: minutes for the 1,202 layers of the deepest ResNet.
+    lowering: of every convolution (nets/layers/lowerings.py).
+    graph_seed: draws the expander graphs, each from this seed and its layer's path.
+    batch_norm_groups: equal parts of a batch with their own statistics (BatchNorm),
+      across the devices of the mesh axis "data"; 0: each device has its own.
+    None leaves a setting unchanged.
+    """
+    for path, module in nnx.iter_modules(net):
+        if lowering is not None and hasattr(module, "lowering"):
+            module.lowering = lowering
+        if graph_seed is not None and isinstance(module, Expander):
+            layer = ".".join(map(str, path))
+            module.draw(connectivity.layer_rng(graph_seed, layer))
+        if batch_norm_groups is not None and isinstance(module, BatchNorm):
+            module.axis_name = "data" if batch_norm_groups else None
+            module.groups = batch_norm_groups or 1
+
+
+def _wiring(options: dict) -> Wiring:
+    """Removes the wiring from the fields of a net and returns it."""
+    if flat := [field for field in WIRING_FIELDS if field in options]:
+        flags = [f"--config.net.wiring.{field}={options[field]}" for field in flat]
+        raise ValueError(
+            f"{', '.join(flat)} moved to the section net.wiring: use {' '.join(flags)}"
+        )
+    section = options.pop("wiring", {})
+    if not isinstance(section, Mapping):
+        raise ValueError(
+            f"net.wiring is a section now: use --config.net.wiring.kind={section}"
+        )
+    for field in section:
+        if field not in WIRING_FIELDS:
+            hint = _choices(field, WIRING_FIELDS)
+            raise ValueError(f"net.wiring has no field {field!r}: {hint}")
+    return Wiring(**section)
+
+
+def _choices(given: str, choices: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(str(given), choices, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"choose from {', '.join(sorted(choices))}{hint}"
+
+
+def _initialize(build: Callable[[jax.Array], nnx.Module], key) -> nnx.Module:
+    """Builds a net in one program instead of one compilation per initialiser."""
+    if isinstance(key, jax.core.Tracer):  # nnx.eval_shape requires no values
+        return build(key)
+    init = jax.jit(lambda key: nnx.state(build(key)), compiler_options=RUN_ONCE)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), init(key))
+
+
+class _Stream(nnx.RngStream):
+    """An nnx.RngStream that counts its keys in Python.
+
+    The count of nnx.RngStream is part of the traced program, where the cost of each
+    update grows with the program: minutes for the 1,202 layers of the deepest ResNet.
     """
 
     taken = 0
@@ -123,23 +161,23 @@ class _Stream(nnx.RngStream):
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A net without its numbers, for pure functions under plain jax.jit.
+    """A net without its variables, for pure functions under plain jax.jit.
 
-    Walking the module tree on every call, as nnx.jit does, starves an accelerator.
+    nnx.jit walks the module tree on every call, which starves an accelerator.
     """
 
     graphdef: nnx.GraphDef
-    constants: dict  # what is neither of the three kinds below: dropout's streams
+    constants: nnx.State  # all other variables, such as dropout's random streams
 
     def apply(
         self, variables: dict, x: jax.Array, *, train: bool = False, key=None
     ) -> tuple[jax.Array, dict]:
-        """x (N, H, W, C) -> (logits, batch statistics after this batch).
+        """Maps x (N, H, W, C) to logits and the batch statistics after this batch.
 
-        `key` seeds dropout, for training nets that have it.
+        key: seed of the dropout, which only nets in training use.
         """
         kinds = (variables["params"], variables["stats"], variables["wiring"])
-        # copy: without it the update of batch statistics under grad is an error.
+        # Without copy=True, updating batch statistics under jax.grad is an error.
         net = nnx.merge(self.graphdef, *kinds, self.constants, copy=True)
         net.train() if train else net.eval()
         if key is not None:
@@ -148,10 +186,10 @@ class Definition:
 
 
 def split(net: nnx.Module) -> tuple[Definition, dict]:
-    """A net as its definition and its variables: params, stats, wiring.
+    """Splits a net into its definition and its variables: params, stats, wiring.
 
-    Each is a nested dict of arrays whose keys are the attributes of the net, such as
-    params['blocks'][0][2]['conv1']['kernel'].
+    Each of the three is a nested dict of arrays with the attributes of the net as keys,
+    such as params['blocks'][0][2]['conv1']['kernel'].
     """
     graphdef, params, stats, wiring, constants = nnx.split(
         net, nnx.Param, nnx.BatchStat, Connectivity, ...

@@ -18,8 +18,7 @@ import train
 from nets.layers.wiring import KINDS
 from runtime.devices import make_device_steps, make_mesh
 from runtime.workdir import read_rows
-from tests.nets.nets_test import SIZE
-from tests.support import compiling
+from tests.support import compiling, tiny
 from tests.support.stepping import (
     BATCH,
     SLOWLY,
@@ -49,7 +48,7 @@ def images(npz, name, tmp_path):
     """Small ones where the net takes them."""
     if name in ("cfmz_resnet", "densenet", "resnet"):
         return npz
-    return save_images(tmp_path / "larger.npz", SIZE.get(name, 32))
+    return save_images(tmp_path / "larger.npz", tiny.image_size(name))
 
 
 def assert_close(trees, rtol):
@@ -101,7 +100,7 @@ def collectives(compiled):
 )
 def test_devices_exchange_nothing_but_sums(images, name, wiring):
     lowering = "native" if wiring == "grouped" else "auto"
-    fields = dict(net__wiring=wiring, net__lowering=lowering)
+    fields = dict(net__wiring__kind=wiring, net__lowering=lowering)
     config = configured(images, name, train__batch_norm_groups=0, **fields)
     found = collectives(Steps(config, 8).compiled)
     assert found.keys() == {"all-reduce"}

@@ -15,7 +15,8 @@ def counted(primary, secondary, *, blocks, num_classes=10, grow="M"):
     groups = dict(primary_groups=primary)
     if grow == "L":
         groups = dict(primary_groups=0, secondary_groups=secondary)
-    net = dict(name="plain", wiring="interleaved", num_classes=num_classes, **groups)
+    wiring = dict(kind="interleaved", **groups)
+    net = dict(name="plain", wiring=wiring, num_classes=num_classes)
     net |= dict(depth=3 * blocks + 2, width=primary * secondary)
     built = nnx.eval_shape(lambda: nets.create(net, nnx.Rngs(0)))
     total = cost.total(cost.layers(built, (1, 32, 32, 3)))

@@ -22,6 +22,8 @@ EXPANDER = {
     "batch_norm": {"eps": 1e-5, "keep": 0.9, "running_var": "unbiased"},
 }
 
+EXPANDER_NET = dict(name="densenet", depth=10, growth=4, wiring={"kind": "expander"})
+
 
 def state_dict(net, seed=0):
     """Random tensors of every original name and shape, masks as the net can hold."""
@@ -30,7 +32,7 @@ def state_dict(net, seed=0):
         for name, shape in source.shapes.items():
             tensors[name] = rng.standard_normal(shape).astype(np.float32)
     drawn = nets.create(
-        dict(name="densenet", depth=10, growth=4, wiring="expander", graph_seed=seed),
+        dict(EXPANDER_NET, graph_seed=seed),
         nnx.Rngs(0),
     )
     sources = convert.find("xnets", "densenet_cifar").sources(drawn)
@@ -164,17 +166,18 @@ IGC18 = dict(stem=8, stage_channels=[16, 32, 64, 128], depth=18, num_classes=10)
     [
         (
             IGC18 | dict(primary_partitions=[8, 16, 32, 64]),
-            dict(expand_first_stage=True, primary_groups=0, secondary_groups=2),
+            dict(kind="interleaved", primary_groups=0, secondary_groups=2),
         ),
         (
             IGC18 | dict(stem=16, primary_partitions=[4] * 4),
-            dict(expand_first_stage=False, primary_groups=4, secondary_groups=0),
+            dict(kind="interleaved", primary_groups=4, secondary_groups=0),
         ),
     ],
 )
 def test_stages_double_their_partitions_or_the_members(config, wiring):
     section = convert.find("igcnets", "resnet_igc_imagenet").section(config)
-    assert wiring.items() <= section.items()
+    assert section["wiring"] == wiring
+    assert section["expand_first_stage"] == (wiring["primary_groups"] == 0)
     reference = dict(system="igcnets", net="resnet_igc_imagenet", config=config)
     stages = convert.build(reference).stages
     primary = [stage[0].block1.conv.secondary.groups[0] for stage in stages]

@@ -18,7 +18,9 @@ def build(**fields):
 
 
 def test_the_published_expander_has_dense_convolutions_and_no_dropout():
-    net = build(wiring="expander", image_size=224, hidden=4096, num_classes=1000)
+    net = build(
+        wiring=dict(kind="expander"), image_size=224, hidden=4096, num_classes=1000
+    )
     assert not any(isinstance(conv, Expander) for conv in net.convs)
     assert all(conv.bias is not None for conv in net.convs)
     shapes = [(x.in_channels, x.out_channels, x.degree) for x in net.linears]
@@ -28,7 +30,8 @@ def test_the_published_expander_has_dense_convolutions_and_no_dropout():
 
 
 def test_without_published_degrees_the_compression_counts():
-    net = build(wiring="expander", published_degrees=False, compress=4)
+    wiring = dict(kind="expander", compress=4)
+    net = build(wiring=wiring, published_degrees=False)
     wired = [*net.convs[1:], *net.linears]
     assert all(layer.degree == layer.in_channels // 4 for layer in wired)
     assert not isinstance(net.convs[0], Expander)

@@ -68,7 +68,7 @@ def test_layers_of_a_small_net():
 
 
 def test_an_abstract_net_suffices_and_nothing_is_compiled():
-    config = dict(name="densenet", depth=10, growth=4, wiring="expander")
+    config = dict(name="densenet", depth=10, growth=4, wiring=dict(kind="expander"))
     compilations = []
 
     def listen(event, *_, **__):
@@ -137,13 +137,13 @@ def _config(recorded):
     factor = re.search(r"-(\d+)(-c\d+)?$", full)
     if "expander" in full:
         sampling = {"head": "smaller_side", "output": "per_output"}[recorded["rule"]]
-        config |= dict(wiring="expander", sampling=sampling)
-        config |= dict(compress=int(factor[1])) if factor else {}
+        config["wiring"] = dict(kind="expander", sampling=sampling)
+        config["wiring"] |= dict(compress=int(factor[1])) if factor else {}
         config |= dict(wired_transitions=transition == "expander") if transition else {}
     elif "grouped" in full:
-        config |= dict(wiring="grouped", groups=2)
+        config["wiring"] = dict(kind="grouped", groups=2)
     elif "groups" in full:
-        config |= dict(wiring="grouped", groups=int(factor[1]))
+        config["wiring"] = dict(kind="grouped", groups=int(factor[1]))
     return config
 
 

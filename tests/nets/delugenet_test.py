@@ -253,7 +253,7 @@ def test_sizes_of_maps():
 
 def test_the_wiring_is_that_of_the_composite_layers():
     net = nnx.eval_shape(
-        lambda: nets.create(TINY | {"wiring": "expander"}, nnx.Rngs(0))
+        lambda: nets.create(TINY | {"wiring": {"kind": "expander"}}, nnx.Rngs(0))
     )
     kinds = {Conv: set(), ExpanderConv: set()}
     for path, module in nnx.iter_modules(net):
@@ -275,7 +275,7 @@ def test_the_wiring_is_that_of_the_composite_layers():
         (dict(width=0.3), r"width 0.3 times 32 channels is 9\.6"),
         (dict(width=0.0), r"width 0.0 times 32"),
         (dict(form="svhn"), "unknown form 'svhn': choose from cifar, imagenet"),
-        (dict(wiring="grouped", groups=3), "3 groups do not divide 8 input"),
+        (dict(wiring=dict(kind="grouped", groups=3)), "3 groups do not divide 8 input"),
     ],
 )
 def test_what_cannot_be_built_is_refused(fields, message):

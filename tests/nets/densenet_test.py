@@ -22,8 +22,8 @@ def test_only_the_dense_layers_are_wired_unless_asked():
             if isinstance(module, Expander)
         }
 
-    assert expanders(build(wiring="expander")) == {"blocks"}
-    wired = build(wiring="expander", wired_transitions=True)
+    assert expanders(build(wiring=dict(kind="expander"))) == {"blocks"}
+    wired = build(wiring=dict(kind="expander"), wired_transitions=True)
     assert expanders(wired) == {"blocks", "transitions"}
 
 

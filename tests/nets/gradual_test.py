@@ -191,7 +191,7 @@ def test_two_maps_are_kept_for_the_gradient(segments):
 
 
 def test_each_unit_starts_with_weights_and_a_graph_of_its_own():
-    net = dict(name="gunn", channels=(12,), segments=(4,), wiring="expander")
+    net = dict(name="gunn", channels=(12,), segments=(4,), wiring=dict(kind="expander"))
     unit = nets.create(net, nnx.Rngs(0)).layers[0].units.bottlenecks[0]
     first, second = unit.conv1, unit.conv2
     for stacked in (first.kernel, first.edges, second.edges, unit.conv3.kernel):
@@ -241,7 +241,7 @@ def test_what_is_not_wired_is_dense():
         (dict(order="random"), "unknown order 'random'"),
         (dict(form="svhn"), "unknown form 'svhn'"),
         (
-            dict(channels=(12,), segments=(4,), wiring="grouped", groups=5),
+            dict(channels=(12,), segments=(4,), wiring=dict(kind="grouped", groups=5)),
             "5 groups do not divide 12 input channels",
         ),
     ],

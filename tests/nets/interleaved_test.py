@@ -17,8 +17,13 @@ from nets.layers.interleaved import (
 )
 from nets.layers.lowerings import convolution
 from nets.layers.wiring import Wiring
-from tests.nets.nets_test import abstract, config, create
+from tests.support import tiny
 from tests.support.compiling import run_once
+
+
+def abstract(config):
+    return nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
+
 
 # (primary, secondary groups, channels): canonical; two channels of each partition in a
 # secondary group; one partition; partitions of one channel.
@@ -187,12 +192,12 @@ def test_the_groups_that_are_not_fixed_follow_from_the_width(fixed, expected):
 )
 def test_a_net_that_cannot_be_interleaved_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        abstract(config("cfmz_resnet", "interleaved", **fields))
+        abstract(tiny.config("cfmz_resnet", dict(kind="interleaved") | fields))
 
 
 @pytest.mark.parametrize("name", ["cfmz_resnet", "densenet", "plain"])
 def test_every_pair_of_a_backbone_reaches_everything(name):
-    net = create(name, "interleaved")
+    net = nets.create(tiny.config(name, "interleaved"), nnx.Rngs(0))
     pairs = [m for _, m in nnx.iter_modules(net) if isinstance(m, InterleavedConv)]
     assert len(pairs) > 2
     for layer in pairs:
@@ -202,5 +207,5 @@ def test_every_pair_of_a_backbone_reaches_everything(name):
 
 @pytest.mark.parametrize("name", nets.names())
 def test_any_backbone_is_interleaved_by_its_configuration(name):
-    net = abstract(config(name, "interleaved"))
+    net = abstract(tiny.config(name, "interleaved"))
     assert any(isinstance(m, InterleavedConv) for _, m in nnx.iter_modules(net))

@@ -49,7 +49,7 @@ def test_the_published_operations_are_those_of_the_textbook_widths(
     compress, code, textbook, printed
 ):
     def macs(**fields):
-        net = build(wiring="expander", compress=compress, **fields)
+        net = build(wiring=dict(kind="expander", compress=compress), **fields)
         return cost.total(cost.layers(net, (1, 224, 224, 3))).macs
 
     assert macs() == code
@@ -60,7 +60,7 @@ def test_the_published_operations_are_those_of_the_textbook_widths(
 
 @pytest.mark.parametrize("sampling", ["smaller_side", "per_output", "per_input"])
 def test_compression_is_exact_whichever_side_samples(sampling):
-    net = build(wiring="expander", compress=4, sampling=sampling)
+    net = build(wiring=dict(kind="expander", compress=4, sampling=sampling))
     pointwise = [block.pointwise for block in net.blocks]
     assert not isinstance(pointwise[0], Expander)
     for layer in pointwise[1:]:
@@ -71,8 +71,8 @@ def test_groups_have_as_many_weights():
     counts = [
         cost.total(cost.layers(build(**fields), (1, 64, 64, 3)))
         for fields in (
-            dict(wiring="expander", compress=8),
-            dict(wiring="grouped", groups=8),
+            dict(wiring=dict(kind="expander", compress=8)),
+            dict(wiring=dict(kind="grouped", groups=8)),
         )
     ]
     assert counts[0].parameters == counts[1].parameters

@@ -14,26 +14,9 @@ from nets import connectivity
 from nets.layers.expander import Expander
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import KINDS
+from tests.support import tiny
 from tests.support.compiling import run_once
 
-# The smallest form of each net; a new one fails a test until it has one here.
-TINY = {
-    "alexnet": dict(
-        image_size=63, hidden=1024, dropout=0.0, num_classes=10, batch_norm=True
-    ),
-    "cfmz_resnet": dict(depth=8),
-    "delugenet": dict(layers=(2, 2), width=0.25),
-    "densenet": dict(depth=10, growth=8),
-    "densenet_imagenet": dict(growth=8, blocks=(1, 2, 1), num_classes=10),
-    "igc_resnet": dict(depth=8, width=8),
-    "igc_resnet_imagenet": dict(depth=10, width=8, num_classes=10),
-    "mobilenet": dict(blocks=((64, 1), (128, 2), (128, 2)), width=0.5, num_classes=10),
-    "plain": dict(depth=5, width=8),
-    "gunn": dict(channels=(16, 24), segments=(4, 3)),
-    "resnet": dict(depth=8, preactivation=True),
-    "vgg": dict(depth=11),
-}
-SIZE = {"alexnet": 63}  # of images; 32 for every other net
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
 # Those of millions of weights, however small the form, only in CI.
 EVERY_NET_RUN = pytest.mark.parametrize(
@@ -56,13 +39,9 @@ EVERY_PAIR = pytest.mark.parametrize(
 )
 
 
-def config(name, wiring="dense", **fields):
-    return dict(name=name, wiring=wiring) | TINY[name] | fields
-
-
 @functools.cache
 def create(name, wiring="dense"):
-    return nets.create(config(name, wiring), nnx.Rngs(0))
+    return nets.create(tiny.config(name, wiring), nnx.Rngs(0))
 
 
 def abstract(config):
@@ -70,7 +49,7 @@ def abstract(config):
 
 
 def images(name, count, seed=0):
-    size, rng = SIZE.get(name, 32), np.random.default_rng(seed)
+    size, rng = tiny.image_size(name), np.random.default_rng(seed)
     return rng.standard_normal((count, size, size, 3)).astype(np.float32)
 
 
@@ -90,8 +69,11 @@ def graphs_of(layer):
     return np.asarray(layer.edges[...]).reshape(-1, layer.num_edges)
 
 
-def test_every_net_has_a_tiny_form():
-    assert sorted(TINY) == nets.names()
+def test_a_net_without_a_small_form_is_tested_in_that_of_its_smallest_row():
+    row = tiny.smallest_row("densenet")
+    assert (row["depth"], row["growth"], row["wiring"]["compress"]) == (22, 8, 2)
+    with pytest.raises(LookupError, match="'densnet' has no row in configs/"):
+        tiny.config("densnet")
 
 
 @EVERY_PAIR
@@ -141,7 +123,7 @@ def test_training_does_not(name):
 def test_the_input_decides_the_precision(name, given, expected):
     """Logits in float32 at least; parameters and statistics stay as they are."""
     with jax.enable_x64(given == "float64"):
-        net = abstract(config(name))
+        net = abstract(tiny.config(name))
         to_given = lambda x: x.update(dtype=given)
         if given == "float64":
             graphdef, state = nnx.split(net)
@@ -164,9 +146,9 @@ def test_half_precision_follows_single(name):
 
 @EVERY_NET
 def test_other_sizes_of_image_and_numbers_of_classes(name):
-    net = abstract(config(name, num_classes=7))
+    net = abstract(tiny.config(name, num_classes=7))
     definition, variables = nets.split(net)
-    size = SIZE.get(name, 32)
+    size = tiny.image_size(name)
     x = jax.ShapeDtypeStruct((2, size + 8, size + 16, 3), jnp.float32)
     assert jax.eval_shape(definition.apply, variables, x)[0].shape == (2, 7)
 
@@ -195,7 +177,7 @@ def test_graphs_are_a_function_of_seed_and_path(name):
             for path, layer in expanders(net).items()
         }
 
-    expander = config(name, "expander")
+    expander = tiny.config(name, "expander")
     expected = graphs(create(name, "expander"))
     assert graphs(nets.create(expander, nnx.Rngs(1))) == expected
     net = abstract(expander)
@@ -216,14 +198,14 @@ def wiring_of(config):
 
 @EVERY_NET
 def test_every_convolution_takes_the_configured_lowering(name):
-    net = abstract(config(name, "expander", lowering="native"))
+    net = abstract(tiny.config(name, "expander", lowering="native"))
     lowerings = [m.lowering for _, m in nnx.iter_modules(net) if hasattr(m, "lowering")]
     assert set(lowerings) == {"native"}
 
 
 @EVERY_NET
 def test_normalisation_is_set_for_the_whole_net_at_once(name):
-    net = abstract(config(name))
+    net = abstract(tiny.config(name))
     norms = [m for _, m in nnx.iter_modules(net) if isinstance(m, BatchNorm)]
     net.eval()
     assert norms
@@ -234,22 +216,45 @@ def test_normalisation_is_set_for_the_whole_net_at_once(name):
     ("fields", "message"),
     [
         (dict(name="densnet"), "unknown net 'densnet'.*did you mean 'densenet'"),
-        (dict(name="densenet", grwth=8), r"no field \['grwth'\]: choose from.*growth"),
+        (
+            dict(name="densenet", grwth=8),
+            "no field 'grwth': choose from.*did you mean 'growth'",
+        ),
         (dict(name="densenet", depth=41), r"depth 6 n \+ 4, which 41 is not"),
         (dict(name="densenet", depth=4), r"depth 6 n \+ 4, which 4 is not"),
         (dict(name="densenet", depth=21, bottleneck=False), r"3 n \+ 4, which 21"),
         (dict(name="cfmz_resnet", depth=21), r"depth 6 n \+ 2, which 21 is not"),
-        (dict(name="densenet", wiring="sparse"), r"'sparse'.*dense.*expander.*grouped"),
         (
-            dict(name="densenet", wiring="expander", compress=1000),
+            dict(name="densenet", wiring=dict(kind="sparse")),
+            r"'sparse'.*dense.*expander.*grouped",
+        ),
+        (
+            dict(name="densenet", wiring=dict(kind="expander", compress=1000)),
             r"compress 1000 leaves no connection .* 48 input",
         ),
         (
-            dict(name="densenet", wiring="grouped", groups=5),
+            dict(name="densenet", wiring=dict(kind="grouped", groups=5)),
             "5 groups do not divide 48 input channels",
         ),
-        (dict(name="densenet", wiring="expander", compress=0), "got compress=0"),
-        (dict(name="densenet", wiring="expander", sampling="x"), "rule 'x'.*per_input"),
+        (dict(name="densenet", wiring=dict(compress=0)), "got compress=0"),
+        (
+            dict(name="densenet", wiring=dict(kind="expander", sampling="x")),
+            "rule 'x'.*per_input",
+        ),
+        (
+            dict(name="densenet", wiring="expander"),
+            "net.wiring is a section now: use --config.net.wiring.kind=expander",
+        ),
+        (
+            dict(name="densenet", compress=4, groups=2),
+            "compress, groups moved to the section net.wiring: "
+            "use --config.net.wiring.compress=4 "
+            "--config.net.wiring.groups=2",
+        ),
+        (
+            dict(name="densenet", wiring=dict(compres=4)),
+            r"net.wiring has no field 'compres'.*did you mean 'compress'",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(fields, message):
@@ -263,7 +268,7 @@ def test_names_are_filtered_by_pattern():
 
 
 def test_dropout_acts_in_training_only_and_by_key():
-    net = nets.create(config("densenet", dropout=0.5), nnx.Rngs(0))
+    net = nets.create(tiny.config("densenet", dropout=0.5), nnx.Rngs(0))
     definition, variables = nets.split(net)
     x = images("densenet", 2)
     train = run_once(functools.partial(definition.apply, variables, train=True))

@@ -43,21 +43,24 @@ COUNTS = {
         (20, 32, 26, 24_215_370, 3741.02),
     ],
 }
-INTERLEAVED = {"wiring": "interleaved"}
+
+
+def interleaved(primary, secondary=0):
+    return dict(kind="interleaved", primary_groups=primary, secondary_groups=secondary)
+
+
 # Section 3. The last: the README's command as written, M left at its default of 4.
 IMAGENET = [
     (dict(width=64), 11_689_512, 1.8141),
     (dict(width=69), 13_542_457, 2.0986),
-    (dict(width=128, primary_groups=4) | INTERLEAVED, 12_251_240, 1.9446),
-    (dict(width=256, primary_groups=16) | INTERLEAVED, 13_528_296, 2.2660),
+    (dict(width=128, wiring=interleaved(4)), 12_251_240, 1.9446),
+    (dict(width=256, wiring=interleaved(16)), 13_528_296, 2.2660),
     (
-        dict(width=100, expand_first_stage=True, primary_groups=0, secondary_groups=2)
-        | INTERLEAVED,
+        dict(width=100, expand_first_stage=True, wiring=interleaved(0, 2)),
         *(8_637_900, 1.2648),
     ),
     (
-        dict(width=400, expand_first_stage=True, primary_groups=0, secondary_groups=8)
-        | INTERLEAVED,
+        dict(width=400, expand_first_stage=True, wiring=interleaved(0, 8)),
         *(36_852_600, 5.9623),
     ),
 ]
@@ -76,7 +79,7 @@ def _rows():
         for depth, primary, size, *counts in rows:
             fields = dict(depth=depth, width=primary * size or size)
             if primary:
-                fields |= INTERLEAVED | dict(primary_groups=primary)
+                fields |= dict(wiring=interleaved(primary))
             marks = pytest.mark.slow if depth > 20 else ()
             label = f"{name}-{depth}-L{primary}M{size}"
             yield pytest.param(name, fields, *counts, id=label, marks=marks)
@@ -119,12 +122,12 @@ def groups(net):
 
 
 def test_plain_nets_keep_l_and_double_m():
-    net = abstract("plain", depth=8, width=32, primary_groups=4, **INTERLEAVED)
+    net = abstract("plain", depth=8, width=32, wiring=interleaved(4))
     assert groups(net) == [(4, 8)] * 2 + [(4, 16)] * 2 + [(4, 32)] * 2
 
 
 def test_the_old_transition_doubles_secondary_weights_and_nothing_else():
-    fields = dict(depth=8, width=32, primary_groups=4) | INTERLEAVED
+    fields = dict(depth=8, width=32, wiring=interleaved(4))
     old, new = (
         abstract("igc_resnet", transition_secondary=which, **fields)
         for which in ("old", "new")
@@ -144,14 +147,13 @@ def test_the_old_transition_doubles_secondary_weights_and_nothing_else():
 
 def test_the_projection_is_grouped_like_the_primary_convolutions():
     for fields, expected in (
-        (dict(width=16, primary_groups=4), [None, 4, 4, 4]),
+        (dict(width=16, wiring=interleaved(4)), [None, 4, 4, 4]),
         (
-            dict(width=10, primary_groups=0, secondary_groups=2)
-            | dict(expand_first_stage=True),
+            dict(width=10, wiring=interleaved(0, 2), expand_first_stage=True),
             [10, 20, 40, 80],
         ),
     ):
-        net = abstract("igc_resnet_imagenet", depth=10, **fields, **INTERLEAVED)
+        net = abstract("igc_resnet_imagenet", depth=10, **fields)
         shortcuts = [stage[0].shortcut for stage in net.stages]
         assert [s and s.conv.groups for s in shortcuts] == expected
         assert [stage[0].block1.conv.primary.stride for stage in net.stages] == [
@@ -192,12 +194,11 @@ def test_initial_weights_have_the_variance_of_the_group():
         (dict(name="igc_resnet_imagenet", depth=20), r"8 n \+ 2, which 20 is not"),
         (dict(name="igc_resnet", transition_secondary="odd"), "'odd': choose from old"),
         (
-            dict(name="plain", width=18, primary_groups=4) | INTERLEAVED,
+            dict(name="plain", width=18, wiring=interleaved(4)),
             "4 primary groups do not divide 18 input",
         ),
         (
-            dict(name="plain", width=15, primary_groups=0, secondary_groups=3)
-            | INTERLEAVED,
+            dict(name="plain", width=15, wiring=interleaved(0, 3)),
             "10 primary groups do not divide 15 input",
         ),
     ],

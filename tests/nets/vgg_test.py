@@ -20,7 +20,7 @@ def blocks(net):
 
 def test_vgg_16_has_the_published_degrees():
     """64 three times, 16 nine times, 128; a degree not below the inputs means dense."""
-    net = build(depth=16, wiring="expander")
+    net = build(depth=16, wiring=dict(kind="expander"))
     convs = [block.conv for block in blocks(net)]
     degrees = [getattr(conv, "degree", None) for conv in convs]
     assert degrees == [None, None, None, 64] + 9 * [16]
@@ -39,8 +39,8 @@ def test_depth_counts_the_weighted_layers(depth):
 
 
 def test_without_published_degrees_the_compression_counts():
-    fields = dict(depth=11, wiring="expander", published_degrees=False, compress=4)
-    net = build(**fields)
+    wiring = dict(kind="expander", compress=4)
+    net = build(depth=11, wiring=wiring, published_degrees=False)
     wired = [block.conv for block in blocks(net)[1:]] + [net.hidden]
     assert all(layer.degree == layer.in_channels // 4 for layer in wired)
 
@@ -50,7 +50,7 @@ def test_the_expander_keeps_one_normalisation_without_batch_norm():
         net = build(depth=11, batch_norm=False, **fields)
         return [block.norm is not None for block in blocks(net)]
 
-    assert normalised(wiring="expander") == [True] + 7 * [False]
+    assert normalised(wiring=dict(kind="expander")) == [True] + 7 * [False]
     assert normalised() == 8 * [False]
 
 

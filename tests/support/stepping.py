@@ -11,8 +11,7 @@ import input_pipeline
 import train
 from configs import common
 from runtime.devices import make_mesh, make_train_step, place, shard
-from tests.nets.nets_test import TINY
-from tests.support import compiling
+from tests.support import compiling, tiny
 
 BATCH = 16
 # Steps so long that a net leaves its surroundings multiply rounding errors.
@@ -37,8 +36,7 @@ def configured(npz, name="densenet", **fields):
     """A tiny run: 2 epochs of 6.25 steps, an evaluation after each."""
     config = common.base()
     with config.net.unlocked():
-        net = TINY[name] | {"name": name, "num_classes": 2, "wiring": "expander"}
-        config.net.update(net)
+        config.net.update(tiny.config(name, "expander", num_classes=2))
     config.data.update(name=str(npz), pad=1, pipeline="device")
     config.train.update(batch_size=BATCH, epochs=2.0, log_every_steps=3)
     config.train.update(tensorboard=False, compilation_cache=False)
