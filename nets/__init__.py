@@ -119,7 +119,7 @@ def _wiring(options: dict) -> Wiring:
             f"{', '.join(flat)} moved to the section net.wiring: use {' '.join(flags)}"
         )
     section = options.pop("wiring", {})
-    if not isinstance(section, Mapping):
+    if isinstance(section, str):
         raise ValueError(
             f"net.wiring is a section now: use --config.net.wiring.kind={section}"
         )
