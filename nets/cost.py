@@ -8,11 +8,13 @@ multiply-accumulates). If weights of its dense twin are not stored, it has a pro
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import nets
 from nets.layers.gradual import Gradual
 
 
@@ -54,6 +56,16 @@ def layers(net: nnx.Module, input_shape: tuple[int, ...]) -> list[LayerCost]:
         _layer(path, modules[path], parameters[path], calls.get(path, ()))
         for path in sorted(parameters, key=lambda path: order.get(path, len(order)))
     ]
+
+
+def build(net_config: Mapping) -> nnx.Module:
+    """Returns the abstract net of a configuration: shapes, no arrays."""
+    return nnx.eval_shape(lambda: nets.create(net_config, nnx.Rngs(0)))
+
+
+def of(net_config: Mapping, image_shape: tuple[int, int, int]) -> list[LayerCost]:
+    """Returns the costs of a configuration's layers for one image (H, W, 3)."""
+    return layers(build(net_config), (1, *image_shape))
 
 
 def total(layers: list[LayerCost]) -> Cost:
