@@ -1,9 +1,11 @@
-"""Saving and restoring a run: the one file that knows orbax.
+"""Saves and restores the state of a run. The one file that knows orbax.
 
-A checkpoint is a directory `workdir/checkpoints/<step>` of two orbax items: `arrays`,
-a flat {path: array}, and `table`, our own JSON with the form (dtype and shape) and the
-CRC-32 of every array. Orbax restores a flipped bit as a wrong number and casts a dtype,
-both silently; and whether a checkpoint fits a net is a comparison of two flat tables.
+A checkpoint is a directory `workdir/checkpoints/<step>` with two orbax items: `arrays`,
+a flat {path: array}, and `table`, our own JSON with the dtype, shape and CRC-32 of each
+array. Orbax restores a flipped bit as a wrong number, and casts dtypes, without a word.
+
+Retention is ours: orbax's LatestN and BestN count damaged checkpoints, lose the best to
+a NaN, refuse to replace a step, and a kill during a deletion leaves half a checkpoint.
 """
 
 import contextlib
@@ -30,25 +32,25 @@ _ORBAX = os.path.dirname(ocp.__file__)
 logging.get_absl_logger().addFilter(lambda log: not log.pathname.startswith(_ORBAX))
 
 _TABLE_FILE = "table.json"
-# Names beside `<step>`: what orbax is writing, what a new save at the same step is
-# about to replace (still readable until that save is committed), what is going.
-_WRITING, _REPLACED, _DELETED = ".orbax-checkpoint-tmp", ".replaced", ".deleted"
+# Suffixes of `<step>`: orbax is writing it; a new save will replace it, and it remains
+# readable until that save is committed; it is being deleted.
+WRITING, REPLACED, DELETED = ".orbax-checkpoint-tmp", ".replaced", ".deleted"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, found, read, or that does not fit."""
+    """A checkpoint is missing, unreadable, cannot be written or does not fit."""
 
 
 class _DamageError(Exception):
-    """This checkpoint cannot be read back as it was written; another may be."""
+    """A checkpoint cannot be read back as it was written; another one may be fine."""
 
 
 class Checkpoints:
-    """The checkpoints of a workdir: the last `keep` and the best are kept.
+    """The checkpoints of a workdir: retains the last `keep` and the best.
 
-    Best is the highest metrics.SELECTION among those saved with a row, the earliest
-    of equals. Every process of a run creates one and makes the same calls; arrays
-    are replicated, process 0 writes. Reading changes no file: only a save cleans up.
+    The best has the highest metrics.SELECTION of those saved with a row, the earliest
+    if equal. Every process of a run creates an instance and makes the same calls; the
+    arrays are replicated, and process 0 writes. Only save() changes files.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
@@ -56,7 +58,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint.keep must be at least 1, got {keep}")
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         self._keep = keep
-        self._damaged: set[int] = set()  # found by restore: not counted as kept
+        self._damaged: set[int] = set()  # found by restore(); do not count as retained
         self._pending: int | None = None  # the step being written in the background
         self._orbax = _checkpointer()
 
@@ -69,25 +71,25 @@ class Checkpoints:
         except CheckpointError as failed:
             if error is None:
                 raise
-            logging.error("%s", failed)  # not in place of the error under way
+            logging.error("%s", failed)  # must not replace the first error
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending; damaged ones are among them."""
+        """Returns the committed steps, ascending, including damaged ones."""
         names = os.listdir(self.directory) if self.directory.is_dir() else []
-        found = (re.fullmatch(rf"(\d+)(?:{_REPLACED})?", name) for name in names)
+        found = (re.fullmatch(rf"(\d+)(?:{REPLACED})?", name) for name in names)
         return sorted({int(match[1]) for match in found if match})
 
-    def save(self, step: int, state: Any, row: dict[str, float] | None = None):
-        """Copies `state` (a pytree of arrays) now, writes it in the background.
+    def save(self, step: int, state: Any, row: dict[str, float] | None = None) -> None:
+        """Copies `state`, a pytree of arrays, and writes it in the background.
 
         `row` holds the metrics of this step, if it was evaluated. The arrays may be
-        donated as soon as this returns. A checkpoint that exists at `step` is
-        replaced once the new one is committed. Raises CheckpointError, also for the
-        previous write when that failed in the background.
+        donated as soon as this returns. An existing checkpoint at `step` is replaced
+        once the new one is committed. Raises CheckpointError, also if the previous
+        write has failed in the background.
         """
         self.wait()
-        # Digests and files come from one private copy. On CPU np.asarray gives a view,
-        # and jax does not reuse a donated buffer while anyone views it.
+        # Digests and files are made from one private copy. On CPU np.asarray is a view,
+        # and jax does not reuse a donated buffer while a view exists.
         arrays = _host_copy(state)
         table = {
             "step": int(step),
@@ -106,8 +108,8 @@ class Checkpoints:
         except Exception as error:
             raise self._write_failed(step, error) from error
 
-    def wait(self):
-        """Waits for the write in the background; raises CheckpointError for it."""
+    def wait(self) -> None:
+        """Waits for the background write; raises CheckpointError if it failed."""
         if self._pending is None:
             return
         try:
@@ -118,29 +120,32 @@ class Checkpoints:
         self._pending = None
         if jax.process_index() == 0:
             self._prune()
-        # From here on all processes see the same directories again.
+        # Afterwards, all processes see the same directories.
         multihost_utils.sync_global_devices("checkpoints: pruned")
 
-    def close(self):
+    def close(self) -> None:
         try:
             self.wait()
         finally:
             self._orbax.close()
 
-    def restore(self, template: Any, which: str | int = "last") -> tuple[Any, int]:
-        """Reads the 'last', the 'best' or a numbered checkpoint: (state, step).
+    def restore(
+        self, template: Any, which: str | int = "last", *, partial: bool = False
+    ) -> tuple[Any, int]:
+        """Restores the 'last', the 'best' or a numbered checkpoint: (state, step).
 
-        `template` is a pytree of jax.ShapeDtypeStruct or arrays: the structure and the
-        forms wanted, and where the arrays go (their sharding, else the default device;
-        numpy stays numpy). A damaged checkpoint is named in a warning and the one
-        before it (for 'best' the next best) is taken. Raises CheckpointError when none
-        is left, and at once when an undamaged one does not fit the template.
+        `template` is a pytree of arrays or jax.ShapeDtypeStruct that gives the
+        structure, the dtypes and shapes, and the sharding (default: the default device;
+        numpy stays numpy). With `partial`, it may omit arrays of the checkpoint, which
+        are not read. Logs damaged checkpoints and restores the previous one (for 'best'
+        the next best) instead. Raises CheckpointError if none is readable, or if a
+        readable one does not fit the template.
         """
         self.wait()
         wanted, reasons = _flatten(template), ""
         for step in self._candidates(which):
             try:
-                arrays = self._read(step, wanted)
+                arrays = self._read(step, wanted, partial)
             except _DamageError as damage:
                 logging.warning(
                     "checkpoint %s is damaged: %s", self._path(step), damage
@@ -152,28 +157,36 @@ class Checkpoints:
             return jax.tree.unflatten(jax.tree.structure(template), leaves), step
         raise CheckpointError(
             f"no readable checkpoint in {self.directory}; damaged:{reasons}\n"
-            "Nothing was deleted. Bring the files back, or use another --workdir."
+            "Nothing was deleted. Restore the files from a copy, or use another "
+            "--workdir."
         )
 
     def _candidates(self, which: str | int) -> list[int]:
-        """The steps to try, in order. Raises CheckpointError when there are none."""
+        """Returns the steps to try, in order. Raises CheckpointError if none exist."""
         steps = self.steps()
         orders = {"last": steps[::-1], "best": self._ranked()}
         orders = {name: order for name, order in orders.items() if order}
         orders |= {str(step): [step] for step in steps}
         if str(which) not in orders:
             raise CheckpointError(
-                f"no checkpoint {which!r} in {self.directory}; there are: "
+                f"no checkpoint {which!r} in {self.directory}; available: "
                 f"{', '.join(orders) or 'none'}"
             )
         return orders[str(which)]
 
-    def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The arrays of a step, proven to be those that were saved."""
+    def _read(
+        self, step: int, wanted: dict[str, Any], partial: bool
+    ) -> dict[str, np.ndarray]:
+        """Reads the wanted arrays of a step and verifies their digests."""
         stored = _agreed(lambda: self._table(step))["arrays"]
+        if partial:
+            stored = {path: stored[path] for path in stored if path in wanted}
         _check_fit(stored, wanted, self._path(step))
         as_numpy = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
-        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        restore = ocp.args.PyTreeRestore(
+            dict.fromkeys(stored, 0), restore_args=as_numpy, partial_restore=True
+        )
+        items = ocp.args.Composite(arrays=restore)
 
         def read():
             try:
@@ -188,18 +201,18 @@ class Checkpoints:
         return _agreed(read)
 
     def _table(self, step: int) -> dict[str, Any]:
-        """The table of a step. Read without orbax: orbax waits for other processes."""
+        """Reads the table without orbax, which would wait for the other processes."""
         try:
             text = (self._path(step) / "table" / _TABLE_FILE).read_bytes()
             table, seal = (json.loads(text)[key] for key in ("table", "crc32"))
             if seal != _seal(table) or step != table["step"]:
-                raise ValueError("it differs from its digest")
+                raise ValueError("the digest differs")
         except Exception as error:
             raise _DamageError(f"{_TABLE_FILE}: {_one_line(error)}") from error
         return table
 
     def _ranked(self) -> list[int]:
-        """Steps that carry the metric, the best first, the earliest of equals."""
+        """Returns the steps with the metric, best first and earliest first if equal."""
         scores = {}
         for step in self.steps():
             with contextlib.suppress(_DamageError):
@@ -210,49 +223,51 @@ class Checkpoints:
 
     def _path(self, step: int) -> pathlib.Path:
         path = self.directory / str(step)
-        replaced = self.directory / f"{step}{_REPLACED}"
+        replaced = self.directory / f"{step}{REPLACED}"
         return replaced if replaced.is_dir() and not path.is_dir() else path
 
-    def _make_room(self, step: int, bytes_wanted: int):
-        """Before a write: sweeps, checks the disk, sets an equal step aside."""
+    def _make_room(self, step: int, bytes_wanted: int) -> None:
+        """Prepares a write: cleans up, checks the disk, moves an equal step aside."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        # Found late, a full disk is the same error after a traceback per array,
-        # printed by an event loop that orbax closes under its own writes.
+        self._clean_up()
+        # Orbax would notice a full disk late, with a traceback for each array.
         bytes_free = shutil.disk_usage(self.directory).free
         if bytes_free < bytes_wanted:
-            raise OSError(f"disk full: {bytes_wanted:,} bytes, {bytes_free:,} free")
+            raise OSError(
+                f"disk full: {bytes_wanted:,} bytes needed, {bytes_free:,} free"
+            )
         path = self.directory / str(step)
         if path.exists():
-            path.rename(self.directory / f"{step}{_REPLACED}")
+            path.rename(self.directory / f"{step}{REPLACED}")
 
-    def _sweep(self):
-        """Removes unfinished writes and deletions, undoes unfinished replacements."""
+    def _clean_up(self) -> None:
+        """Finishes what a kill or an error has interrupted."""
         for name in os.listdir(self.directory):
-            entry, original = self.directory / name, name.removesuffix(_REPLACED)
+            entry, original = self.directory / name, name.removesuffix(REPLACED)
             if name != original and not (self.directory / original).exists():
                 entry.rename(self.directory / original)
-            elif name != original or _WRITING in name or name.endswith(_DELETED):
-                shutil.rmtree(entry, ignore_errors=True)  # what stays goes next time
+            elif name != original or WRITING in name or name.endswith(DELETED):
+                shutil.rmtree(entry, ignore_errors=True)  # tried again next time
 
-    def _prune(self):
-        """After a commit: deletes what is neither among the last nor the best."""
+    def _prune(self) -> None:
+        """Deletes the checkpoints that are neither among the last nor the best."""
         good = [step for step in self.steps() if step not in self._damaged]
-        keep = {*good[-self._keep :], *self._ranked()[:1]}
+        retained = {*good[-self._keep :], *self._ranked()[:1]}
         for step in self.steps():
-            # A damaged step ahead of the run stays until the run has passed it.
-            if step not in keep and step < good[-1]:
-                # Renamed first: a kill halfway must not leave half a checkpoint.
-                self._path(step).rename(self.directory / f"{step}{_DELETED}")
-        self._sweep()
+            # A damaged checkpoint stays until the run has passed its step.
+            if step not in retained and step < good[-1]:
+                # The rename is atomic; a deletion can be killed halfway.
+                self._path(step).rename(self.directory / f"{step}{DELETED}")
+        self._clean_up()
 
     def _write_failed(self, step: int, error: Exception) -> CheckpointError:
+        """Cleans up after a failed write and returns the error to raise."""
         self._pending = None
-        # The old one keeps further errors of this write and would raise them later,
-        # even from a restore, where they would look like a damaged checkpoint.
+        # The old checkpointer would raise further errors of this write later, even from
+        # restore(), where they would look like a damaged checkpoint.
         self._orbax = _checkpointer()
         if jax.process_index() == 0 and self.directory.is_dir():
-            self._sweep()
+            self._clean_up()
         good = [known for known in self.steps() if known not in self._damaged]
         return CheckpointError(
             f"checkpoint {self.directory / str(step)} could not be written: "
@@ -261,7 +276,7 @@ class Checkpoints:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """{'params/block.0/kernel': array}, in the order of the tree's leaves."""
+    """Returns {'params/block.0/kernel': array}, in the order of the tree's leaves."""
     flat = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -276,30 +291,32 @@ def _host_copy(tree: Any) -> dict[str, np.ndarray]:
     for path, leaf in flat.items():
         number = jax.dtypes.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool
         if not number or not leaf.size:  # orbax refuses empty arrays
-            why = "only numbers can be saved, of a random key its key_data"
-            raise CheckpointError(f"{path} is {_form(leaf)}: {why}")
+            raise CheckpointError(
+                f"{path} is {_form(leaf)}: only non-empty arrays of numbers can be "
+                "saved; save jax.random.key_data of a key"
+            )
     host = jax.device_get(flat)  # starts all transfers before it waits for the first
     return {path: np.array(leaf, order="C") for path, leaf in host.items()}
 
 
 def _form(array: Any) -> str:
-    """As the table and the messages have it: float32[3,3,16,64]."""
+    """Returns dtype and shape as in the table and in messages: float32[3,3,16,64]."""
     return f"{array.dtype}{list(array.shape)}".replace(" ", "")
 
 
 def _digest(array: np.ndarray) -> list:
-    """The array's line in the table: form and CRC-32 of the bytes."""
+    """Returns the array's entry in the table: its form and the CRC-32 of its bytes."""
     flat = np.ascontiguousarray(array).reshape(-1)
     return [_form(array), zlib.crc32(flat.view(np.uint8))]
 
 
 def _seal(table: dict[str, Any]) -> int:
-    """A digest of the table itself: a flipped digit must not read as a metric."""
+    """Returns the CRC-32 of the table, so that flipped bits in metrics are noticed."""
     return zlib.crc32(json.dumps(table, sort_keys=True).encode())
 
 
 def _place(array: np.ndarray, leaf: Any) -> Any:
-    """`array` where `leaf` of the template lies."""
+    """Puts `array` where `leaf` of the template is."""
     if isinstance(leaf, (np.ndarray, np.generic)):
         return array
     if leaf.sharding is None or not getattr(leaf, "committed", True):
@@ -307,14 +324,16 @@ def _place(array: np.ndarray, leaf: Any) -> Any:
     return jax.make_array_from_callback(array.shape, leaf.sharding, array.__getitem__)
 
 
-def _check_fit(stored: dict[str, list], wanted: dict[str, Any], path: pathlib.Path):
+def _check_fit(
+    stored: dict[str, list], wanted: dict[str, Any], path: pathlib.Path
+) -> None:
     """Raises CheckpointError with the first differences between the two tables."""
     ours = {name: _form(leaf) for name, leaf in wanted.items()}
     theirs = {name: form for name, (form, _) in stored.items()}
     differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if not differing:
         return
-    # What both have says most; a missing part may be a hundred lines of the same.
+    # Arrays that both have come first: a missing block may fill a hundred lines.
     differing.sort(key=lambda name: name not in ours or name not in theirs)
     first = "".join(
         f"\n  {name}: {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"
@@ -322,13 +341,13 @@ def _check_fit(stored: dict[str, list], wanted: dict[str, Any], path: pathlib.Pa
     )
     raise CheckpointError(
         f"checkpoint {path} does not fit this config: {len(differing)} arrays differ, "
-        f"the first of them:{first}\nIt was written with "
-        f"{path.parents[1] / 'config.json'}: use that, or another --workdir."
+        f"first:{first}\nIt was written with {path.parents[1] / 'config.json'}: use "
+        "that config, or another --workdir."
     )
 
 
 def _agreed(read: Callable[[], Any]) -> Any:
-    """`read()`, refused on all processes when it is damaged on one of them."""
+    """Returns read(); raises _DamageError on all processes if any of them does."""
     result = damage = None
     try:
         result = read()
@@ -340,7 +359,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    """Cause, type and text, cut: orbax and tensorstore put whole trees into texts."""
+    """Returns cause, type and shortened text: orbax's messages can hold whole trees."""
     text = " ".join(str(error).split())
     code = re.search(r"os_error_code='(\d+)'", text)  # tensorstore: at the very end
     cause = f"{os.strerror(int(code[1]))}: " if code else ""

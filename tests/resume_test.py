@@ -20,7 +20,7 @@ from tests.support.launch import (
 )
 from tests.support.mini_imagenet import write_folders
 
-WRITING = checkpoints._WRITING
+WRITING = checkpoints.WRITING
 
 
 @pytest.fixture(scope="module")

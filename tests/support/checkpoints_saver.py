@@ -1,7 +1,9 @@
-"""The states of checkpoints_test.py, and a process for it to kill in mid-save."""
+"""States for checkpoints_test.py, and a process whose saves are killed midway."""
 
 import dataclasses
-import itertools
+import os
+import pathlib
+import signal
 import sys
 
 import jax
@@ -11,6 +13,8 @@ import optax
 
 import metrics
 from runtime.checkpoints import Checkpoints
+
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +27,7 @@ class State:
 
 
 def make_state(seed=0, channels=16):
-    """One of each: dataclass, dict of dicts, namedtuples, four dtypes, scalars."""
+    """A dataclass with nested dicts, namedtuples, four dtypes and scalars."""
     random = np.random.default_rng(seed)
     kernel = random.normal(size=(3, 3, 4, channels)).astype(np.float32)
     head = random.normal(size=(channels, 10)).astype(jnp.bfloat16)
@@ -40,22 +44,50 @@ def abstract(state):
 
 
 def assert_same(got, wanted):
-    """Same structure, dtypes and bits."""
+    """Asserts equal structure, dtypes and bits."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == b.dtype
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def save_for_ever(workdir):
-    """Prints the steps that are on disk: a save waits for the one before it."""
+def save_until_killed(workdir, suffix, number):
+    """Saves, replaces and deletes checkpoints; prints the steps that are on disk.
+
+    Kills this process before the file system operation `number` of those that it makes
+    while a directory named *suffix exists.
+    """
+    directory, count = pathlib.Path(workdir) / "checkpoints", 0
+
+    def kill(event, arguments):
+        nonlocal count
+        if event in FILE_EVENTS and directory.is_dir():
+            count += any(name.endswith(suffix) for name in os.listdir(directory))
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
     with Checkpoints(workdir) as saved:
         last = saved.restore(make_state())[1] if saved.steps() else 0
-        for step in itertools.count(last + 1):
-            for _ in range(1 + step % 2):  # the second save replaces the first
+        sys.addaudithook(kill)
+        for step in range(last + 1, last + 5):
+            for _ in range(2):  # the second save replaces the first
                 saved.save(step, make_state(step), {metrics.SELECTION: np.sin(step)})
-            print(step - 1 + step % 2, flush=True)
+            print(step, flush=True)  # the first is on disk
+
+
+def main(workdir):
+    """Reads 'suffix number' lines, and prints the exit code of each process killed.
+
+    Forks, to import jax only once; no device may be used before.
+    """
+    for line in sys.stdin:
+        suffix, number = line.split()
+        child = os.fork()
+        if not child:
+            save_until_killed(workdir, suffix, int(number))
+            os._exit(0)
+        print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":
-    save_for_ever(sys.argv[1])
+    main(sys.argv[1])
