@@ -80,9 +80,8 @@ def test_batches(
     config: ConfigDict, mesh: Mesh, examples: input_pipeline.Split
 ) -> Iterator[dict]:
     """One pass over the test images; batches are rounded up to the device count."""
-    config = config.copy_and_resolve_references()
-    config.eval.batch_size = padded_batch_size(config.eval.batch_size, mesh.size)
-    return input_pipeline.batches(config, "test", examples=examples)
+    size = padded_batch_size(config.eval.batch_size, mesh.size)
+    return input_pipeline.batches(config, "test", examples=examples, batch_size=size)
 
 
 def padded_batch_size(batch_size: int, num_devices: int) -> int:

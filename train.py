@@ -90,17 +90,17 @@ class Program:
 
 def create_train_state(
     config: ConfigDict,
-    examples: input_pipeline.Split,
+    facts: input_pipeline.Facts,
     rate: optax.Schedule | None = None,
 ) -> tuple[Program, TrainState]:
-    """The program of a configuration and its state before the first step.
+    """Returns the program of a configuration and its state before the first step.
 
-    rate: None is that of training on these examples.
+    rate: None for the schedule of config.optimizer.
     """
     net = nets.create(config.net, nnx.Rngs(config.seed))
     nets.configure(net, batch_norm_groups=config.train.batch_norm_groups)
     definition, variables = nets.split(net)
-    rate = rate or optimizers.schedule(config, len(examples.labels))
+    rate = rate or optimizers.schedule(config, facts.num_train)
     optimizer = optimizers.create(config.optimizer, rate)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -111,8 +111,8 @@ def create_train_state(
         bad_step=jnp.full((), -1, jnp.int32),
     )
     normalization = dict(
-        mean=examples.mean,
-        std=examples.std,
+        mean=facts.mean,
+        std=facts.std,
         dtype=jnp.dtype(config.train.dtype),
     )
     program = Program(
@@ -211,13 +211,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         lock(workdir),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
     ):
-        program, state = create_train_state(config, examples)
+        facts = input_pipeline.facts(config.data, examples)
+        program, state = create_train_state(config, facts)
         preflight.describe(config, examples, mesh)
         state = place(state, mesh)
         state, step = _resume(config, workdir, checkpoints, state, clock.total)
         if step == clock.total:
             return summary(read_rows(workdir / "metrics.csv"))
-        save_config(workdir, config, input_pipeline.facts(config.data, examples))
+        save_config(workdir, config, facts)
         reporter = Reporter(workdir, clock, step, config.train.tensorboard)
         step_fn = functools.partial(train_step, program)
         advance = make_advance(config, step_fn, mesh, examples, state, step)
@@ -314,7 +315,9 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict
     preflight.check_evaluation(config, examples)
     no_rate = optax.constant_schedule(0.0)  # nothing is trained
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        program, state = create_train_state(config, examples, no_rate)
+        train_examples = input_pipeline.load(config.data, "train")
+        facts = input_pipeline.facts(config.data, train_examples)
+        program, state = create_train_state(config, facts, no_rate)
         state = place(state, mesh)
         state, step = checkpoints.restore(state, config.eval.checkpoint)
     for change in evaluation_changes(config, workdir):

@@ -41,9 +41,11 @@ def versions(
     """
     config = config.copy_and_resolve_references()
     config.train.batch_size = config.eval.batch_size = images
-    examples = _spread(input_pipeline.load(config.data, "train"), images)
+    examples = input_pipeline.load(config.data, "train")
+    facts = input_pipeline.facts(config.data, examples)
+    examples = _spread(examples, images)
     augment.check(config.augment, images)
-    normalization = dict(mean=examples.mean, std=examples.std)
+    normalization = dict(mean=facts.mean, std=facts.std)
 
     @jax.jit
     def step(batch, key):
@@ -63,7 +65,9 @@ def versions(
 
     (test,) = input_pipeline.batches(config, "test", examples=examples)
     plain = shown(augment.normalize(test["image"], **normalization))
-    batches = input_pipeline.batches(config, "train", examples=examples)
+    batches = input_pipeline.batches(
+        config, "train", examples=examples, mean=facts.mean
+    )
     seen, shares = [], []
     for number, batch in zip(range(count), batches, strict=False):
         order = np.argsort(batch["label"])
@@ -83,13 +87,12 @@ def _spread(examples, count: int):
     if not 0 < count <= total:
         raise ValueError(f"--images={count}: there are {total}")
     chosen = np.arange(count) * total // count  # files may be sorted by class
-    fields = dict(labels=np.arange(count, dtype=np.int32), num_classes=count)
-    if isinstance(examples, input_pipeline.Examples):
-        fields |= dict(images=examples.images[chosen])
-    else:
-        fields |= dict(read=lambda i: examples.read(chosen[i]))
-        fields |= dict(name=lambda i: examples.name(chosen[i]))
-    return dataclasses.replace(examples, **fields)
+    names = tuple(map(str, range(count)))
+    return dataclasses.replace(
+        examples.take(chosen),
+        labels=np.arange(count, dtype=np.int32),
+        class_names=names,
+    )
 
 
 def sheet(plain: np.ndarray, seen: np.ndarray, shares: np.ndarray) -> Image.Image:

@@ -156,11 +156,12 @@ def ours(variant: str, lowering: str, options):
     rng, size = np.random.default_rng(0), options.batch_size
     image = rng.integers(0, 256, (size, 32, 32, 3), np.uint8)
     label = rng.integers(0, config.net.num_classes, size).astype(np.int32)
-    statistics = ((125.0,) * 3, (60.0,) * 3)
-    # Only the number of examples matters here, for the schedule.
-    examples = input_pipeline.Examples(image, np.zeros(50_000), 10, *statistics)
+    names = tuple(map(str, range(config.net.num_classes)))
+    facts = input_pipeline.Facts(
+        names, image.shape[1:], mean=(125.0,) * 3, std=(60.0,) * 3, num_train=50_000
+    )
     mesh = devices.make_mesh(jax.devices()[:1])
-    program, state = train.create_train_state(config, examples)
+    program, state = train.create_train_state(config, facts)
     state = devices.place(state, mesh)
     batch = devices.shard({"image": image, "label": label}, mesh)
     start = time.perf_counter()
@@ -181,8 +182,8 @@ def ours(variant: str, lowering: str, options):
 
     step(wait=True)
     kind = jax.devices()[0].device_kind
-    facts = {"compile_seconds": round(seconds, 1), "device": kind}
-    return step, facts | {"jax": jax.__version__}, memory
+    columns = {"compile_seconds": round(seconds, 1), "device": kind}
+    return step, columns | {"jax": jax.__version__}, memory
 
 
 def pytorch(variant: str, name: str, options):

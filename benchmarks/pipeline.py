@@ -111,10 +111,10 @@ def small_paths() -> dict:
     return paths
 
 
-def small_examples() -> input_pipeline.Examples:
+def small_examples() -> input_pipeline.InMemory:
     images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
     labels = np.zeros(len(images), np.int32)
-    return input_pipeline.Examples(images, labels, 10, (125.0,) * 3, (60.0,) * 3)
+    return input_pipeline.InMemory(images, labels, tuple(map(str, range(10))))
 
 
 def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
@@ -132,7 +132,7 @@ def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
     config.data.update(crop="random_resized", image_size=224)
     config.train.batch_size = LARGE_BATCH
     batches = input_pipeline.batches(config, "train")
-    paths = {("photographs", "tf.data"): (lambda: next(batches), LARGE_BATCH)}
+    paths = {("photographs", "threads"): (lambda: next(batches), LARGE_BATCH)}
     if version("torch"):
         from benchmarks import torch_loader
 
@@ -179,7 +179,8 @@ def waits(variant: str) -> dict:
     config.train.batch_size = SMALL_BATCH
     examples = small_examples()
     mesh, timed = devices.make_mesh(), []
-    program, state = train.create_train_state(config, examples)
+    facts = input_pipeline.facts(config.data, examples)
+    program, state = train.create_train_state(config, facts)
     state = devices.place(state, mesh)
     batches = input_pipeline.batches
 

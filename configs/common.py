@@ -104,7 +104,9 @@ def base() -> ConfigDict:
             dir="",  # location of the files; '': $TFDS_DATA_DIR, ~/tensorflow_datasets
             download=False,  # whether to download a missing TFDS data set
             cache_dir="",  # of decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache
-            pipeline="tf.data",  # or 'device': images and augmentation on the device
+            # 'auto': 'tf.data' for images in memory, 'threads' for photographs. Or
+            # 'device': images and augmentation on the accelerator.
+            pipeline="auto",
             # 'pad': pads and crops images in memory. Any other: reads photographs of
             # any size from disk and crops them (data_sources/crops.py).
             crop="pad",

@@ -1,4 +1,4 @@
-"""Arrays that are slow to make, kept in the user's cache directory."""
+"""Arrays that are slow to build, stored in the user's cache directory."""
 
 import os
 import pathlib
@@ -10,17 +10,18 @@ from absl import logging
 
 
 def directory(cache_dir: str = "") -> pathlib.Path:
-    """cache_dir, or wirings in $XDG_CACHE_HOME or ~/.cache."""
+    """Returns cache_dir, or `wirings` in $XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(os.path.expanduser(cache_dir or f"{home}/wirings"))
 
 
-def kept(
+def load_or_build(
     cache_dir: str, key: str, build: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """build(), kept as KEY.npz in directory(cache_dir); its checksums are verified.
+    """Loads KEY.npz from directory(cache_dir); if that fails, stores build() there.
 
-    A damaged entry is built again; a directory that cannot be written is a warning.
+    The checksums of the file are verified, and a damaged one is built again. If the
+    directory cannot be written, logs a warning.
     """
     folder = directory(cache_dir)
     path = folder / f"{key}.npz"
@@ -29,7 +30,7 @@ def kept(
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         pass
-    except Exception as error:  # a flipped bit of a zip file can raise anything
+    except Exception as error:  # a flipped bit in a zip file can raise anything
         logging.warning("%s is damaged (%s): reading the data again", path, error)
     arrays = build()
     temporary = None
@@ -40,7 +41,7 @@ def kept(
             np.savez(file, **arrays)
         os.replace(temporary, path)  # another process may be reading or writing it
     except OSError as error:
-        logging.warning("what was read is not kept in %s: %s", folder, error)
+        logging.warning("cannot cache the data in %s: %s", folder, error)
         if temporary:
             pathlib.Path(temporary).unlink(missing_ok=True)
     return arrays

@@ -1,65 +1,65 @@
-"""Encoded photographs of any size -> crops of one size, as the originals make them.
+"""Crops of one size from encoded images of any size, as the originals make them.
 
-inception       fb.resnet.torch's RandomSizedCrop and bicubic (also DelugeNets, GUNN)
+inception       fb.resnet.torch's RandomSizedCrop, bicubic (also DelugeNets, GUNN)
 random_resized  torchvision's RandomResizedCrop of 2018, bilinear with antialiasing
-                (X-Nets): the same windows, but where none fits
+                (X-Nets): the same windows, except if none fits
 scale_aspect    IGCNets: random scale and aspect on a canvas, then a random window
 
-Sizes follow from that of the crop as the originals' do from 224: tests see the middle
-of an image whose shorter side is 256/224 of it. Nothing here draws: the uniform numbers
-come in, so that a crop is a function of them and of the image. Results are rounded to
-uint8, which the originals' bicubic is not; what it overshoots is clipped.
+The originals crop to 224; other crop sizes scale all their lengths in proportion. The
+test crop is the center of the image resized to a shorter side of 256/224 of its size.
+Nothing here is random: the uniform numbers are arguments, so a crop is a function of
+them and of the image. Results are rounded and clipped to uint8; the bicubic crops of
+the originals are not rounded.
 """
 
 import io
 import math
-from types import ModuleType
 
 import numpy as np
 from PIL import Image
 
+from data_sources.split import tensorflow
+
 CROPS = ("inception", "random_resized", "scale_aspect")
 TRIES = 10
-DRAWS = 5 * TRIES  # uniform numbers in 0..1 for the crop of one training image
+DRAWS = 5 * TRIES  # uniform numbers for the crop of one training image
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-# IGCNets: files of shorter side 480, scale, aspect, colour of the canvas.
+# IGCNets: shorter side of its stored images, scale, aspect, color of the canvas.
 STORED, SCALE, IGC_ASPECT, CANVAS = 480, (0.533, 1.0), (0.75, 1.25), (123, 113, 99)
 
 
-def train(
-    tf: ModuleType, content: bytes, crop: str, size: int, draws: np.ndarray
-) -> np.ndarray:
-    """A random crop (size, size, 3) uint8 of an encoded image.
+def random_crop(content: bytes, crop: str, size: int, draws: np.ndarray) -> np.ndarray:
+    """Returns a random crop (size, size, 3) uint8 of an encoded image.
 
-    tf: the module; crop: one of CROPS; draws: (DRAWS,) in 0..1. Raises anything if the
-    image cannot be decoded: the decoders do.
+    crop: one of CROPS; draws: (DRAWS,) uniform in 0..1, which choose the crop. Raises
+    whatever the decoders raise if the image is damaged.
     """
     picture = Image.open(io.BytesIO(content))  # reads the header only
     if crop == "scale_aspect":
         scale, aspect = _between(SCALE, draws[0]), _between(IGC_ASPECT, draws[1])
-        pixels = decode(tf, content, picture)
-        return _on_canvas(tf, pixels, size, scale, aspect, draws[2:4])
+        pixels = decode(content, picture)
+        return _on_canvas(pixels, size, scale, aspect, draws[2:4])
     window = _window_that_fits(*picture.size, draws)
     if window is None and crop == "inception":
-        return _middle(tf, decode(tf, content, picture), size, size)
-    pixels = decode(tf, content, picture, window or _square(*picture.size))
+        return _middle(decode(content, picture), size, size)
+    pixels = decode(content, picture, window or _square(*picture.size))
     if crop == "random_resized":
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.BILINEAR))
-    return bicubic(tf, pixels, (size, size), (0, 0), size)
+    return bicubic(pixels, (size, size), (0, 0), size)
 
 
-def test(tf: ModuleType, content: bytes, crop: str, size: int) -> np.ndarray:
-    """The middle (size, size, 3) uint8 of an encoded image, shorter side made 8/7 size.
+def center_crop(content: bytes, crop: str, size: int) -> np.ndarray:
+    """Returns the center (size, size, 3) uint8 of an encoded image, for evaluation.
 
-    As train, without draws.
+    Before, the shorter side is resized to 8/7 of size. Raises as random_crop does.
     """
     picture = Image.open(io.BytesIO(content))
-    pixels = decode(tf, content, picture)
+    pixels = decode(content, picture)
     if crop == "scale_aspect":
-        return _on_canvas(tf, pixels, size, SCALE[0], 1.0, None)
+        return _on_canvas(pixels, size, SCALE[0], 1.0, None)
     side = _in_proportion(256, size)
     if crop == "inception":
-        return _middle(tf, pixels, side, size)
+        return _middle(pixels, side, size)
     height, width = resized = _shorter_side(pixels, side)
     picture = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
     top, left = (round((x - size) / 2) for x in resized)
@@ -69,11 +69,11 @@ def test(tf: ModuleType, content: bytes, crop: str, size: int) -> np.ndarray:
 def random_window(
     width: int, height: int, draws: np.ndarray
 ) -> tuple[int, int, int, int]:
-    """top, left, height, width of the Inception crop of an image; draws: (DRAWS,).
+    """Returns top, left, height, width of the Inception crop; draws: (DRAWS,).
 
-    Up to ten tries: share of the area uniform in AREA, width to height uniform in
-    ASPECT, not its logarithm, the sides swapped every other time, any position. If none
-    fits, the square in the middle: torchvision's choice, for random_resized.
+    Up to ten tries: share of the area uniform in AREA, ratio of width to height uniform
+    in ASPECT (not its logarithm), the sides swapped with probability 1/2, any position.
+    If none fits, the central square, as in torchvision.
     """
     return _window_that_fits(width, height, draws) or _square(width, height)
 
@@ -97,38 +97,39 @@ def _square(width: int, height: int) -> tuple[int, int, int, int]:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _middle(tf: ModuleType, pixels: np.ndarray, side: int, size: int) -> np.ndarray:
-    """fb.resnet.torch's Scale(side) and CenterCrop(size), also where no window fits."""
+def _middle(pixels: np.ndarray, side: int, size: int) -> np.ndarray:
+    """fb.resnet.torch's Scale(side) and CenterCrop(size); also if no window fits."""
     resized = _shorter_side(pixels, side)
     offset = tuple(math.ceil((x - size) / 2) for x in resized)
-    return bicubic(tf, pixels, resized, offset, size)
+    return bicubic(pixels, resized, offset, size)
 
 
 def decode(
-    tf: ModuleType,
     content: bytes,
     picture: Image.Image,
     window: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """(h, w, 3) uint8 of an image, or of a window (top, left, h, w) of it.
+    """Decodes an image, or a window (top, left, h, w) of it, to (h, w, 3) uint8.
 
-    picture: the same image, opened. Grey and colour JPEGs are decoded in one pass with
-    the crop; PNG, JPEG in CMYK and what else Pillow knows, whole. Transparency is
-    ignored. Raises ValueError for pixels of more than 8 bits, and for a JPEG that is
-    cut off, whatever the window.
+    picture: the same image, opened by Pillow. Of grey and RGB JPEGs only the window is
+    decoded; all other images are decoded whole. Transparency is ignored. Raises
+    ValueError for pixels of more than 8 bits, and for a truncated JPEG, whatever the
+    window.
     """
-    # Up to its first scan, Pillow has read. An end marker before that is a thumbnail's,
-    # and in a scan these bytes are nothing else; behind the true one may lie anything.
+    # Pillow has read up to the first scan. An end marker before it belongs to a
+    # thumbnail; within a scan these two bytes mean nothing else, and any bytes may
+    # follow the true end marker.
     if picture.format == "JPEG" and content.rfind(b"\xff\xd9", picture.fp.tell()) < 0:
-        raise ValueError("it is cut off: a JPEG without its end marker")
+        raise ValueError("truncated: the JPEG has no end marker")
     if picture.format == "JPEG" and picture.mode in ("L", "RGB"):
-        # The default of TensorFlow is a fast DCT, which is not exact.
+        tf = tensorflow()
+        # TensorFlow's default is a fast DCT, which is not exact.
         options = dict(channels=3, dct_method="INTEGER_ACCURATE")
         if window is None:
             return tf.io.decode_jpeg(content, **options).numpy()
         top, left, height, width = window
-        # Two columns more: at the sides of a window the colours, which are stored at
-        # half resolution, would be interpolated without their neighbours.
+        # Two more columns on each side: colors are stored at half resolution and are
+        # interpolated from their neighbours.
         start, end = max(left - 2, 0), min(left + width + 2, picture.width)
         wider = top, start, height, end - start
         pixels = tf.io.decode_and_crop_jpeg(content, wider, **options).numpy()
@@ -141,34 +142,33 @@ def decode(
 
 
 def rgb(picture: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8; ValueError for more than 8 bits, which Pillow would clip."""
-    if picture.mode[0] in "IF":
-        raise ValueError(f"pixels are of mode {picture.mode!r}, not of 8 bits")
+    """Returns (H, W, 3) uint8; raises ValueError for more than 8 bits a channel."""
+    if picture.mode[0] in "IF":  # Pillow would clip them
+        raise ValueError(f"pixels of mode {picture.mode!r}, expected 8 bits a channel")
     return np.asarray(picture.convert("RGB"))
 
 
 def bicubic(
-    tf: ModuleType,
     pixels: np.ndarray,
     resized: tuple[int, int],
     offset: tuple[int, int],
     size: int,
 ) -> np.ndarray:
-    """Torch7's image.scale(..., 'bicubic') and a window of its result.
+    """Resizes as Torch7's image.scale(..., 'bicubic'); returns a window of the result.
 
-    pixels (h, w, 3) uint8 to the height and width of resized; of that, size rows and
-    columns from offset on. Catmull-Rom, corners on corners, no antialiasing when it
-    shrinks; pixels beyond the edge continue the last two in a straight line. An image
-    that has its size already is not changed.
+    pixels: (h, w, 3) uint8; resized: height and width to resize to; the window has size
+    rows and columns and starts at offset. Catmull-Rom kernel, corners aligned, no
+    antialiasing; beyond the edge the last two pixels are continued linearly. An image
+    that already has the size is not changed.
     """
     if pixels.shape[:2] == tuple(resized):
         (y, x), rows = offset, slice(0, size)
         return pixels[y:, x:][rows, rows]
     height, width = pixels.shape[:2]
-    # A pixel more on each side, so that the edge is as any other place.
+    # One more pixel on each side, so that the edge needs no special case.
     padded = np.zeros((height + 2, width + 2, 3), np.float32)
     padded[1:-1, 1:-1] = pixels
-    second = min(2, height), min(2, width)  # one row alone is continued by itself
+    second = min(2, height), min(2, width)  # a single row continues itself
     padded[0], padded[-1] = (
         2 * padded[1] - padded[second[0]],
         2 * padded[-2] - padded[-1 - second[0]],
@@ -178,23 +178,22 @@ def bicubic(
         2 * padded[:, -2] - padded[:, -1 - second[1]],
     )
     steps = np.maximum(np.array((height, width)) - 1, 1e-3) / (np.array(resized) - 1)
-    return _sampled(tf, padded, steps * offset + 1, steps, size, "keyscubic")
+    return _sampled(padded, steps * offset + 1, steps, size, "keyscubic")
 
 
 def _sampled(
-    tf: ModuleType,
     pixels: np.ndarray,
     start: np.ndarray,
     step: np.ndarray,
     size: int,
     kernel: str,
 ) -> np.ndarray:
-    """(size, size, 3) uint8: pixels at start + i step, interpolated by the kernel.
+    """Interpolates pixels at start + i step: (size, size, 3) uint8.
 
-    start, step: (2,), for rows and columns; the middle of the first pixel is 0.
+    start, step: (2,), for rows and columns; the center of the first pixel is 0.
     """
-    # The operation's place i is (i + 1/2 - translation) / scale - 1/2.
-    sampled = tf.raw_ops.ScaleAndTranslate(
+    # The operation samples at (i + 1/2 - translation) / scale - 1/2.
+    sampled = tensorflow().raw_ops.ScaleAndTranslate(
         images=pixels[None],
         size=(size, size),
         scale=(1 / step).astype(np.float32),
@@ -206,17 +205,16 @@ def _sampled(
 
 
 def _on_canvas(
-    tf: ModuleType,
     pixels: np.ndarray,
     size: int,
     scale: float,
     aspect: float,
     place: np.ndarray | None,
 ) -> np.ndarray:
-    """IGCNets' image on its canvas and a window of it.
+    """Puts an image on IGCNets' canvas and returns a window of the canvas.
 
-    pixels: first brought to the shorter side that the original's files have. place:
-    (2,), where the window lies, 0..1 down and to the right; None: in the middle.
+    pixels: first resized to the shorter side of the original's files. place: (2,), the
+    position of the window, 0..1 down and to the right; None: centered.
     """
     height, width = _shorter_side(pixels, _in_proportion(STORED, size))
     if (height, width) != pixels.shape[:2]:
@@ -228,13 +226,13 @@ def _on_canvas(
     canvas = np.maximum(least, scale * np.array((height, width)))
     room = canvas.astype(int) - size
     offset = room // 2 if place is None else (place * (room + 1)).astype(int)
-    # A rim in the colour of the canvas, into which OpenCV's bilinear blends.
+    # A rim in the color of the canvas, because OpenCV's bilinear blends into it.
     rimmed = np.empty((height + 2, width + 2, 3), np.uint8)
     rimmed[:] = CANVAS
     rimmed[1:-1, 1:-1] = pixels
     border = (canvas - factors * (height, width)) / 2
     start = (offset - border) / factors
-    window = _sampled(tf, rimmed, start + 1, 1 / factors, size, "triangle")
+    window = _sampled(rimmed, start + 1, 1 / factors, size, "triangle")
     rows, columns = start[:, None] + np.arange(size) / factors[:, None]
     window[(rows < -1) | (rows > height)] = CANVAS
     window[:, (columns < -1) | (columns > width)] = CANVAS
@@ -242,7 +240,7 @@ def _on_canvas(
 
 
 def _shorter_side(pixels: np.ndarray, side: int) -> tuple[int, int]:
-    """Height and width with this shorter side; the fraction of the other is dropped."""
+    """Returns the height and width with this shorter side, the other rounded down."""
     height, width = pixels.shape[:2]
     shorter = min(height, width)
     return side * height // shorter, side * width // shorter

@@ -1,155 +1,149 @@
-"""Image directories with one folder per class: NAME/{train,test}/CLASS/*.jpg."""
+"""Image folders with one subfolder per class: NAME/{train,test}/CLASS/*.jpg."""
 
 import collections
-import math
 import os
 import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 from PIL import Image
 
 from data_sources import crops
+from data_sources.split import DataError, check_memory
 
 SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
-SUFFIXES = (".jpg", ".jpeg", ".png")  # in capitals, too
-
-
-class FolderError(ValueError):
-    """A directory that is not what it should be; the message says how."""
+EXTENSIONS = (".jpg", ".jpeg", ".png")  # in any case
 
 
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """root/NAME, or NAME if that is a path with a /, where a folder 'train' is."""
+    """Returns root/NAME, or NAME itself if it is a path, if it has a folder 'train'."""
     path = pathlib.Path(os.path.expanduser(name))
-    places = [] if ".." in path.parts else [root / path]
+    candidates = [] if ".." in path.parts else [root / path]
     if os.path.dirname(name):
-        places.append(path)
-    found = (x for x in places if path.name and (x / "train").is_dir())
+        candidates.append(path)
+    found = (x for x in candidates if path.name and (x / "train").is_dir())
     return next(found, None)
 
 
-def read(
-    directory: pathlib.Path, split: str
-) -> tuple[list[pathlib.Path], np.ndarray, list[str]]:
-    """The files of a split, in order, the class of each, (N,) int32, and their names.
+def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
+    """Decodes images of equal size.
 
-    Classes are numbered as the names of their folders are sorted. Raises FolderError if
-    a folder is missing or empty, if there is but one class, or if the other split has
-    other classes. What is not read for its suffix is told.
+    Returns images (N, H, W, 3) uint8, labels (N,) and the class names. With
+    on_error='skip', damaged files are skipped and logged. Raises DataError that names a
+    file which is damaged or has another size.
     """
-    places = {name: _place(directory, name) for name in SPLITS}
-    classes = {name: _classes(place) for name, place in places.items()}
-    if differing := sorted(set(classes["train"]) ^ set(classes["test"])):
-        listed = ", ".join(differing[:5])
-        raise FolderError(
-            f"{places['train']} has {len(classes['train'])} classes, {places['test']} "
-            f"{len(classes['test'])}: only one of them has {listed}"
-        )
-    if len(classes[split]) < 2:
-        raise FolderError(
-            f"{places[split]} has the class {classes[split][0]} alone, and nothing to "
-            "tell it from: there must be a folder for each of two classes or more"
-        )
-    paths, labels, left_out = [], [], collections.Counter()
-    for label, name in enumerate(classes[split]):
-        found, others = _files(places[split] / name)
-        if not found:
-            raise FolderError(
-                f"{places[split] / name} has no pictures ({', '.join(SUFFIXES)})"
-            )
-        paths += found
-        labels += [label] * len(found)
-        left_out.update(others)
-    if left_out:
-        listed = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common())
-        logging.warning(
-            "%s: %d files are left out, for their suffixes (%s); read are %s",
-            places[split],
-            left_out.total(),
-            listed,
-            ", ".join(SUFFIXES),
-        )
-    return paths, np.array(labels, np.int32), classes[split]
-
-
-def decode(
-    paths: list[pathlib.Path], on_error: str = "raise"
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N, H, W, 3) uint8 of pictures of one size, and which of the files they are.
-
-    Raises FolderError with the name of the file that has another size or is damaged;
-    with on_error 'skip' the damaged ones are left out, and told.
-    """
-    images, kept, failures = None, [], []
+    paths, labels, class_names = _list(directory, split)
+    logging.info(
+        "reading %s (%s, %s images) from %s",
+        *(data.name, split, f"{len(paths):,}", directory),
+    )
+    images, good, failures = None, [], []
     for i, path in enumerate(paths):
         try:
             with Image.open(path) as picture:
                 pixels = crops.rgb(picture)
         except Exception as error:  # Pillow raises anything on damaged files
-            failure = f"{path} is damaged or no picture: {error}"
-            if on_error != "skip":
-                remedy = "Restore it, or set --config.data.on_error=skip"
-                raise FolderError(f"{failure}. {remedy}") from error
+            failure = f"{path} cannot be decoded: {error}"
+            if data.on_error != "skip":
+                raise DataError(
+                    f"{failure}. Restore it, or set --config.data.on_error=skip"
+                ) from error
             failures.append(failure)
             continue
         if images is None:
-            refuse_too_large(len(paths), pixels.shape)
+            check_memory(len(paths), pixels.shape)
             images = np.empty((len(paths), *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:
-            sizes = [
-                "x".join(map(str, x[:2])) for x in (images.shape[1:], pixels.shape)
-            ]
-            raise FolderError(
-                f"{path} is {sizes[1]}, the first picture {sizes[0]}: photographs of "
-                "several sizes need --config.data.crop=inception"
+            (height, width), (other, wide) = images.shape[1:3], pixels.shape[:2]
+            raise DataError(
+                f"{path} is {other}x{wide}, the first image {height}x{width}: images "
+                "of several sizes require --config.data.crop=inception"
             )
-        images[len(kept)] = pixels
-        kept.append(i)
-    if not kept:
-        raise FolderError(f"none of {len(paths)} pictures is left: {failures[0]}")
+        images[len(good)] = pixels
+        good.append(i)
+    if not good:
+        raise DataError(
+            f"all {len(paths)} images are damaged; the first error: {failures[0]}"
+        )
     if failures:
         logging.warning(
-            "%d pictures are left out: %s", len(failures), "; ".join(failures[:3])
+            "skipped %d damaged images: %s", len(failures), "; ".join(failures[:3])
         )
-    return images[: len(kept)], np.array(kept)
+    return images[: len(good)], labels[good], class_names
 
 
-def refuse_too_large(count: int, shape: Sequence[int]) -> None:
-    """Raises FolderError if so many pictures (H, W, 3) exceed the machine's memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (needed := count * math.prod(shape)) > memory:
-        raise FolderError(
-            f"{count} pictures of {shape[1]}x{shape[0]} take "
-            f"{needed / 1e9:.0f} GB of {memory / 1e9:.0f} GB of memory: "
-            "--config.data.crop=inception reads them as they are needed"
+def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
+    """Returns labels (N,), class names, functions of i: encoded image i, its name."""
+    del data
+    paths, labels, class_names = _list(directory, split)
+    return labels, class_names, lambda i: paths[i].read_bytes(), lambda i: str(paths[i])
+
+
+def _list(
+    directory: pathlib.Path, split: str
+) -> tuple[list[pathlib.Path], np.ndarray, list[str]]:
+    """Returns the files of a split in order, their labels (N,) int32, the class names.
+
+    Classes are numbered in the sorted order of their folders' names. Raises DataError
+    if a folder is missing or empty, if there is only one class, or if the classes of
+    both splits differ. Logs the files skipped because of their extension.
+    """
+    folders = {name: _split_folder(directory, name) for name in SPLITS}
+    classes = {name: _class_names(folder) for name, folder in folders.items()}
+    if differing := sorted(set(classes["train"]) ^ set(classes["test"])):
+        listed = ", ".join(differing[:5])
+        raise DataError(
+            f"{folders['train']} has {len(classes['train'])} classes, "
+            f"{folders['test']} {len(classes['test'])}; only one of them has {listed}"
         )
+    if len(classes[split]) < 2:
+        raise DataError(
+            f"{folders[split]} has only the class {classes[split][0]}: at least 2 "
+            "class folders are required"
+        )
+    paths, labels, skipped = [], [], collections.Counter()
+    for label, name in enumerate(classes[split]):
+        found, others = _files(folders[split] / name)
+        if not found:
+            raise DataError(
+                f"{folders[split] / name} has no images ({', '.join(EXTENSIONS)})"
+            )
+        paths += found
+        labels += [label] * len(found)
+        skipped.update(others)
+    if skipped:
+        listed = ", ".join(f"{n} {extension}" for extension, n in skipped.most_common())
+        logging.warning(
+            "%s: skipped %d files with unsupported extensions (%s); supported: %s",
+            *(folders[split], skipped.total(), listed, ", ".join(EXTENSIONS)),
+        )
+    return paths, np.array(labels, np.int32), classes[split]
 
 
-def _place(directory: pathlib.Path, split: str) -> pathlib.Path:
+def _split_folder(directory: pathlib.Path, split: str) -> pathlib.Path:
     for name in SPLITS[split]:
         if (directory / name).is_dir():
             return directory / name
-    raise FolderError(f"{directory} lacks a folder {' or '.join(SPLITS[split])}")
+    raise DataError(f"{directory} has no folder {' or '.join(SPLITS[split])}")
 
 
-def _classes(place: pathlib.Path) -> list[str]:
-    with os.scandir(place) as entries:
+def _class_names(folder: pathlib.Path) -> list[str]:
+    with os.scandir(folder) as entries:
         names = sorted(
             x.name for x in entries if x.is_dir() and not x.name.startswith(".")
         )
     if not names:
-        raise FolderError(f"{place} has no folders: there must be one for each class")
+        raise DataError(
+            f"{folder} has no class folders: one for each class is required"
+        )
     return names
 
 
 def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    """The pictures of a folder, sorted, and the suffixes of its other files."""
+    """Returns the images of a folder, sorted, and the extensions of its other files."""
     with os.scandir(folder) as entries:
         names = sorted(x.name for x in entries if not x.name.startswith("."))
-    found = [x for x in names if x.lower().endswith(SUFFIXES)]
-    others = [
-        pathlib.Path(x).suffix.lower() or "without" for x in set(names) - {*found}
-    ]
+    found = [x for x in names if x.lower().endswith(EXTENSIONS)]
+    others = [pathlib.Path(x).suffix.lower() or "none" for x in set(names) - {*found}]
     return [folder / name for name in found], others

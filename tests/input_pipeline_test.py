@@ -9,12 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-import augment
 import input_pipeline
 from configs import common
-from input_pipeline import DataError, Examples
-
-PIPELINES = input_pipeline.PIPELINES
+from data_sources import BORDERS, DataError, InMemory, tensorflow
+from input_pipeline import IN_MEMORY
 
 
 def make_config(batch_size=4, **data):
@@ -28,7 +26,7 @@ def make_examples(count=10, size=(6, 5)):
     """Images of noise, so that no two crops are alike; the label is the position."""
     images = np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int32)
-    return Examples(images, labels, count, (0.0,) * 3, (1.0,) * 3)
+    return InMemory(images, labels, tuple(map(str, range(count))))
 
 
 def take(config, examples, count, start_step=0, **keywords):
@@ -49,7 +47,8 @@ def assert_same(batches, others):
 def by_hand(config, examples, steps):
     """The plan in plain numpy, one image after the other."""
     data = config.data
-    padded = augment.pad(examples.images, data.pad, data.border)
+    mean = input_pipeline.facts(data, examples).mean
+    padded = examples.padded(data.pad, data.border, mean)
     height, width = examples.images.shape[1:3]
     for step in steps:
         plan = input_pipeline.plan(config, len(examples.labels), step)
@@ -109,17 +108,17 @@ def test_switched_off_augmentations_leave_the_image():
         np.testing.assert_array_equal(batch["image"], examples.images[batch["label"]])
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("border", augment.BORDERS)
+@pytest.mark.parametrize("pipeline", IN_MEMORY)
+@pytest.mark.parametrize("border", BORDERS)
 def test_both_paths_carry_out_the_same_plan(monkeypatch, pipeline, border):
-    monkeypatch.setattr(input_pipeline, "STEPS_PER_BLOCK", 3)
+    monkeypatch.setattr("data_sources.split.STEPS_PER_BLOCK", 3)
     config, examples = make_config(pipeline=pipeline, border=border), make_examples()
     assert_same(take(config, examples, 8), by_hand(config, examples, range(8)))
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("pipeline", IN_MEMORY)
 def test_a_later_start_gives_the_same_batches(monkeypatch, pipeline):
-    monkeypatch.setattr(input_pipeline, "STEPS_PER_BLOCK", 3)
+    monkeypatch.setattr("data_sources.split.STEPS_PER_BLOCK", 3)
     config, examples = make_config(pipeline=pipeline), make_examples()
     from_start = take(config, examples, 9)
     for start in (1, 3, 7):  # inside and between the blocks; batch 2 straddles epochs
@@ -130,21 +129,14 @@ def test_a_later_start_gives_the_same_batches(monkeypatch, pipeline):
 
 def test_the_number_of_workers_changes_nothing():
     config, examples = make_config(), make_examples()
-    padded = augment.pad(examples.images, 2, "zero")
+    draw = lambda step: input_pipeline.plan(config, 10, step)
     for workers in (1, 5):
-        batches = input_pipeline._tf_batches(
-            input_pipeline.tensorflow(),
-            padded,
-            examples.labels,
-            lambda step: input_pipeline.plan(config, 10, step),
-            start_step=0,
-            workers=workers,
-        )
+        batches = examples.train_batches(draw, 0, workers=workers)
         batches = itertools.islice(batches, 50)
         assert_same(batches, by_hand(config, examples, range(50)))
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("pipeline", IN_MEMORY)
 def test_processes_share_a_batch_in_order(pipeline):
     config, examples = make_config(6, pipeline=pipeline), make_examples()
     whole = take(config, examples, 4)
@@ -186,7 +178,7 @@ def test_every_test_example_comes_once_and_in_order(batch_size, processes):
 
 def test_a_plan_is_a_pytree_that_stacks_and_traces():
     config, examples = make_config(), make_examples()
-    padded = augment.pad(examples.images, 2, "zero")
+    padded = examples.padded(2, "zero")
     plans = [input_pipeline.plan(config, 10, step) for step in range(3)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *plans)
 
@@ -202,11 +194,14 @@ def test_a_plan_is_a_pytree_that_stacks_and_traces():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data.pipeline": "tfdata"}, "'tfdata': choose from tf.data, device"),
+        (
+            {"data.pipeline": "tfdata"},
+            "'tfdata': choose from auto, tf.data, device, threads",
+        ),
         ({"data.border": "wide"}, "'wide': choose from zero, mean"),
-        ({"data.pad": -1}, r"data\.pad=-1"),
-        ({"train.batch_size": 1438}, "batch_size=1438 .* 1437 training images"),
-        ({"train.batch_size": 0}, "batch_size=0"),
+        ({"data.pad": -1}, r"data\.pad must not be negative, got -1"),
+        ({"train.batch_size": 1438}, r"batch_size must lie in 1\.\.1437, .* got 1438"),
+        ({"train.batch_size": 0}, "batch_size must lie in .* got 0"),
     ],
 )
 def test_impossible_values_are_refused_at_once(change, message):
@@ -223,7 +218,7 @@ def test_batches_that_do_not_divide_are_refused_with_both_numbers():
             config, "train", examples=make_examples(), process_index=0, process_count=2
         )
     config.eval.batch_size = 0
-    with pytest.raises(DataError, match=r"eval\.batch_size=0"):
+    with pytest.raises(DataError, match=r"eval\.batch_size must be positive, got 0"):
         input_pipeline.batches(config, "test", examples=make_examples())
 
 
@@ -234,6 +229,7 @@ def test_an_unknown_split_is_refused():
 
 def test_tensorflow_is_missed_with_the_other_pipeline_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
+    tensorflow.cache_clear()
     with pytest.raises(DataError, match="pipeline=device"):
         input_pipeline.batches(make_config(), "train", examples=make_examples())
 

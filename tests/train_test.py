@@ -127,7 +127,8 @@ def test_plans_are_carried_out_where_the_images_are(npz):
     config = configured(npz, train__steps_per_dispatch=3, train__batch_norm_groups=0)
     examples = input_pipeline.load(config.data, "train")
     mesh = make_mesh()
-    program, state = train.create_train_state(config, examples)
+    facts = input_pipeline.facts(config.data, examples)
+    program, state = train.create_train_state(config, facts)
     plan = input_pipeline.plan(config, 100, 0)
     plans = jax.tree.map(lambda x: np.stack([x] * 3), plan)
     data = np.zeros((100, 10, 10, 3), np.uint8), examples.labels

@@ -1,12 +1,13 @@
 """Decoded once: the cache gives the same pixels, and never damaged ones."""
 
-import logging
+import logging as standard_logging
 import pathlib
 
 import numpy as np
 import pytest
+from absl import logging
 
-import data_sources
+import input_pipeline
 from configs import common
 from tests.support.tfds_writer import pixels, write_set
 
@@ -22,26 +23,27 @@ def data(tmp_path):
 @pytest.fixture
 def decodings(monkeypatch):
     """A list that grows with every split that is decoded."""
-    calls, decode = [], data_sources._decode
+    calls, info = [], logging.info
 
-    def counted(records, *arguments):
-        calls.append(len(records))
-        return decode(records, *arguments)
+    def counted(text, *arguments):
+        if text.startswith("reading"):
+            calls.append(int(arguments[2]))
+        info(text, *arguments)
 
-    monkeypatch.setattr(data_sources, "_decode", counted)
+    monkeypatch.setattr(logging, "info", counted)
     return calls
 
 
 def test_decoding_happens_once_for_unchanged_files(data, decodings):
     directory = write_set(data.dir, "tfrecord")
-    first, second = (data_sources.load(data, "train").images for _ in range(2))
+    first, second = (input_pipeline.load(data, "train").images for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert decodings == [23]
     for path in directory.iterdir():
         path.unlink()
     directory.rmdir()
     write_set(data.dir, "tfrecord", shape=(8, 6, 1))  # same names, other pictures
-    assert (data_sources.load(data, "train").images != first).any()
+    assert (input_pipeline.load(data, "train").images != first).any()
     assert decodings == [23, 23]
 
 
@@ -58,12 +60,12 @@ def damages(content, rng):
 def test_a_damaged_cache_never_changes_a_pixel(data, decodings, caplog):
     write_set(data.dir, "tfrecord", shape=(3, 2, 3))  # small: headers are hit as well
     expected = pixels("train", 23, (3, 2, 3))
-    data_sources.load(data, "train")
+    input_pipeline.load(data, "train")
     (entry,) = pathlib.Path(data.cache_dir).iterdir()
     whole = entry.read_bytes()
     for content in damages(whole, np.random.default_rng(0)):
         entry.write_bytes(content)
-        examples = data_sources.load(data, "train")
+        examples = input_pipeline.load(data, "train")
         np.testing.assert_array_equal(examples.images, expected)
         np.testing.assert_array_equal(examples.labels, np.arange(23) % 3)
         assert np.load(entry)["images"].shape == expected.shape  # whole again, or still
@@ -75,8 +77,8 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(data, tmp_path, caplog
     write_set(data.dir, "tfrecord")
     (tmp_path / "file").touch()
     data.cache_dir = str(tmp_path / "file" / "cache")
-    with caplog.at_level(logging.WARNING):
-        assert len(data_sources.load(data, "test").labels) == 7
+    with caplog.at_level(standard_logging.WARNING):
+        assert len(input_pipeline.load(data, "test").labels) == 7
     assert data.cache_dir in caplog.text
 
 
@@ -87,6 +89,6 @@ def test_a_full_disk_leaves_nothing_behind(data, monkeypatch, caplog):
 
     write_set(data.dir, "tfrecord")
     monkeypatch.setattr(np, "savez", full)
-    assert len(data_sources.load(data, "test").labels) == 7
+    assert len(input_pipeline.load(data, "test").labels) == 7
     assert "No space left" in caplog.text
     assert not list(pathlib.Path(data.cache_dir).iterdir())

@@ -38,25 +38,30 @@ def test_class_folders_must_agree(own):
     (folder / "val" / "n09").rename(folder / "val" / "n02")
     (folder / "train" / "n03").rename(folder / "elsewhere")
     (folder / "train" / "n03").mkdir()
-    with pytest.raises(DataError, match=r"train/n03 has no pictures"):
+    with pytest.raises(DataError, match=r"train/n03 has no images"):
         input_pipeline.load(own.data, "train")
     (folder / "val").rename(folder / "held_out")
-    with pytest.raises(DataError, match="lacks a folder test or val or valid or"):
+    with pytest.raises(DataError, match="has no folder test or val or valid or"):
         input_pipeline.load(own.data, "test")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(pipeline="device"), "in memory: use tf.data"),
+        (dict(pipeline="device"), "'device' cannot read photographs .* choose threads"),
+        (dict(pipeline="tf.data"), "'tf.data' cannot read photographs .* threads"),
+        (
+            dict(crop="pad", pipeline="threads"),
+            "cannot read images in memory .* tf.data",
+        ),
         (dict(crop="incepton"), "'incepton': choose from pad, inception"),
         (dict(on_error="ignore"), "'ignore': choose from raise, skip"),
-        (dict(image_size=0), "image_size=0"),
+        (dict(image_size=0), "image_size must be at least 8, got 0"),
         (dict(name="tinny"), "nearest: tiny"),
         (dict(crop="pad", on_error="ignore"), "'ignore': choose from raise, skip"),
-        (dict(crop="pad"), "several sizes need --config.data.crop=inception"),
-        (dict(name="digits"), "digits is small .*: set --config.data.crop=pad"),
-        (dict(name="my.npz"), "my.npz is small .*: set --config.data.crop=pad"),
+        (dict(crop="pad"), "several sizes require --config.data.crop=inception"),
+        (dict(name="digits"), "digits holds small .*: set --config.data.crop=pad"),
+        (dict(name="my.npz"), "my.npz holds small .*: set --config.data.crop=pad"),
     ],
 )
 def test_impossible_values_are_refused_at_once(own, change, message):
@@ -90,7 +95,8 @@ def test_folders_of_one_size_are_loaded_into_memory(small, absolute):
         np.testing.assert_array_equal(examples.labels, [0, 0, 0, 1, 1, 1])
         assert examples.image_shape == (5, 4, 3)
         assert examples.class_names == ("class0", "class1")
-    np.testing.assert_allclose(examples.mean, images.mean((0, 1, 2)))
+    facts = input_pipeline.facts(config.data, examples)
+    np.testing.assert_allclose(facts.mean, images.mean((0, 1, 2)))
     config.data.update(crop="inception", image_size=8)
     photographs = input_pipeline.load(config.data, "test")
     assert len(photographs.labels) == 6
@@ -113,24 +119,26 @@ def test_damaged_pictures_of_one_size_are_named_or_left_out(small, warnings):
     config, images, train = small
     (train / "class0" / "0.png").write_bytes(b"")
     (train / "class1" / "3.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"class0/0\.png is damaged.*on_error=skip"):
+    with pytest.raises(
+        DataError, match=r"class0/0\.png cannot be decoded.*on_error=skip"
+    ):
         input_pipeline.load(config.data, "train")
     config.data.on_error = "skip"
     examples = input_pipeline.load(config.data, "train")
     np.testing.assert_array_equal(examples.images, images[[1, 2, 3, 5]])
     np.testing.assert_array_equal(examples.labels, [0, 0, 1, 1])
     assert len(warnings) == 1
-    assert warnings[0].startswith("2 pictures are left out")
+    assert warnings[0].startswith("skipped 2 damaged images")
     for path in train.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="none of 6 pictures is left"):
+    with pytest.raises(DataError, match="all 6 images are damaged; the first error: "):
         input_pipeline.load(config.data, "train")
 
 
 def test_pictures_beyond_the_memory_are_refused(small, monkeypatch):
     sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 359}  # one byte less than there are
     monkeypatch.setattr(os, "sysconf", sizes.get)
-    with pytest.raises(DataError, match=r"6 pictures of 4x5 .*crop=inception"):
+    with pytest.raises(DataError, match=r"6 images of 4x5 .*crop=inception"):
         input_pipeline.load(small[0].data, "train")
     sizes["SC_PAGE_SIZE"] += 1
     assert len(input_pipeline.load(small[0].data, "train").labels) == 6
@@ -146,7 +154,7 @@ def test_pictures_of_more_than_8_bits_are_refused(small, dtype, crop):
     image.save(train / "class0" / "0.png", kind)
     config.train.batch_size = 6
     with pytest.raises(
-        DataError, match=r"class0/0\.png .* mode 'I?F?(;16)?', not of 8"
+        DataError, match=r"class0/0\.png .* mode 'I?F?(;16)?', expected 8"
     ):
         next(input_pipeline.batches(config, "train"))
 
@@ -157,9 +165,9 @@ def test_what_is_left_out_for_its_suffix_is_told(small, warnings):
         (train / "class1" / name).touch()
     assert len(input_pipeline.load(config.data, "train").labels) == len(images)
     assert len(warnings) == 1
-    assert f"{train}: 4 files are left out" in warnings[0]
-    assert "2 .webp, 1 .tif, 1 without" in warnings[0].replace(
-        "1 without, 1 .tif", "1 .tif, 1 without"
+    assert f"{train}: skipped 4 files" in warnings[0]
+    assert "2 .webp, 1 .tif, 1 none" in warnings[0].replace(
+        "1 none, 1 .tif", "1 .tif, 1 none"
     )
 
 
@@ -167,7 +175,7 @@ def test_a_single_class_is_refused(small):
     config, _, train = small
     for split in ("train", "valid"):
         (train.parent / split / "class1").rename(train.parent / f"{split} elsewhere")
-    with pytest.raises(DataError, match="train has the class class0 alone"):
+    with pytest.raises(DataError, match="train has only the class class0"):
         input_pipeline.load(config.data, "train")
 
 
@@ -198,7 +206,7 @@ def test_damaged_headers_of_tfrecords_are_told(tmp_path):
 
 def test_labels_out_of_range_are_refused(tmp_path):
     write_tfds(tmp_path, "array_record", classes=3)
-    with pytest.raises(DataError, match=r"0\.\.3, not in 0\.\.2"):
+    with pytest.raises(DataError, match=r"0\.\.3, but 3 classes"):
         input_pipeline.load(make_config(tmp_path).data, "train")
 
 

@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from absl import logging
 
 import input_pipeline
 import train
 from configs import cfmz
-from data_sources import crops, photographs, tfrecords
+from data_sources import crops
 from input_pipeline import DataError
 from tests.support.mini_imagenet import (
     CLASSES,
@@ -50,9 +51,7 @@ def own(tmp_path):
 @pytest.fixture
 def warnings(monkeypatch):
     told = []
-    monkeypatch.setattr(
-        photographs.logging, "warning", lambda text, *x: told.append(text % x)
-    )
+    monkeypatch.setattr(logging, "warning", lambda text, *x: told.append(text % x))
     return told
 
 
@@ -70,14 +69,13 @@ def assert_same(batches, others):
 
 def by_hand(config, steps):
     """One photograph after the other, from memory."""
-    tf, files = input_pipeline.tensorflow(), pictures()["train"]
+    files = pictures()["train"]
     for step in steps:
         plan = input_pipeline.plan(config, len(files), step)
-        draws = input_pipeline._random(config.seed, 2, step)
-        draws = draws.random((len(plan.index), crops.DRAWS))
+        options = config.data.crop, config.data.image_size
         images = [
-            crops.train(tf, files[i][0], config.data.crop, config.data.image_size, x)
-            for i, x in zip(plan.index, draws, strict=True)
+            crops.random_crop(files[i][0], *options, x)
+            for i, x in zip(plan.index, plan.draws, strict=True)
         ]
         images = [
             x[:, ::-1] if flip else x for x, flip in zip(images, plan.flip, strict=True)
@@ -110,11 +108,9 @@ def test_a_partial_last_batch_has_what_is_left(config):
 
 def test_the_number_of_threads_changes_nothing(config):
     examples = input_pipeline.load(config.data, "train")
-    rows = lambda step: input_pipeline._rows(config, 200, 0, 1, step)
+    draw = lambda step: input_pipeline.plan(config, 200, step)
     for workers in (1, 7):
-        batches = photographs.train_batches(
-            examples, input_pipeline.tensorflow(), rows, 0, workers
-        )
+        batches = examples.train_batches(draw, 0, workers=workers)
         assert_same(itertools.islice(batches, 4), by_hand(config, range(4)))
 
 
@@ -135,7 +131,7 @@ def test_every_test_photograph_comes_once_and_in_order(config, batch_size, proce
         input_pipeline.batches(config, "test", process_index=p, process_count=processes)
         for p in range(processes)
     ]
-    tf, files, seen = input_pipeline.tensorflow(), pictures()["test"], 0
+    files, seen = pictures()["test"], 0
     for shares in zip(*parts, strict=True):
         for batch in shares:
             assert batch["image"].shape == (-(-batch_size // processes), 32, 32, 3)
@@ -145,7 +141,7 @@ def test_every_test_photograph_comes_once_and_in_order(config, batch_size, proce
                 batch["image"][present], batch["label"][present], strict=True
             ):
                 content, expected = files[seen]
-                cropped = crops.test(tf, content, "inception", 32)
+                cropped = crops.center_crop(content, "inception", 32)
                 np.testing.assert_array_equal(image, cropped)
                 assert label == expected
                 seen += 1
@@ -155,12 +151,11 @@ def test_every_test_photograph_comes_once_and_in_order(config, batch_size, proce
 def test_only_a_few_batches_are_prepared(config):
     examples, drawn = input_pipeline.load(config.data, "train"), []
 
-    def rows(step):
+    def draw(step):
         drawn.append(step)
-        return input_pipeline._rows(config, 200, 0, 1, step)
+        return input_pipeline.plan(config, 200, step)
 
-    tf = input_pipeline.tensorflow()
-    batches = photographs.train_batches(examples, tf, rows, 0, workers=2)
+    batches = examples.train_batches(draw, 0, workers=2)
     for count in range(1, 40):
         next(batches)
         assert len(drawn) <= count + 3
@@ -174,19 +169,27 @@ def test_what_the_rest_of_the_program_asks_for(config):
     )
     assert (len(train_set.labels), len(test_set.labels)) == (200, 41)
     assert train_set.labels.dtype == np.int32
-    assert (train_set.num_classes, train_set.image_shape) == (4, (32, 32, 3))
-    np.testing.assert_allclose(np.array(train_set.mean) / 255, (0.485, 0.456, 0.406))
-    np.testing.assert_allclose(np.array(train_set.std) / 255, (0.229, 0.224, 0.225))
+    assert train_set.image_shape == (32, 32, 3)
+    facts = input_pipeline.facts(config.data, train_set)
+    assert facts.class_names == CLASSES
+    assert (facts.num_train, facts.image_shape) == (200, (32, 32, 3))
+    np.testing.assert_allclose(np.array(facts.mean) / 255, (0.485, 0.456, 0.406))
+    np.testing.assert_allclose(np.array(facts.std) / 255, (0.229, 0.224, 0.225))
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-def test_records_are_scanned_once(written, file_format, monkeypatch):
-    config = make_config(written / file_format)
+def test_records_are_scanned_once(written, file_format, monkeypatch, tmp_path):
+    config, scans = make_config(written / file_format), []
+
+    def info(text, *arguments):
+        scans.extend([text % arguments] * text.startswith("reading and verifying"))
+
+    monkeypatch.setattr(logging, "info", info)
+    config.data.cache_dir = str(tmp_path)
     first = input_pipeline.load(config.data, "train")
-    monkeypatch.setattr(photographs, "_labels", None)
-    monkeypatch.setattr(photographs, "_labels_in_order", None)
-    monkeypatch.setattr(tfrecords, "index", None)
     again = input_pipeline.load(config.data, "train")
+    assert len(scans) == 1
+    assert "tiny (train, 200 images)" in scans[0]
     np.testing.assert_array_equal(first.labels, again.labels)
     assert [first.read(i) for i in (0, 77, 199)] == [
         again.read(i) for i in (0, 77, 199)
@@ -229,7 +232,7 @@ def test_broken_training_photographs_are_counted_once_a_pass(own, warnings):
     assert len(take(own, 10, examples=examples)) == 10
     assert len(warnings) == 2  # two passes
     for text in warnings:
-        assert text.startswith("2 photographs were replaced")
+        assert text.startswith("2 damaged images in this pass, each replaced")
         assert all(str(path) in text for path in files)
 
 
@@ -243,7 +246,7 @@ def test_broken_photographs_of_a_part_of_a_pass_are_told_at_its_end(own, warning
     assert not warnings
     batches.close()
     assert len(warnings) == 1
-    assert warnings[0].startswith("1 photographs were replaced")
+    assert warnings[0].startswith("1 damaged images in this pass, each replaced")
     assert str(path) in warnings[0]
 
 
@@ -252,16 +255,15 @@ def test_a_replacement_is_the_next_photograph_that_can_be_decoded(own, warnings)
     examples = input_pipeline.load(own.data, "train")
     whole = take(own, 5, examples=examples)
     broken = [names(examples).index(str(damage(own, number=i))) for i in (3, 4)]
-    tf = input_pipeline.tensorflow()
     for step, (batch, before) in enumerate(
         zip(take(own, 5, examples=examples), whole, strict=True)
     ):
-        rows = input_pipeline._rows(own, 200, 0, 1, step)
+        rows = input_pipeline.plan(own, 200, step)
         hit = np.isin(rows.index, broken)
         np.testing.assert_array_equal(batch["image"][~hit], before["image"][~hit])
         for i in np.flatnonzero(hit):
             content = examples.read(max(broken) + 1)
-            expected = crops.train(tf, content, "inception", 32, rows.draws[i])
+            expected = crops.random_crop(content, "inception", 32, rows.draws[i])
             expected = expected[:, ::-1] if rows.flip[i] else expected
             np.testing.assert_array_equal(batch["image"][i], expected)
             assert batch["label"][i] == examples.labels[max(broken) + 1]
@@ -285,14 +287,14 @@ def test_broken_test_photographs_are_masked_and_told(own, warnings):
             np.delete(new, number, 0), np.delete(old, number, 0)
         )
     assert len(warnings) == 1
-    assert warnings[0].startswith("1 photographs are not counted")
+    assert warnings[0].startswith("1 damaged images in this pass, each not eval")
 
 
 def test_nothing_but_broken_photographs_is_an_error(own):
     own.data.on_error = "skip"
     for path in pathlib.Path(own.data.dir, "tiny", "train").rglob("*.*"):
         path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="100 photographs in a row"):
+    with pytest.raises(DataError, match="100 images in a row"):
         take(own, 1)
 
 

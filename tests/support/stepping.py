@@ -53,7 +53,9 @@ class Steps:
     def __init__(self, config, devices, images=None):
         examples = input_pipeline.load(config.data, "train")
         self.mesh = make_mesh(jax.devices()[:devices])
-        self.program, state = train.create_train_state(config, examples)
+        self.program, state = train.create_train_state(
+            config, input_pipeline.facts(config.data, examples)
+        )
         self.state = place(state, self.mesh)
         self.batches = input_pipeline.batches(config, "train", examples=examples)
         self.seen = 0.0
