@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import augment
 import data_sources
+from augment import geometry
 from data_sources import BORDERS, DataError, InMemory, OnDisk, crops, tensorflow
 
 __all__ = ["DataError", "InMemory", "OnDisk", "tensorflow"]
@@ -237,7 +237,7 @@ def apply_plan(padded_images, labels, plan: Plan) -> dict[str, jax.Array]:
     padded_images: (N, H + 2 pad, W + 2 pad, C), of `pad`.
     """
     _, height, width, _ = padded_images.shape
-    image = augment.crop_and_flip(
+    image = geometry.crop_and_flip(
         padded_images,
         plan.index,
         plan.offset,

@@ -139,7 +139,7 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     keys = jax.random.fold_in(jax.random.key(program.seed), STEPS)
     step_key = jax.random.fold_in(keys, state.step)
     key = jax.random.fold_in(step_key, device)
-    x, targets = augment.augmented(
+    x, targets = augment.augment(
         batch["image"],
         batch["label"],
         options=program.augmentation,

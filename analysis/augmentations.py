@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 import augment
 import input_pipeline
+from augment.check import check
 from runtime import preflight
 
 CELL, GAP, CAPTION = 96, 4, 12  # pixels; a larger image is shown as large as it is
@@ -44,12 +45,12 @@ def versions(
     examples = input_pipeline.load(config.data, "train")
     facts = input_pipeline.facts(config.data, examples)
     examples = _spread(examples, images)
-    augment.check(config.augment, images)
+    check(config.augment, images)
     normalization = dict(mean=facts.mean, std=facts.std)
 
     @jax.jit
     def step(batch, key):
-        return augment.augmented(
+        return augment.augment(
             batch["image"],
             batch["label"],
             options=config.augment.to_dict(),

@@ -1,20 +1,20 @@
 """AutoAugment's policy for CIFAR-10 and RandAugment, on bytes, as Pillow computes them.
 
-The operations are Pillow's: nearest neighbour in its 16.16 fixed point, integer
-luminance, blends that truncate. Where Pillow's floats fall just short of a whole number
-(autocontrast, a few factors of enhancements) it is one grey level darker; otherwise the
-bytes are equal (tests/policies_test.py). What a geometric operation uncovers takes the
-mean colour, zero after normalisation, as in AutoAugment's CIFAR code (there one that
-follows may still see black below it).
+The operations follow Pillow: nearest neighbour in its 16.16 fixed point, integer
+luminance, blends that truncate. They return Pillow's bytes, except that a pixel is one
+grey level darker where Pillow's floats fall just short of a whole number (autocontrast
+and a few factors of enhancements). Pixels that a geometric operation uncovers take the
+mean colour, which is zero after normalisation, as in AutoAugment's CIFAR code (there, a
+later operation may still see them as black).
 
-Every magnitude is known before compilation, so their arguments are tables in NumPy and
-the step only looks rows up. All operations are computed for every image, since a switch
-under vmap is a selection.
+All magnitudes are known before compilation: the step draws indices into a table of
+operations. It computes every operation for every image, since a switch under vmap is a
+selection.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ CIFAR10 = (
     (("equalize", 0.8, 8), ("invert", 0.1, 3)),
     (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
 )
-# arXiv 1909.13719, section 3: each equally likely.
+# arXiv 1909.13719, section 3: all equally likely.
 RANDAUGMENT = (
     *("identity", "autocontrast", "equalize", "rotate", "solarize", "color"),
     *("posterize", "contrast", "brightness", "sharpness"),
@@ -65,143 +65,130 @@ _GEOMETRIC = {
 }
 
 
-class Operations(NamedTuple):
-    """Arrays with the same leading axes: which operation, and its argument.
-
-    code: index into _BRANCHES; matrix: (..., 6) int32, of the geometric ones, from
-    output to input pixels in units of 1/65536; amount: float32, of all others.
-    """
-
-    code: np.ndarray
-    matrix: np.ndarray
-    amount: np.ndarray
-
-
 def autoaugment(keys: jax.Array, images: jax.Array, mean: Sequence[float]) -> jax.Array:
-    """One of the 25 pairs of CIFAR10 for each image; (b,) keys, (b, H, W, 3) uint8.
+    """Applies one of the 25 pairs of CIFAR10 to each image (b, H, W, 3) uint8.
 
-    A level is the share of a tenth, as in the authors' code: of 30 degrees, of a shear
-    by 0.3, of 10 pixels of 32; enhancements by 0.1 + 0.18 level; solarize from 256 -
-    25.6 level on; posterize to 4 - 0.4 level bits (where the paper's table has 8 to 4).
-    The geometric ones go either way. mean: colour of what is uncovered, 0..255.
+    As in the authors' code, a level is a strength in tenths: of 30 degrees, of a shear
+    by 0.3, of 10 of 32 pixels; enhancements are by 0.1 + 0.18 level, solarize starts at
+    256 - 25.6 level, and posterize leaves 4 - 0.4 level bits (8 to 4 in the paper's
+    table). Geometric operations have a random sign. keys: (b,); mean: the colour of
+    uncovered pixels, 0..255.
     """
     size = images.shape[1:3]
-    table = _table(
-        [
-            (name, _level(name, level, sign, size))
-            for pair in CIFAR10
-            for name, _, level in pair
-            for sign in (-1, 1)
-        ],
-        (25, 2, 2),
-        size,
-    )
+    operations = [
+        (name, _magnitude(name, level / 10, sign, size, 4, 0.1 + 0.18 * level))
+        for pair in CIFAR10
+        for name, _, level in pair
+        for sign in (-1, 1)
+    ]
     probability = np.array([[p for _, p, _ in pair] for pair in CIFAR10], np.float32)
 
     def draw(key):
         which, whether, sign = jax.random.split(key, 3)
         pair = jax.random.randint(which, (), 0, 25)
         sign = jax.random.randint(sign, (2,), 0, 2)
-        drawn = _rows(table, (pair, np.arange(2), sign))
+        chosen = (2 * pair + np.arange(2)) * 2 + sign
         used = jax.random.uniform(whether, (2,)) < jnp.asarray(probability)[pair]
-        return drawn._replace(code=jnp.where(used, drawn.code, _IDENTITY))
+        return jnp.where(used, chosen, len(operations))
 
-    return _carry_out(jax.vmap(draw)(keys), images, mean)
+    chosen = jax.vmap(draw)(keys)
+    return apply([*operations, ("identity", 0)], chosen, images, mean)
 
 
 def randaugment(
     keys: jax.Array,
     images: jax.Array,
     mean: Sequence[float],
-    operations: int,
+    number: int,
     magnitude: float,
 ) -> jax.Array:
-    """`operations` of RANDAUGMENT for each image; (b,) keys, (b, H, W, 3) uint8.
+    """Applies `number` random operations to each image (b, H, W, 3) uint8.
 
-    magnitude: from 0 to 30, full strength s = 1: 30 degrees, a shear by 0.3, 10
-    pixels of 32, enhancements by 1 +- 0.9 s, solarize from 256 (1 - s) on, posterize
-    to 8 - 4 s bits, rounded down, all growing with the magnitude (in the authors' code
-    not all do). Signs are random. mean: colour of what is uncovered, 0..255.
+    magnitude: 0 to 30. With strength s = magnitude / 30: 30 s degrees, a shear by 0.3
+    s, 10 s of 32 pixels, enhancements by 1 +- 0.9 s, solarize from 256 (1 - s), and
+    posterize to 8 - 4 s bits, rounded up; all grow with the magnitude (in the authors'
+    code not all do). Signs are random. keys: (b,); mean: the colour of uncovered
+    pixels, 0..255.
     """
-    size = images.shape[1:3]
-    strength = magnitude / MAX_MAGNITUDE
-    table = _table(
-        [
-            (name, _strength(name, strength, sign, size))
-            for name in RANDAUGMENT
-            for sign in (-1, 1)
-        ],
-        (len(RANDAUGMENT), 2),
-        size,
-    )
+    size, strength = images.shape[1:3], magnitude / MAX_MAGNITUDE
+    operations = [
+        (name, _magnitude(name, strength, sign, size, 8, 1 + sign * 0.9 * strength))
+        for name in RANDAUGMENT
+        for sign in (-1, 1)
+    ]
 
     def draw(key):
         which, sign = jax.random.split(key)
-        which = jax.random.randint(which, (operations,), 0, len(RANDAUGMENT))
-        return _rows(table, (which, jax.random.randint(sign, which.shape, 0, 2)))
+        which = jax.random.randint(which, (number,), 0, len(RANDAUGMENT))
+        return 2 * which + jax.random.randint(sign, which.shape, 0, 2)
 
-    return _carry_out(jax.vmap(draw)(keys), images, mean)
+    return apply(operations, jax.vmap(draw)(keys), images, mean)
 
 
-def operate(
-    name: str, images: jax.Array, magnitude: float, mean: Sequence[float] = (0, 0, 0)
-) -> jax.Array:
-    """One operation on all of (b, H, W, 3) uint8, with Pillow's arguments.
+def _magnitude(
+    name: str,
+    strength: float,
+    sign: int,
+    size: tuple[int, int],
+    bits: int,
+    factor: float,
+) -> float:
+    """Returns the magnitude of an operation for `apply`.
 
-    magnitude: degrees, the coefficient of a shear, pixels, threshold, bits, or the
-    factor of an enhancement; the sign of geometric ones as in Pillow's AFFINE.
+    strength: 0 to 1; size: (H, W) of the images; bits: what posterize leaves at
+    strength 0; factor: the magnitude of enhancements.
     """
-    images = jnp.asarray(images)
-    row = _table([(name, magnitude)], (1,), images.shape[1:3])
-    row = Operations(*(jnp.repeat(x[None], len(images), 0) for x in row))
-    return _carry_out(row, images, mean)
-
-
-def _level(name: str, level: int, sign: int, size: tuple[int, int]) -> float:
     if name in _GEOMETRIC:
-        return _geometric(name, level / 10, sign, size)
-    if name == "solarize":
-        return 256 - int(25.6 * level)
-    if name == "posterize":
-        return 4 - int(0.4 * level)
-    return 0.1 + 0.18 * level
-
-
-def _strength(name: str, strength: float, sign: int, size: tuple[int, int]) -> float:
-    if name in _GEOMETRIC:
-        return _geometric(name, strength, sign, size)
+        full = sign * strength * _GEOMETRIC[name]
+        if name.startswith("shear"):
+            return full
+        if name.startswith("translate"):
+            full *= size[name == "translate_x"]
+        return int(round(full, 6))  # whole degrees and pixels
     if name == "solarize":
         return 256 - int(256 * strength)
     if name == "posterize":
-        return 8 - int(4 * strength)
-    return 1 + sign * 0.9 * strength
+        return bits - int(4 * strength)
+    return factor
 
 
-def _geometric(name: str, share: float, sign: int, size: tuple[int, int]) -> float:
-    full = sign * share * _GEOMETRIC[name]
-    if name in ("translate_x", "translate_y"):
-        full *= size[name == "translate_x"]
-    if name.startswith("shear"):
-        return full
-    return math.trunc(round(full, 6))  # whole degrees and pixels
+def apply(
+    operations: Sequence[tuple[str, float]],
+    chosen: jax.Array,
+    images: jax.Array,
+    mean: Sequence[float],
+) -> jax.Array:
+    """Applies operations[chosen[i, j]] for j = 0, 1, ... to image i.
+
+    operations: (name, magnitude), with Pillow's arguments: degrees, the coefficient of
+    a shear, pixels, threshold, bits, or the factor of an enhancement; the sign of
+    geometric operations is that of Pillow's AFFINE. chosen: (b, n) int. images: (b, H,
+    W, 3) uint8. mean: the colour of uncovered pixels, 0..255.
+    """
+    size = images.shape[1:3]
+    branch = [_BRANCHES.index(OPERATIONS[name]) for name, _ in operations]
+    matrix = [_matrix(*operation, size) for operation in operations]
+    magnitude = [magnitude for _, magnitude in operations]
+    branch, matrix = jnp.array(branch, jnp.int32), jnp.array(matrix, jnp.int32)
+    magnitude = jnp.array(magnitude, jnp.float32)
+    fill = jnp.rint(jnp.asarray(mean, jnp.float32)).astype(jnp.uint8)
+    for i in chosen.T:
+        images = _apply_one(images, branch[i], matrix[i], magnitude[i], fill)
+    return images
 
 
-def _table(entries, shape: tuple[int, ...], size: tuple[int, int]) -> Operations:
-    """entries: (name, magnitude) each; shape: leading axes; size: of the images."""
-    code = np.array([_BRANCHES.index(OPERATIONS[x]) for x, _ in entries], np.int32)
-    matrix = np.array([_matrix(*entry, size) for entry in entries], np.int32)
-    amount = np.array([magnitude for _, magnitude in entries], np.float32)
-    return Operations(
-        code.reshape(shape), matrix.reshape(*shape, 6), amount.reshape(shape)
-    )
-
-
-def _rows(table: Operations, index) -> Operations:
-    return Operations(*(jnp.asarray(x)[index] for x in table))
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
+def _apply_one(image, branch, matrix, magnitude, fill):
+    image = _affine(image, matrix, fill)  # the identity unless geometric
+    return jax.lax.switch(branch, _BRANCHES, image, magnitude)
 
 
 def _matrix(name: str, magnitude: float, size: tuple[int, int]) -> list[int]:
-    """Pillow's coefficients (a, b, c, d, e, f): x' = ax + by + c, y' = dx + ey + f."""
+    """Returns Pillow's coefficients in units of 1/65536, from output to input pixels.
+
+    (a, b, c, d, e, f): x' = ax + by + c, y' = dx + ey + f.
+    """
     a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
     if name == "rotate":  # counterclockwise about the centre
         angle, (y, x) = -math.radians(magnitude), (size[0] / 2, size[1] / 2)
@@ -211,31 +198,11 @@ def _matrix(name: str, magnitude: float, size: tuple[int, int]) -> list[int]:
     elif name in _GEOMETRIC:
         b, d = (magnitude * (name == f"shear_{axis}") for axis in "xy")
         c, f = (magnitude * (name == f"translate_{axis}") for axis in "xy")
-    c, f = c + (a + b) / 2, f + (d + e) / 2  # from centre to centre of pixels
+    c, f = c + (a + b) / 2, f + (d + e) / 2  # between centres of pixels
     return [math.floor(v * 65536 + 0.5) for v in (a, b, c, d, e, f)]
 
 
-@jax.jit
-def _carry_out(drawn: Operations, images: jax.Array, mean) -> jax.Array:
-    """drawn: (b, n) operations, one after the other."""
-    fill = jnp.rint(jnp.asarray(mean, jnp.float32)).astype(jnp.uint8)
-
-    def one(image, code, matrix, amount):
-        return jax.lax.switch(code, _BRANCHES, image, matrix, amount, fill)
-
-    for i in range(drawn.code.shape[1]):
-        images = jax.vmap(one)(images, *(x[:, i] for x in drawn))
-    return images
-
-
-# The operations, all (image, matrix, amount, fill) -> image, (H, W, 3) uint8.
-
-
-def _identity(image, matrix, amount, fill):
-    return image
-
-
-def _affine(image, matrix, amount, fill):
+def _affine(image, matrix, fill):
     height, width, _ = image.shape
     y, x = np.mgrid[:height, :width].astype(np.int32)
     columns = (matrix[0] * x + matrix[1] * y + matrix[2]) >> 16
@@ -245,18 +212,25 @@ def _affine(image, matrix, amount, fill):
     return jnp.where(inside[..., None], taken, fill)
 
 
-def _autocontrast(image, matrix, amount, fill):
+# The other operations: (image, magnitude) -> image, (H, W, 3) uint8.
+
+
+def _identity(image, magnitude):
+    return image
+
+
+def _autocontrast(image, magnitude):
     wide = image.astype(jnp.int32)
     low, high = wide.min(axis=(0, 1)), wide.max(axis=(0, 1))
     stretched = 255 * (wide - low) // jnp.maximum(high - low, 1)
     return jnp.where(high > low, stretched, wide).astype(jnp.uint8)
 
 
-def _invert(image, matrix, amount, fill):
+def _invert(image, magnitude):
     return 255 - image
 
 
-def _equalize(image, matrix, amount, fill):
+def _equalize(image, magnitude):
     pixels = image.reshape(-1, 3)
     channels = np.arange(3)
     counts = jnp.zeros((3, 256), jnp.int32).at[channels, pixels].add(1)
@@ -268,38 +242,38 @@ def _equalize(image, matrix, amount, fill):
     return table[channels, image]
 
 
-def _solarize(image, matrix, amount, fill):
-    return jnp.where(image < amount, image, 255 - image)
+def _solarize(image, magnitude):
+    return jnp.where(image < magnitude, image, 255 - image)
 
 
-def _posterize(image, matrix, amount, fill):
-    lost = 8 - amount.astype(jnp.int32)
+def _posterize(image, magnitude):
+    lost = 8 - magnitude.astype(jnp.int32)
     return (image.astype(jnp.int32) >> lost << lost).astype(jnp.uint8)
 
 
-def _contrast(image, matrix, amount, fill):
+def _contrast(image, magnitude):
     grey = _luminance(image)
     mean = (2 * grey.sum() + grey.size) // (2 * grey.size)
-    return _enhanced(mean, image, amount)
+    return _enhanced(mean, image, magnitude)
 
 
-def _color(image, matrix, amount, fill):
-    return _enhanced(_luminance(image)[..., None], image, amount)
+def _color(image, magnitude):
+    return _enhanced(_luminance(image)[..., None], image, magnitude)
 
 
-def _brightness(image, matrix, amount, fill):
-    return _enhanced(0, image, amount)
+def _brightness(image, magnitude):
+    return _enhanced(0, image, magnitude)
 
 
-def _sharpness(image, matrix, amount, fill):
+def _sharpness(image, magnitude):
     wide = image.astype(jnp.int32)
     height, width, _ = image.shape
     around = sum(
         wide[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)
     )
-    # Weights 1, 5 in the centre, of 13; rounded. The border is not smoothed.
+    # Weights 1, and 5 in the centre, of 13, rounded. The border is not smoothed.
     smooth = (2 * (around + 4 * wide[1:-1, 1:-1]) + 13) // 26
-    return _enhanced(wide.at[1:-1, 1:-1].set(smooth), image, amount)
+    return _enhanced(wide.at[1:-1, 1:-1].set(smooth), image, magnitude)
 
 
 def _luminance(image):
@@ -308,15 +282,15 @@ def _luminance(image):
 
 
 def _enhanced(plain, image, factor):
-    """plain, of which the image has all that is to be enhanced taken away, to image."""
+    """Extrapolates from `plain`, an image without the enhanced property."""
     blended = plain + factor * (image - plain).astype(jnp.float32)
-    # Compilers may or may not round the product; whole numbers must not depend on it.
+    # Compilers may or may not round the product: that must not change whole numbers.
     return jnp.clip(blended + 2**-14, 0, 255).astype(jnp.uint8)
 
 
 OPERATIONS = {
     "identity": _identity,
-    **dict.fromkeys(_GEOMETRIC, _affine),
+    **dict.fromkeys(_GEOMETRIC, _identity),
     "autocontrast": _autocontrast,
     "invert": _invert,
     "equalize": _equalize,
@@ -328,4 +302,3 @@ OPERATIONS = {
     "sharpness": _sharpness,
 }
 _BRANCHES = list(dict.fromkeys(OPERATIONS.values()))
-_IDENTITY = _BRANCHES.index(_identity)

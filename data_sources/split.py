@@ -257,7 +257,7 @@ def _tf_batches(
 
 
 def crop_and_flip(images, index, offset, flip, size: tuple[int, int]):
-    """Crops and mirrors chosen images: augment.crop_and_flip, bit for bit, for tf.data.
+    """Crops and mirrors chosen images: augment.geometry's, bit for bit, for tf.data.
 
     images: tensor (N, H, W, C); index: (B,); offset: (B, 2), row and column of the
     upper left corner; flip: (B,) bool; size: (h, w). Returns a tensor (B, h, w, C).

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import augment
+import augment.check
 import input_pipeline
 import nets
 from data_sources import cache
@@ -253,7 +253,7 @@ def check(
             "--config.data.pipeline=device: other batches come one by one"
         )
     for size in input_pipeline.batch_sizes(config, len(examples.labels)):
-        augment.check(config.augment, size // mesh.size)
+        augment.check.check(config.augment, size // mesh.size)
     if test_examples.image_shape != examples.image_shape:
         raise ValueError(
             f"the test images of {config.data.name} are {test_examples.image_shape}, "

@@ -1,4 +1,4 @@
-"""Colours change as their originals define it: compared with plain NumPy."""
+"""Colour changes against restatements of their originals in NumPy."""
 
 import colorsys
 
@@ -17,7 +17,7 @@ def noise(count=64, size=(6, 5)):
 
 
 def jittered(image, order, alpha):
-    """fb.resnet.torch's ColorJitter in float64, one image."""
+    """fb.resnet.torch's ColorJitter on one image, in float64."""
     image = image.astype(np.float64)
     for kind in order:
         gray = image @ np.array([0.299, 0.587, 0.114])
@@ -26,7 +26,7 @@ def jittered(image, order, alpha):
     return image
 
 
-def test_jitter_is_the_originals_on_0_to_255_and_does_not_clip():
+def test_jitter_equals_the_original_and_does_not_clip():
     image = noise()
     ours = np.asarray(color.jitter(KEYS, jnp.asarray(image, jnp.float32), 0.4))
     orders, alphas = jax.vmap(lambda key: color.draw_jitter(key, 0.4))(KEYS)
@@ -51,7 +51,7 @@ def test_jitter_draws_each_order_equally_often_and_uniform_strengths():
 
 
 @pytest.mark.parametrize("kind", range(3))
-def test_each_jitter_keeps_what_it_should(kind):
+def test_each_jitter_preserves_its_invariant(kind):
     image = noise(1)[0].astype(np.float32)
     others = [i for i in range(3) if i != kind]
     alpha = jnp.ones(3).at[kind].set(0.7)
@@ -72,7 +72,7 @@ def test_each_jitter_keeps_what_it_should(kind):
 def test_lighting_adds_one_colour_with_the_published_covariance():
     keys = jax.random.split(jax.random.key(2), 20_000)
     added = np.asarray(color.lighting(keys, jnp.zeros((20_000, 2, 1, 3)), 0.1))
-    np.testing.assert_array_equal(added[:, 0], added[:, 1])  # all pixels alike
+    np.testing.assert_array_equal(added[:, 0], added[:, 1])  # the same for all pixels
     # fb.resnet.torch's numbers: a row for each channel, a column for each axis.
     vectors = [-0.5675, 0.7192, 0.4009, -0.5808, -0.0045, -0.8140]
     vectors = np.reshape([*vectors, -0.5836, -0.6948, 0.4203], (3, 3))
@@ -86,11 +86,11 @@ def test_lighting_adds_one_colour_with_the_published_covariance():
 
 
 def hls_by_definition(image, shift):
-    """8-bit HLS of OpenCV's documentation, pixel by pixel, in float32 as there."""
+    """8-bit HLS by OpenCV's documentation, pixel by pixel, in float32."""
     result = np.empty_like(image)
     one = np.float32(1)
-    for place in np.ndindex(image.shape[:-1]):
-        r, g, b = image[place].astype(np.float32) * (one / 255)
+    for pixel in np.ndindex(image.shape[:-1]):
+        r, g, b = image[pixel].astype(np.float32) * (one / 255)
         high, low = max(r, g, b), min(r, g, b)
         h, l, s = np.float32(0), (high + low) * (one / 2), np.float32(0)  # noqa: E741
         if high > low:
@@ -105,14 +105,14 @@ def hls_by_definition(image, shift):
         whole = np.rint(np.array([h / 2, l * 255, s * 255]))
         h, l, s = np.clip(whole + shift, 0, (180, 255, 255))  # noqa: E741
         rgb = colorsys.hls_to_rgb(h / 180, l / 255, s / 255)
-        result[place] = np.rint(np.array(rgb) * 255)
+        result[pixel] = np.rint(np.array(rgb) * 255)
     return result
 
 
 @pytest.mark.parametrize(
     "shift", [(0, 0, 0), (36, -50, 50), (-36, 50, -50), (17, 3, -8)]
 )
-def test_hls_is_its_definition(shift):
+def test_hls_follows_its_definition(shift):
     image = noise(8)
     image[0, 0, :3] = ((0, 0, 0), (255, 255, 255), (7, 7, 7))
     shift_all = jax.jit(jax.vmap(color.shift_hls, (0, None)))
@@ -133,23 +133,18 @@ def test_hue_is_clipped_and_does_not_wrap():
     np.testing.assert_array_equal(shifted, [[[255, 1, 1]]])  # 8 bits: not quite red
 
 
-def test_hls_draws_whole_numbers_once_an_image():
+def test_hls_draws_whole_numbers_once_per_image():
     flat = np.full((2000, 2, 2, 3), 128, np.uint8)
     keys = jax.random.split(jax.random.key(3), 2000)
     ours = np.asarray(color.hls(keys, jnp.asarray(flat), (0, 50, 0)))
     assert ours.dtype == np.uint8
-    assert (ours == ours[:, :1, :1, :1]).all()  # grey stays grey, in the whole image
+    assert (ours == ours[:, :1, :1, :1]).all()  # grey stays grey, and pixels equal
     change = ours[:, 0, 0, 0].astype(int) - 128
     values, counts = np.unique(change, return_counts=True)
-    # Truncation gives zero twice the share of the others, and the limit none at all.
+    # Truncation makes zero twice as likely as other values, and never gives the limit.
     assert (values.min(), values.max()) == (-49, 49)
     assert abs(counts[values == 0][0] - 40) < 30
     np.testing.assert_array_equal(
         color.hls(keys[:9], noise(9), (0.9, 0.9, 0.9)),
         color.hls(keys[:9], noise(9), (0, 0, 0)),
     )
-
-
-def test_hls_wants_three_limits():
-    with pytest.raises(ValueError, match="hue, lightness and saturation"):
-        color.hls(KEYS, jnp.asarray(noise()), (36, 50))

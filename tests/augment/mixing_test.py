@@ -1,4 +1,4 @@
-"""What mixing does to pixels and labels, and how often; the pixels hold coordinates."""
+"""Mixed pixels and targets, and their distributions; pixels hold their coordinates."""
 
 import functools
 
@@ -14,7 +14,7 @@ DRAWS = 1500
 
 
 def coordinates(rows):
-    """(b, H, W, 3): row of the batch, y, x of each pixel; and targets that tell it."""
+    """Images (b, H, W, 3) of batch row, y and x of each pixel, and one-hot targets."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     images = [np.stack([np.full_like(y, r), y, x], axis=-1) for r in range(rows)]
     return np.float32(images), np.eye(rows, CLASSES, dtype=np.float32)
@@ -26,14 +26,14 @@ def mixed_for(mix, keys, x, targets, *options):
 
 
 def many(mix, *options):
-    """DRAWS mixtures of one batch: x (DRAWS, 4, H, W, 3), targets (DRAWS, 4, 10)."""
+    """DRAWS mixtures of a batch: x (DRAWS, 4, H, W, 3), targets (DRAWS, 4, 10)."""
     keys = jax.random.split(jax.random.key(1), DRAWS)
     mixed = mixed_for(mix, keys, *coordinates(4), *options)
     return [np.asarray(part) for part in mixed]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_mixup_blends_with_one_beta_share_a_batch(alpha):
+def test_mixup_blends_with_one_beta_share_per_batch(alpha):
     mixed, targets = many(mixing.mixup, alpha)
     share = targets[:, 0, 0]
     images, _ = coordinates(4)
@@ -43,14 +43,14 @@ def test_mixup_blends_with_one_beta_share_a_batch(alpha):
         np.testing.assert_allclose(mixed[:, row], expected, atol=1e-5)
         np.testing.assert_allclose(targets[:, row, row], share, atol=1e-6)
         np.testing.assert_allclose(targets[:, row, row ^ 1], 1 - share, atol=1e-6)
-    # Of Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)).
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)).
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(share.mean() - 0.5) < 4 * np.sqrt(variance / DRAWS)
     assert share.var() == pytest.approx(variance, rel=0.15)
 
 
 def shares_as_published(alpha, rng):
-    """The partner's share of the pixels, by the paper's formulas, one after another."""
+    """Draws the partner's share of the pixels by the paper's formulas."""
     for _ in range(20_000):
         side = np.sqrt(1 - rng.beta(alpha, alpha))
         area = 1
@@ -72,7 +72,7 @@ def test_cutmix_pastes_one_box_and_labels_count_its_pixels():
         share = foreign.mean(axis=(1, 2))
         np.testing.assert_allclose(targets[:, row, row ^ 1], share, atol=1e-6)
         np.testing.assert_allclose(targets[:, row, row], 1 - share, atol=1e-6)
-    # A box: what has a foreign row and a foreign column is foreign.
+    # A box: pixels in a foreign row and a foreign column are foreign.
     rows, columns = foreign.any(axis=2), foreign.any(axis=1)
     np.testing.assert_array_equal(rows[:, :, None] & columns[:, None], foreign)
     for line in (rows, columns):
@@ -84,8 +84,8 @@ def test_cutmix_pastes_one_box_and_labels_count_its_pixels():
     )
 
 
-def test_cutmix_cuts_as_often_as_it_is_told():
-    mixed, targets = many(mixing.cutmix, 5.0, 0.3)  # alpha: hardly an empty box
+def test_cutmix_cuts_with_the_given_probability():
+    mixed, targets = many(mixing.cutmix, 5.0, 0.3)  # alpha=5: boxes are rarely empty
     cut = targets[:, 0, 0] < 1
     assert abs(cut.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / DRAWS)
     images, _ = coordinates(4)
@@ -108,11 +108,11 @@ def test_ricap_patches_four_crops_and_labels_count_their_pixels():
         assert (np.diff(below) >= 0).all()
         assert (np.diff(right) >= 0).all()
         np.testing.assert_array_equal(one, 2 * below[:, None] + right)
-    # Crops: neighbours on the patch were neighbours in the image.
+    # Crops: neighbours in the patch are neighbours in the image.
     down, across = place[:, 1:] == place[:, :-1], place[:, :, 1:] == place[:, :, :-1]
     assert (np.diff(y, axis=1)[down] == 1).all()
     assert (np.diff(x, axis=2)[across] == 1).all()
-    # The boundary is at a Beta share of the side, to the next pixel.
+    # The boundary is at a Beta share of the side, rounded to a pixel.
     height = (place[:, :, 0] < 2).sum(axis=1) / HEIGHT
     assert abs(height.mean() - 0.5) < 0.04
     assert height.var() == pytest.approx(1 / (4 * 2.6), rel=0.15)
@@ -120,7 +120,7 @@ def test_ricap_patches_four_crops_and_labels_count_their_pixels():
 
 def test_ricap_takes_crops_anywhere_in_their_images():
     mixed, _ = many(mixing.ricap, 5.0)
-    upper_left = mixed[:, 0, 0, 0]  # of the batch's first image itself
+    upper_left = mixed[:, 0, 0, 0]  # of the first image itself
     height = (mixed[:, 0, :, 0, 0] < 2).sum(axis=1)
     free = HEIGHT - height  # positions 0..free
     relative = (upper_left[:, 1] + 0.5) / (free + 1)  # uniform in 0..1
@@ -137,7 +137,7 @@ def test_ricap_takes_crops_anywhere_in_their_images():
     ("mix", "options"),
     [(mixing.mixup, (1.0,)), (mixing.cutmix, (1.0, 0.5)), (mixing.ricap, (0.3,))],
 )
-def test_low_precision_stays_what_it_was(mix, options):
+def test_mixing_preserves_the_dtype(mix, options):
     x, targets = coordinates(4)
     mixed, targets = jax.eval_shape(
         lambda key, x: mix(key, x, targets, *options),
