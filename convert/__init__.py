@@ -1,9 +1,9 @@
-"""The originals' networks and weights: one file per original framework's naming.
+"""Builds the networks of the original codes and loads their weights.
 
     net = convert.build({"system": "xnets", "net": "densenet_cifar", "config": {...}})
     convert.load(net, tensors)    # original names and layouts, e.g. a state_dict
 
-`system`, `net` and `config` are those of the golden files (golden.py reads them).
+The tensor names of each system are defined in a file of their own.
 """
 
 import contextlib
@@ -15,62 +15,50 @@ from flax import nnx
 
 import nets
 from convert import cfmz, delugenets, fb_resnet, gunn, igcnets, xnets
-from convert.sources import Importer, ImportMismatch, Path, Source, assign, empty
+from convert.sources import Mismatch, Path, Reference, Source, assign, empty
 from nets.layers.norm import BatchNorm
 
-__all__ = [
-    "ImportMismatch",
-    "Importer",
-    "NoImporter",
-    "build",
-    "find",
-    "load",
-    "sources_of",
-]
+__all__ = ["Mismatch", "UnknownReference", "build", "find", "find_sources", "load"]
 
-
-class NoImporter(LookupError):
-    """A reference network that has no importer (yet)."""
-
-
-FAMILIES: dict[str, dict[str, Importer]] = {
-    "cfmz": cfmz.IMPORTERS,
-    "delugenets": delugenets.IMPORTERS,
-    "gunn": gunn.IMPORTERS,
-    "igcnets": igcnets.IMPORTERS,
-    "resnet": fb_resnet.IMPORTERS,
-    "xnets": xnets.IMPORTERS,
+FAMILIES: dict[str, dict[str, Reference]] = {
+    "cfmz": cfmz.REFERENCES,
+    "delugenets": delugenets.REFERENCES,
+    "gunn": gunn.REFERENCES,
+    "igcnets": igcnets.REFERENCES,
+    "resnet": fb_resnet.REFERENCES,
+    "xnets": xnets.REFERENCES,
 }
 
 
-def find(system: str, net: str) -> Importer:
-    importers = {
-        f"{family}/{name}": importer
-        for family, names in FAMILIES.items()
-        for name, importer in names.items()
-    }
-    wanted = f"{system}/{net}"
-    if wanted in importers:
-        return importers[wanted]
-    nearest = difflib.get_close_matches(wanted, importers, n=1)
+class UnknownReference(LookupError):
+    """A reference network that this package cannot convert."""
+
+
+def find(system: str, net: str) -> Reference:
+    """Returns the reference network `system`/`net`; raises UnknownReference."""
+    if reference := FAMILIES.get(system, {}).get(net):
+        return reference
+    known = [f"{family}/{name}" for family, nets in FAMILIES.items() for name in nets]
+    nearest = difflib.get_close_matches(f"{system}/{net}", known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise NoImporter(
-        f"no importer yet for {wanted}: choose from {', '.join(importers)}{hint}"
+    raise UnknownReference(
+        f"unknown reference {system}/{net}: choose from {', '.join(known)}{hint}"
     )
 
 
 def build(reference: Mapping) -> nnx.Module:
-    """The net of a reference configuration: `system`, `net`, `config`.
+    """Builds the net of a reference configuration, with zeros in all variables.
 
-    Its variables are zeros, waiting for `load`. Given `tensors` (each with a `name`)
-    settle what the configuration leaves open. A given `batch_norm` (eps, keep,
-    running_var) must be what our net has: ValueError if not.
+    reference: `system`, `net` and `config`, as in the golden files. Optional are
+      `tensors` (dicts with a `name`), which decide what `config` leaves open, and
+      `batch_norm` (eps, keep, running_var), which our net must match: raises
+      ValueError if it does not.
     """
-    importer = find(reference["system"], reference["net"])
-    section = importer.section(reference["config"])
+    original = find(reference["system"], reference["net"])
+    section = original.section(reference["config"])
     if "tensors" in reference:
         names = [entry["name"] for entry in reference["tensors"]]
-        section = importer.of_tensors(section, names)
+        section = original.refine(section, names)
     net = empty(lambda: nets.create(section, nnx.Rngs(0)))
     for path, module in nnx.iter_modules(net):
         for field, value in reference.get("batch_norm", {}).items():
@@ -83,32 +71,31 @@ def build(reference: Mapping) -> nnx.Module:
 
 
 def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
-    """Fills the net with all tensors of an original, by original names and layouts.
+    """Sets all variables of a net from tensors with original names and layouts.
 
-    Raises ImportMismatch naming the tensors that are missing, unexpected or of another
-    shape.
+    Raises Mismatch, which lists missing and unexpected tensors and wrong shapes.
     """
-    assign(net, sources_of(net, tensors), tensors)
+    assign(net, find_sources(net, tensors), tensors)
 
 
-def sources_of(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
-    """What each variable of the net is made of, for an original's names of tensors.
+def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
+    """Returns the source of each variable of a net, given the names of the tensors.
 
-    The naming is the one, of those known for this class of net, that shares most names:
-    an original may spell one net in several ways.
+    The originals have several names for the tensors of some nets. Of the references
+    with the class of this net, the one that shares most names is used.
     """
-    namings = []
-    for importer in (i for names in FAMILIES.values() for i in names.values()):
-        if type(net) is importer.net:
-            # A naming may know only some of the forms of a class.
+    candidates = []
+    for reference in (r for family in FAMILIES.values() for r in family.values()):
+        if type(net) is reference.net:
+            # A reference may not name all layers that its class can have.
             with contextlib.suppress(LookupError):
-                namings.append(importer.sources(net))
-    if not namings:
-        raise NoImporter(f"no importer yet for this {type(net).__name__}")
-
-    def shared(sources):
-        return sum(
-            name in names for source in sources.values() for name in source.shapes
+                candidates.append(reference.sources(net))
+    if not candidates:
+        raise UnknownReference(
+            f"cannot convert this {type(net).__name__}: no reference has its layers"
         )
 
-    return max(namings, key=shared)
+    def shared(sources):
+        return len({name for s in sources.values() for name in s.shapes} & set(names))
+
+    return max(candidates, key=shared)

@@ -1,11 +1,11 @@
-"""cfmz on neon 1.2.1, by the names of its golden files (neon itself has none).
+"""The ResNets of cfmz (neon 1.2.1), by the names in its golden files (neon has none).
 
-neon keeps convolution weights as (in * kh * kw, out); the files have them as OIHW.
+neon stores convolution weights as (in * kh * kw, out), the golden files as OIHW.
 """
 
 from flax import nnx
 
-from convert.sources import Importer, Path, by_layer
+from convert.sources import Path, Reference, by_layer
 from nets.resnet import CfmzResNet
 
 LEAVES = {
@@ -14,7 +14,7 @@ LEAVES = {
     "bias": "beta",
     "mean": "gmean",
     "var": "gvar",
-    "edges": "mask",  # of an expander variant, which the original does not have
+    "edges": "mask",  # only in expander variants, which have no original
 }
 
 
@@ -34,11 +34,11 @@ def _layer(path: Path) -> str:
             return "fc"
         case ("classifier_norm",):
             return "fc_bn"
-    raise LookupError(f"cfmz has no layer like {path}")
+    raise LookupError(f"unknown cfmz layer {path}")
 
 
-IMPORTERS = {
-    "msra_resnet": Importer(
+REFERENCES = {
+    "msra_resnet": Reference(
         net=CfmzResNet,
         section=lambda config: {"name": "cfmz_resnet", **config},
         sources=lambda net: by_layer(net, name),

@@ -1,10 +1,10 @@
-"""DelugeNets, by the names of its golden files (Lua modules have none).
+"""DelugeNets, by the names in its golden files (Lua modules have none).
 
-The original keeps running statistics for every reader of a map; ours has one pair per
-map. They agree after training, and an import in train mode keeps all weights as they
-are. For evaluation a map takes the statistics of its last reader; how far the others'
-differ moves into their weight and bias: w (x - m) / s + b is w' (x - m') / s' + b'
-with w' = w s' / s and b' = b + w (m' - m) / s.
+The original stores running statistics per reader of a feature map, our net once per
+map. All readers have the same statistics after training. In train mode, the weights are
+loaded unchanged. In eval mode, a map takes the statistics of its last reader, and the
+difference to those of another reader is folded into that reader's weight and bias:
+w (x - m) / s + b = w' (x - m') / s' + b', w' = w s' / s, b' = b + w (m' - m) / s.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.delugenets import VARIANTS
-from convert.sources import TORCH_LEAVES, Importer, Path, Source, by_layer
+from convert.sources import TORCH_LEAVES, Path, Reference, Source, by_layer
 from nets.delugenet import CompositeLayer, DelugeNet
 
-EPS = 1e-5  # of every normalisation
+EPS = 1e-5  # of all normalisations
 CROSS_LEAVES = ("scale", "bias", "mean", "var")
 
 
 class Reader(NamedTuple):
-    """A cross-layer convolution: its path, name and channels, and whom it reads.
+    """A cross-layer convolution: its path, name and channels.
 
-    norms: paths of the normalisations of its sources, the oldest first.
+    norms: paths of the normalisations of its source maps, the oldest first.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class Reader(NamedTuple):
         return {f"{self.name}.{TORCH_LEAVES[leaf]}": shape for leaf in leaves}
 
     def column(self, norm: Path) -> int:
-        """Where the original has the source: it counts from the newest."""
+        """Column of a source in the original, which counts from the newest."""
         return len(self.norms) - 1 - self.norms.index(norm)
 
 
@@ -50,10 +50,10 @@ def sources_of(net: DelugeNet) -> dict[Path, Source]:
 def name(net: DelugeNet, path: Path) -> str:
     match path[:-1]:
         case ("blocks", block, "norms", source):
-            # No tensor is called so: cross_layers tells where these come from.
+            # A placeholder: cross_layers defines the sources of these statistics.
             where = f"block{block + 1}.source{source + 1}"
         case ("blocks", block, "layers", layer, part):
-            # Without a transition the opening is layer 1.
+            # If a block has no transition, its opening is layer 1.
             opening = net.blocks[block].opening
             number = layer + 1 + isinstance(opening, CompositeLayer)
             where = f"block{block + 1}.layer{number}.{_bn(part)}"
@@ -70,12 +70,12 @@ def name(net: DelugeNet, path: Path) -> str:
         case ("classifier",):
             where = "head.fc"
         case _:
-            raise LookupError(f"DelugeNets have no layer like {path}")
+            raise LookupError(f"unknown DelugeNet layer {path}")
     return f"{where}.{TORCH_LEAVES[path[-1]]}"
 
 
 def readers(net: DelugeNet) -> list[Reader]:
-    """All cross-layer convolutions of a net, in the order of computation."""
+    """Returns all cross-layer convolutions of a net, in the order of computation."""
     found = []
     for i, block in enumerate(net.blocks):
         norms = tuple(("blocks", i, "norms", k) for k in range(len(block.norms)))
@@ -91,9 +91,9 @@ def readers(net: DelugeNet) -> list[Reader]:
 
 
 def cross_layers(readers: list[Reader], folded: bool) -> dict[Path, Source]:
-    """What the readers' weights and the statistics of their sources are made of.
+    """Returns the sources of the readers' weights and of their maps' statistics.
 
-    folded: for evaluation, as the docstring of this file explains.
+    folded: whether weights absorb differences of statistics (docstring of this file).
     """
     of_norm = {}
     for reader in readers:
@@ -116,7 +116,7 @@ def cross_layers(readers: list[Reader], folded: bool) -> dict[Path, Source]:
 
 
 def _weight(reader: Reader, leaf: str) -> Source:
-    """(channels, sources), the newest first -> (sources, channels), the oldest."""
+    """(channels, newest to oldest source) -> (oldest to newest source, channels)."""
     shapes = reader.shapes(leaf)
     (name,) = shapes
     return Source(
@@ -125,7 +125,7 @@ def _weight(reader: Reader, leaf: str) -> Source:
 
 
 def _statistic(norm: Path, readers: list[Reader], leaf: str) -> Source:
-    """The last reader's column; back, the column of every reader, else zeros."""
+    """Joins to the column of the last reader; splits to the columns of all readers."""
 
     def split(value):
         columns = {}
@@ -145,7 +145,7 @@ def _statistic(norm: Path, readers: list[Reader], leaf: str) -> Source:
 def _folded(
     reader: Reader, last: Mapping[Path, Reader], leaf: str, plain: Source
 ) -> Source:
-    """As if the reader had the statistics of the last one; back, one that has them."""
+    """Joins as if the reader had the last reader's statistics; splits unchanged."""
     shapes = reader.shapes(*CROSS_LEAVES)
     for other in last.values():
         shapes |= other.shapes("mean", "var")
@@ -184,12 +184,14 @@ def _section(config: Mapping) -> dict:
         depth = str(config.pop("depth"))
         if depth not in VARIANTS:
             raise ValueError(
-                f"a DelugeNet of depth {depth}: choose from {', '.join(VARIANTS)}, "
-                "or give its layers"
+                f"unknown DelugeNet depth {depth}: choose from {', '.join(VARIANTS)}, "
+                "or set `layers`"
             )
         config["layers"] = VARIANTS[depth].net["layers"]
     config["layers"] = tuple(config["layers"])
     return {"name": "delugenet", "form": form, **config}
 
 
-IMPORTERS = {"delugenet": Importer(net=DelugeNet, section=_section, sources=sources_of)}
+REFERENCES = {
+    "delugenet": Reference(net=DelugeNet, section=_section, sources=sources_of)
+}

@@ -1,10 +1,10 @@
-"""fb.resnet.torch, by the names of its golden files (Lua modules have none)."""
+"""fb.resnet.torch, by the names in its golden files (Lua modules have none)."""
 
 from collections.abc import Mapping
 
 from flax import nnx
 
-from convert.sources import TORCH_LEAVES, Importer, Path, by_layer
+from convert.sources import TORCH_LEAVES, Path, Reference, by_layer
 from nets.resnet import ResNet
 
 
@@ -18,12 +18,12 @@ def resnet(path: Path, layer: nnx.Module) -> str:
             names = {"stem": "conv1", "stem_norm": "bn1", "norm": "bn_last"}
             where = names.get(part, "fc")
         case _:
-            raise LookupError(f"fb.resnet.torch has no layer like {path}")
+            raise LookupError(f"unknown fb.resnet.torch layer {path}")
     return f"{where}.{TORCH_LEAVES[path[-1]]}"
 
 
 def preresnet(path: Path, layer: nnx.Module) -> str:
-    """A block's BN counts from 0 here: bn0 precedes conv1."""
+    """Counts the batch norms of a block from 0: bn0 precedes conv1."""
     if path[0] == "stages" and path[-2] in ("norm1", "norm2", "norm3"):
         path = (*path[:-2], f"norm{int(path[-2][-1]) - 1}", path[-1])
     return resnet(path, layer)
@@ -39,13 +39,13 @@ def _section(config: Mapping, preactivation: bool) -> dict:
     return dict(name="resnet", form=form, preactivation=preactivation, **fields)
 
 
-def _importer(preactivation: bool) -> Importer:
+def _reference(preactivation: bool) -> Reference:
     naming = preresnet if preactivation else resnet
-    return Importer(
+    return Reference(
         net=ResNet,
         section=lambda config: _section(config, preactivation),
         sources=lambda net: by_layer(net, naming),
     )
 
 
-IMPORTERS = {"resnet": _importer(False), "preresnet": _importer(True)}
+REFERENCES = {"resnet": _reference(False), "preresnet": _reference(True)}

@@ -1,7 +1,7 @@
-"""GUNN on Torch7, by the names of its golden files: positions in the module tree.
+"""GUNN (Torch7), by the names in its golden files: positions in the module tree.
 
 Positions count from 1: "7.3.1.2.4.weight" is the 3x3 convolution of segment 3 of the
-first layer. Our units are stacked over segments, theirs are separate tensors.
+first layer. The original has separate tensors per segment; our units stack them.
 """
 
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from flax import nnx
 
-from convert.sources import TORCH_LEAVES, Importer, Path, Source, by_layer
+from convert.sources import TORCH_LEAVES, Path, Reference, Source, by_layer
 from nets.gunn import Gunn
 from nets.layers.gradual import unstacked
 
@@ -21,7 +21,7 @@ MODELS = {
     (18, True): ((1200, 1600, 2000, 2000), (30, 40, 50, 50), 2),
     (24, False): ((720, 900, 1080), (20, 25, 30), 3),
 }
-# Positions inside the bottleneck; of the projection, beside it.
+# Positions in the bottleneck, and in the projection beside it.
 BOTTLENECK = {"conv1": 1, "norm1": 2, "conv2": 4, "norm2": 5, "conv3": 7, "norm3": 8}
 PROJECTION = {"projection": 1, "projection_norm": 2}
 
@@ -30,16 +30,18 @@ def _section(config: Mapping) -> dict:
     config = dict(config)
     depth, wide = config.pop("depth"), config.pop("wide", False)
     if (depth, wide) not in MODELS:
-        known = [*MODELS]
-        raise ValueError(f"unknown GUNN (depth, wide) {depth, wide}: one of {known}")
+        known = ", ".join(map(str, MODELS))
+        raise ValueError(
+            f"unknown GUNN (depth, wide) {depth, wide}: choose from {known}"
+        )
     channels, segments, expansion = MODELS[depth, wide]
     channels = config.pop("channels", channels)
     segments = config.pop("segments", segments)
     form = "imagenet" if config.pop("dataset") == "imagenet" else "cifar"
-    # The original decides by the data set alone which unit a net gets.
+    # In the original, the data set alone decides the shortcuts.
     shortcuts = ("none",) if form == "imagenet" else ("projection",)
     section = dict(name="gunn", num_classes=config.pop("num_classes"))
-    if depth == 24:  # other fields are let pass: no original has named them
+    if depth == 24:  # derived: any other field is accepted and ignored
         shortcuts += (config.pop("second_shortcut", "projection"),)
     elif config:
         raise ValueError(f"GUNN-{depth} has no field {sorted(config)}")
@@ -52,10 +54,10 @@ def _section(config: Mapping) -> dict:
     )
 
 
-def _of_tensors(section: Mapping, names: Collection[str]) -> dict:
-    """The section with GUNN-24's second shortcut as the tensors have it.
+def _refine(section: Mapping, names: Collection[str]) -> dict:
+    """Sets GUNN-24's second shortcut to the one whose tensors exist.
 
-    That net is derived, so no original says how a configuration names the choice.
+    This net is derived: no original configuration defines the choice.
     """
     if len(section["shortcuts"]) == 1 or section["form"] == "imagenet":
         return dict(section)
@@ -76,9 +78,9 @@ def sources(net: Gunn) -> dict[Path, Source]:
 
 
 def layer_sources(units: nnx.Module, name) -> dict[Path, Source]:
-    """Stacked units from the tensors of each; name: (segment, path, layer) -> tensor.
+    """Returns the sources of stacked units, by their paths below `units`.
 
-    Paths are those below `units`.
+    name: (segment, path of a variable, its layer) -> name of the reference tensor.
     """
     each = [
         by_layer(unit, functools.partial(name, segment))
@@ -88,21 +90,21 @@ def layer_sources(units: nnx.Module, name) -> dict[Path, Source]:
 
 
 def layer_name(units, prefix: str, segment: int, path: Path, layer) -> str:
-    """The tensor of a unit's variable; `prefix` is the layer's own, with its dot."""
+    """Returns the tensor name of a unit's variable. prefix: the layer's, with a dot."""
     _, index, part, leaf = path
-    place = [segment + 1]
+    position = [segment + 1]
     if len(units.bottlenecks) > 1:
-        place.append(index + 1)
-    if units.bottlenecks[index].shortcut != "none":  # a table of branches: 1 and 2
-        place += [1, 1 if part in PROJECTION else 2]
-    place.append((PROJECTION | BOTTLENECK)[part])
-    return f"{prefix}{'.'.join(map(str, place))}.{TORCH_LEAVES[leaf]}"
+        position.append(index + 1)
+    if units.bottlenecks[index].shortcut != "none":  # two branches, 1 and 2
+        position += [1, 1 if part in PROJECTION else 2]
+    position.append((PROJECTION | BOTTLENECK)[part])
+    return f"{prefix}{'.'.join(map(str, position))}.{TORCH_LEAVES[leaf]}"
 
 
 def _positions(net: Gunn) -> list[tuple[int, int]]:
-    """Positions of each stage's first transition module and of its layer.
+    """Returns the positions of each stage's first transition module and of its layer.
 
-    The pool stands before the transition (ImageNet) or behind it (CIFAR).
+    Pooling precedes the transition (ImageNet) or follows it (CIFAR).
     """
     stages = range(len(net.layers))
     if net.imagenet:
@@ -127,11 +129,11 @@ def _position(net: Gunn, path: Path) -> int:
             return last_layer + 1 + (part == "norm")
         case ("classifier",):
             return last_layer + (3 if net.imagenet else 6)
-    raise LookupError(f"GUNN has no layer like {path}")
+    raise LookupError(f"unknown GUNN layer {path}")
 
 
 def _stacked(sources: list[Source]) -> Source:
-    """One variable with a leading axis, from the sources of its slices."""
+    """Combines the sources of slices into that of a variable with a leading axis."""
 
     def join(*tensors):
         size = len(tensors) // len(sources)
@@ -148,4 +150,4 @@ def _stacked(sources: list[Source]) -> Source:
     return Source(shapes, join, split)
 
 
-IMPORTERS = {"gunn": Importer(Gunn, _section, sources, of_tensors=_of_tensors)}
+REFERENCES = {"gunn": Reference(Gunn, _section, sources, refine=_refine)}

@@ -1,11 +1,11 @@
-"""IGCNets, by the argument names of the authors' MXNet builders and symbol files."""
+"""IGCNets, by the argument names in the authors' MXNet builders and symbol files."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from flax import nnx
 
-from convert.sources import Importer, Path, by_layer
+from convert.sources import Path, Reference, by_layer
 from nets.layers.norm import BatchNorm
 from nets.plain import IgcImageNetResNet, IgcResNet, Plain
 
@@ -15,12 +15,12 @@ LEAVES = {
     "scale": "gamma",
     "mean": "moving_mean",
     "var": "moving_var",
-    "edges": "mask",  # of an expander variant, which the original does not have
+    "edges": "mask",  # only in expander variants, which have no original
 }
 
 
 class Naming(NamedTuple):
-    """How a builder calls things. blocks: those of a unit. conv: a lone convolution."""
+    """The names in a builder. blocks: of a unit's blocks; conv: of a single conv."""
 
     classifier: str
     blocks: Mapping[str, str] = {}
@@ -29,7 +29,7 @@ class Naming(NamedTuple):
 
 PLAIN = Naming("fc_score")
 RESNET = Naming("fc", {"block1": "p2_two1", "block2": "p2_two2", "shortcut": "p0_line"})
-# ImageNet: the symbol files of regular nets, of IGCNets, and the Python builder.
+# ImageNet: symbol files of regular nets, symbol files of IGCNets, and Python builder.
 UNIT = {"block1": "conv1", "block2": "conv2", "shortcut": "proj"}
 REGULAR = Naming("fc_score", UNIT, conv="")
 SYMBOLS = Naming("fc_score", UNIT)
@@ -47,7 +47,7 @@ def name(path: Path, layer: nnx.Module, naming: Naming) -> str:
         case ("stages", stage, i, *inner):
             parts = [f"g{stage + 1}_b{i + 1}"]
         case _:
-            raise LookupError(f"IGCNets have no layer like {path}")
+            raise LookupError(f"unknown IGCNet layer {path}")
     match inner:
         case ["norm"]:
             parts.append("bn")
@@ -60,7 +60,7 @@ def name(path: Path, layer: nnx.Module, naming: Naming) -> str:
     return "_".join(filter(None, parts))
 
 
-def _cifar(net: type[nnx.Module], naming: Naming, *, interleaved: bool) -> Importer:
+def _cifar(net: type[nnx.Module], naming: Naming, *, interleaved: bool) -> Reference:
     def section(config):
         fields = dict(config)
         primary_groups = fields.pop("L")
@@ -69,7 +69,7 @@ def _cifar(net: type[nnx.Module], naming: Naming, *, interleaved: bool) -> Impor
         wiring = dict(kind="interleaved", primary_groups=primary_groups)
         return fields | (dict(wiring=wiring) if interleaved else {})
 
-    return _importer(net, section, naming)
+    return _reference(net, section, naming)
 
 
 def _imagenet_section(config: Mapping) -> dict:
@@ -82,50 +82,54 @@ def _imagenet_section(config: Mapping) -> dict:
         or widths[0] not in (stem, 2 * stem)
         or config.get("blocks_per_stage", units) != units
     ):
-        raise ValueError(f"no builder of IGCNets makes the stages of {dict(config)}")
+        raise ValueError(
+            f"no IGCNet builder supports {dict(config)}: stage_channels must start at "
+            "stem or twice stem and double, with (depth - 2) / 8 blocks per stage"
+        )
     section = dict(name="igc_resnet_imagenet", depth=depth, width=stem)
     section |= dict(expand_first_stage=expand, num_classes=config["num_classes"])
     return section | _partitions(widths, config.get("primary_partitions"))
 
 
 def _partitions(widths: list[int], primary: list[int] | None) -> dict:
-    """The wiring of ImageNet stages: either the primary or the secondary groups stay.
+    """Returns the wiring of ImageNet stages, from their numbers of primary groups.
 
-    All their pairs are canonical: secondary = width / primary.
+    Either the primary or the secondary groups are constant. All pairs are canonical:
+    secondary = width / primary.
     """
     if primary is None:
         return {}
     secondary = [width // count for width, count in zip(widths, primary, strict=True)]
     if len(set(primary)) == 1:
         groups = dict(primary_groups=primary[0], secondary_groups=0)
-        return dict(wiring=dict(kind="interleaved", **groups))
-    if len(set(secondary)) == 1:
+    elif len(set(secondary)) == 1:
         groups = dict(primary_groups=0, secondary_groups=secondary[0])
-        return dict(wiring=dict(kind="interleaved", **groups))
-    raise ValueError(
-        f"stages of {widths} channels in {primary} partitions: neither the primary nor "
-        "the secondary groups are equal in all"
-    )
+    else:
+        raise ValueError(
+            f"stages of {widths} channels with {primary} primary groups: the primary "
+            "or the secondary groups must be equal in all stages"
+        )
+    return dict(wiring=dict(kind="interleaved", **groups))
 
 
-def _importer(net, section, naming: Naming) -> Importer:
+def _reference(net, section, naming: Naming) -> Reference:
     def sources(net):
         return by_layer(net, lambda path, layer: name(path, layer, naming))
 
-    return Importer(net=net, section=section, sources=sources)
+    return Reference(net=net, section=section, sources=sources)
 
 
-def _imagenet(naming: Naming) -> Importer:
-    return _importer(IgcImageNetResNet, _imagenet_section, naming)
+def _imagenet(naming: Naming) -> Reference:
+    return _reference(IgcImageNetResNet, _imagenet_section, naming)
 
 
-IMPORTERS = {
+REFERENCES = {
     "plain": _cifar(Plain, PLAIN, interleaved=False),
     "plain_igc": _cifar(Plain, PLAIN, interleaved=True),
     "resnet": _cifar(IgcResNet, RESNET, interleaved=False),
     "resnet_igc": _cifar(IgcResNet, RESNET, interleaved=True),
     "resnet_imagenet_mx": _imagenet(REGULAR),
     "resnet_igc_imagenet": _imagenet(SYMBOLS),
-    # The same net, as the Python builder spells it.
+    # The same net with the names of the Python builder.
     "resnet_igc_imagenet_builder": _imagenet(BUILDER),
 }

@@ -1,8 +1,8 @@
-"""What each variable of a net is made of: reference tensors and a change of layout.
+"""Conversion between reference tensors and the variables of a net.
 
-The mapping goes by our variables, not by their tensors, because the relation is not
-one to one: a mask feeds an expander's edges and tells which weights its kernel keeps;
-one stacked kernel may hold the weights of many reference layers.
+Each variable of ours lists the tensors that determine it. A mapping from tensors to
+variables would not do: a mask determines an expander's edges and also which weights its
+kernel stores, and a stacked kernel holds the weights of many reference layers.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -17,27 +17,29 @@ from nets.layers.expander import Connectivity, Expander
 
 Path = tuple[str | int, ...]
 
-TORCH_LEAVES = {  # our variables -> Torch's and PyTorch's names of a layer's tensors
+# Our variables of a layer -> the tensors of Torch and PyTorch.
+TORCH_LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
     "mean": "running_mean",
     "var": "running_var",
-    "edges": "mask",  # X-Nets, and expander variants that no original has
+    "edges": "mask",  # as in X-Nets, also for expander variants without an original
 }
 
 
-class ImportMismatch(ValueError):
-    """Reference tensors that do not fit the net; the message names them all."""
+class Mismatch(ValueError):
+    """Reference tensors that do not fit the net; the message lists all of them."""
 
 
 class Source(NamedTuple):
-    """The reference tensors of one variable.
+    """The reference tensors that determine one variable.
 
-    shapes: name -> shape in the reference layout.
-    join: these tensors, in this order -> the variable.
-    split: the inverse, for gradients and statistics too; {name: array} of those
-      tensors that the variable determines, zero where other variables do.
+    shapes: {name: shape in the reference layout}.
+    join: (these tensors, in this order) -> the variable.
+    split: the inverse, also for gradients and statistics. Returns {name: array} for
+      the tensors that the variable determines; entries that other variables determine
+      are zero.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -45,24 +47,25 @@ class Source(NamedTuple):
     split: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-class Importer(NamedTuple):
-    """How a reference network becomes one of ours.
+class Reference(NamedTuple):
+    """A network of an original code, and its conversion to ours.
 
-    net: our class. section: the reference's configuration -> the `net` section of
-    ours. sources: a net of that class -> what each of its variables is made of, in the
-    net's present mode (train or eval) where an original keeps statistics differently.
-    of_tensors: (section, names of the tensors) -> the section that they tell, where a
-    configuration leaves a choice open.
+    net: our class.
+    section: reference configuration -> our `net` section.
+    sources: net of that class -> {path of a variable: its source}. The mode of the net
+      (train or eval) matters if the original stores statistics differently.
+    refine: (section, tensor names) -> section, with the fields that the reference
+      configuration leaves open but the names decide.
     """
 
     net: type[nnx.Module]
     section: Callable[[Mapping], dict]
     sources: Callable[[nnx.Module], dict[Path, Source]]
-    of_tensors: Callable[[dict, Collection[str]], dict] = lambda section, names: section
+    refine: Callable[[dict, Collection[str]], dict] = lambda section, names: section
 
 
 def empty(build: Callable[[], nnx.Module]) -> nnx.Module:
-    """The module that `build` makes, with zeros for values; nothing is compiled."""
+    """Builds a module with zeros in all variables, without compiling anything."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
     zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), state)
     return nnx.merge(graphdef, zeros)
@@ -71,11 +74,11 @@ def empty(build: Callable[[], nnx.Module]) -> nnx.Module:
 def by_layer(
     net: nnx.Module, name: Callable[[Path, nnx.Module], str]
 ) -> dict[Path, Source]:
-    """Sources of a net whose layers are those of the reference, one to one.
+    """Returns the sources of a net whose layers correspond one to one to the reference.
 
-    name: (path of a variable, its layer) -> name of the reference tensor. Reference
-    layouts are OIHW and OI; an expander's `edges` come as a mask of the same shape as
-    its weights.
+    name: (path of a variable, its layer) -> name of the reference tensor.
+    The reference layouts are OIHW and OI. The mask of an expander, from which its
+    `edges` follow, has the shape of its weights.
     """
     modules = dict(nnx.iter_modules(net))
     sources = {}
@@ -95,8 +98,11 @@ def by_layer(
 def assign(
     net: nnx.Module, sources: Mapping[Path, Source], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Sets the variables; they take the tensors' precision, float32 at least."""
-    _refuse_mismatch(sources, {k: np.shape(v) for k, v in tensors.items()})
+    """Sets the variables of a net to the precision of the tensors, at least float32.
+
+    Raises Mismatch, and then changes nothing.
+    """
+    _check_fit(sources, {k: np.shape(v) for k, v in tensors.items()})
     variables = dict(nnx.to_flat_state(nnx.state(net)))
     for path, source in sources.items():
         value = source.join(*(np.asarray(tensors[name]) for name in source.shapes))
@@ -109,9 +115,9 @@ def assign(
 def to_reference(
     sources: Mapping[Path, Source], values: Mapping[Path, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Arrays by our paths (variables, their gradients) -> by reference name.
+    """Converts {path: variable, gradient or statistic} to {reference name: array}.
 
-    What several variables have of one tensor adds up.
+    The contributions of several variables to one tensor are added.
     """
     tensors = {}
     for path, value in values.items():
@@ -121,7 +127,7 @@ def to_reference(
 
 
 def _plain(name: str, shape: tuple[int, ...]) -> Source:
-    """A vector, a Linear kernel (in, out) or a Conv kernel (kh, kw, in, out)."""
+    """Source of a vector, Linear kernel (in, out) or Conv kernel (kh, kw, in, out)."""
     to_theirs = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[len(shape)]
     to_ours = np.argsort(to_theirs)
     return Source(
@@ -135,13 +141,13 @@ def _edges(name: str, layer: Expander) -> Source:
     def join(mask):
         taps = _to_pairs(mask != 0).reshape(-1, layer.in_channels * layer.out_channels)
         if (taps != taps[0]).any():
-            raise ImportMismatch(f"{name}: the mask differs between kernel taps")
+            raise Mismatch(f"{name}: the mask differs between kernel taps")
         edges = np.flatnonzero(taps[0]).astype(np.int32)
         if len(edges) != layer.num_edges:
-            raise ImportMismatch(
-                f"{name}: {len(edges)} connections, but {layer.sampling} sampling of "
-                f"degree {layer.degree} in {layer.in_channels} -> "
-                f"{layer.out_channels} makes {layer.num_edges}"
+            raise Mismatch(
+                f"{name}: the mask has {len(edges)} connections, but an expander of "
+                f"{layer.in_channels} -> {layer.out_channels} channels, degree "
+                f"{layer.degree} and sampling {layer.sampling!r} has {layer.num_edges}"
             )
         return edges
 
@@ -184,7 +190,7 @@ def _from_pairs(values: np.ndarray, edges, layer: Expander) -> np.ndarray:
     return np.moveaxis(pairs, (-1, -2), (0, 1))
 
 
-def _refuse_mismatch(sources, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_fit(sources, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = {
         name: shape
         for source in sources.values()
@@ -200,4 +206,4 @@ def _refuse_mismatch(sources, shapes: Mapping[str, tuple[int, ...]]) -> None:
     kinds = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
     lines = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if lines:
-        raise ImportMismatch("tensors do not fit the net\n  " + "\n  ".join(lines))
+        raise Mismatch("tensors do not fit the net\n  " + "\n  ".join(lines))

@@ -1,16 +1,20 @@
-"""X-Nets (Deep Expander Networks), by the state_dict names of its PyTorch code."""
+"""X-Nets (Deep Expander Networks), by the state_dict names of the PyTorch code."""
 
 from collections.abc import Mapping
 
 from flax import nnx
 
-from convert.sources import TORCH_LEAVES, Importer, Path, by_layer
+from convert.sources import TORCH_LEAVES, Path, Reference, by_layer
 from nets.alexnet import CONVOLUTIONS, AlexNet
 from nets.densenet import DenseNet, ImageNetDenseNet
 from nets.layers.expander import ExpanderConv
 from nets.mobilenet import MobileNet
 from nets.resnet import ResNet
 from nets.vgg import VGG
+
+# Fields of the golden files -> ours, which nest those of the wiring.
+RENAMED = {"expander_transitions": "wired_transitions"}
+WIRING = {"wiring": "kind"} | {k: k for k in ("compress", "sampling", "groups")}
 
 
 def leaf(attribute: str, layer: nnx.Module) -> str:
@@ -32,7 +36,7 @@ def densenet_cifar(path: Path) -> str:
             return "bn1"
         case ("classifier",):
             return "fc"
-    raise LookupError(f"densenet_cifar has no layer like {path}")
+    raise LookupError(f"unknown densenet_cifar layer {path}")
 
 
 def densenet_imagenet(path: Path) -> str:
@@ -47,7 +51,7 @@ def densenet_imagenet(path: Path) -> str:
         case (part,):
             names = {"stem": "conv0", "stem_norm": "norm0", "norm": "norm5"}
             return f"features.{names[part]}"
-    raise LookupError(f"densenet121 to 201 have no layer like {path}")
+    raise LookupError(f"unknown densenet_imagenet layer {path}")
 
 
 def resnet_imagenet(path: Path) -> str:
@@ -58,7 +62,7 @@ def resnet_imagenet(path: Path) -> str:
             return f"layer{stage + 1}.{block}.{part.replace('norm', 'bn')}"
         case (part,):
             return {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}[part]
-    raise LookupError(f"resnet18 to 152 have no layer like {path}")
+    raise LookupError(f"unknown resnet_imagenet layer {path}")
 
 
 def mobilenet(path: Path) -> str:
@@ -73,11 +77,11 @@ def mobilenet(path: Path) -> str:
             return f"model.{block + 1}.{names[part]}"
         case ("classifier",):
             return "fc"
-    raise LookupError(f"mobilenet has no layer like {path}")
+    raise LookupError(f"unknown mobilenet layer {path}")
 
 
 def vgg_cifar(net: VGG) -> dict[Path, str]:
-    """Convolution, BN, ReLU and pooling are counted, each layer in turn."""
+    """Returns the name of each layer. Every conv, BN, ReLU and pooling has an index."""
     names, index = {("hidden",): "classifier.0", ("classifier",): "classifier.2"}, 0
     for stage, blocks in enumerate(net.stages):
         for i, block in enumerate(blocks):
@@ -89,7 +93,7 @@ def vgg_cifar(net: VGG) -> dict[Path, str]:
 
 
 def alexnet(net: AlexNet) -> dict[Path, str]:
-    """Counted as in `vgg_cifar`; the dense net counts its dropouts too."""
+    """Returns the name of each layer. A dense net also counts its dropouts."""
     names, index = {}, 0
     for i, (*_, pooled) in enumerate(CONVOLUTIONS):
         names["convs", i] = f"features.{index}"
@@ -103,23 +107,16 @@ def alexnet(net: AlexNet) -> dict[Path, str]:
 
 
 def _section(name: str, **fields):
-    """The configurations of the golden files, which do not nest the wiring."""
-    renamed = {"expander_transitions": "wired_transitions"}
-    wiring_fields = {k: k for k in ("compress", "sampling", "groups")}
-    wiring_fields["wiring"] = "kind"
-
     def section(config: Mapping) -> dict:
-        ours = {renamed.get(k, k): v for k, v in config.items()}
-        names = [k for k in wiring_fields if k in ours]
-        wiring = {wiring_fields[k]: ours.pop(k) for k in names}
-        return {"name": name, **fields, **ours, "wiring": wiring}
+        wiring = {WIRING[k]: v for k, v in config.items() if k in WIRING}
+        rest = {RENAMED.get(k, k): v for k, v in config.items() if k not in WIRING}
+        return {"name": name, **fields, **rest, "wiring": wiring}
 
     return section
 
 
 def _sources(layers):
-    """layers: net -> (path of a layer -> its name)."""
-
+    # layers: net -> (path of a layer -> its name)
     def sources(net):
         layer_name = layers(net)
         return by_layer(
@@ -132,38 +129,38 @@ def _sources(layers):
 
 def _resnet_sources(net: ResNet):
     if net.norm is not None or not net.pool:
-        raise LookupError("resnet18 to 152 are post-activation nets for ImageNet")
+        raise LookupError("resnet_imagenet is a post-activation net for ImageNet")
     return _sources(lambda net: resnet_imagenet)(net)
 
 
-IMPORTERS = {
-    "densenet_cifar": Importer(
+REFERENCES = {
+    "densenet_cifar": Reference(
         net=DenseNet,
         section=_section("densenet"),
         sources=_sources(lambda net: densenet_cifar),
     ),
-    "densenet_imagenet": Importer(
+    "densenet_imagenet": Reference(
         net=ImageNetDenseNet,
         section=_section("densenet_imagenet"),
         sources=_sources(lambda net: densenet_imagenet),
     ),
-    "resnet_imagenet": Importer(
+    "resnet_imagenet": Reference(
         net=ResNet,
         section=_section("resnet", form="imagenet", shortcut="B"),
         sources=_resnet_sources,
     ),
-    "vgg_cifar": Importer(
+    "vgg_cifar": Reference(
         net=VGG,
         section=_section("vgg"),
         sources=_sources(lambda net: vgg_cifar(net).__getitem__),
     ),
-    "mobilenet": Importer(
+    "mobilenet": Reference(
         net=MobileNet,
         section=_section("mobilenet"),
         sources=_sources(lambda net: mobilenet),
     ),
-    # Dropout off, as it was when the references were recorded.
-    "alexnet": Importer(
+    # The goldens were recorded without dropout.
+    "alexnet": Reference(
         net=AlexNet,
         section=_section("alexnet", dropout=0.0),
         sources=_sources(lambda net: alexnet(net).__getitem__),

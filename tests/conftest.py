@@ -41,12 +41,12 @@ def pytest_addoption(parser):
         "--golden",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder of golden files; default: ../shared/golden if there, tests/golden",
+        help="directory of golden files; default: tests/golden and ../shared/golden",
     )
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The largest relative error of each golden file, as compared with the original."""
+    """Prints the largest relative errors of each golden file."""
     passed = terminalreporter.stats.get("passed", [])
     rows = [
         (report.nodeid.partition("[")[2].rstrip("]"), value)

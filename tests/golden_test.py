@@ -1,12 +1,13 @@
-"""Equality with the original codes: every golden file below a folder.
+"""Equality with the original codes, for every golden file in a directory.
 
 pytest tests/golden_test.py --golden=DIR
 
-Files are discovered, never listed. Networks (format 2) run through convert.build and
-load; layer, optimizer and trajectory files through the reader that knows their form;
-what has no importer or reader yet is skipped with that reason. All in float64.
+Files are discovered, not listed. Networks (format 2) go through convert.build and
+convert.load; layer, optimizer and trajectory files go to the reader of their form.
+Files without a converter or reader are skipped. Everything runs in float64.
 """
 
+import functools
 import json
 import pathlib
 
@@ -14,44 +15,55 @@ import jax
 import pytest
 
 import convert
-from convert import golden
 from tests.conftest import SHARED
 from tests.support import golden_checks, golden_layers
+from tests.support.golden_files import FORMAT, Golden
 
 OWN = pathlib.Path(__file__).parent / "golden"
+# Compile time grows with the number of tensors: larger networks are slow tests.
+MAX_FAST_TENSORS = 120
 
 
-def pytest_generate_tests(metafunc):
-    given = metafunc.config.getoption("golden")
+@functools.cache
+def discover(given: pathlib.Path | None) -> dict[str, list]:
+    """Returns the test parameters of all networks and of all other golden files.
+
+    given: the value of --golden; None: ../shared/golden and tests/golden.
+    """
     if given and not given.is_dir():
-        raise pytest.UsageError(f"--golden={given}: there is no such folder")
+        raise pytest.UsageError(f"--golden={given}: no such directory")
     roots = [given.resolve()] if given else [SHARED / "golden", OWN]
-    # The same bytes in two folders are one fact; our own copy wins, it is never slow.
+    # Our own copy replaces an identical file in ../shared.
     unique = {}
     for root in roots:
         for path in sorted([*root.rglob("*.json"), *root.rglob("*.npz")]):
             unique[path.relative_to(root), path.read_bytes()] = (root, path)
-    networks, others = [], []
+    found = {"network": [], "recorded": []}
     for root, path in unique.values():
         facts = json.loads(path.read_text()) if path.suffix == ".json" else {}
-        if isinstance(facts, dict) and facts.get("format") == golden.FORMAT:
-            networks.append(_parameter(root, path, _marks(root, facts)))
+        if isinstance(facts, dict) and facts.get("format") == FORMAT:
+            parameter = _parameter(root, path, _marks(root, facts))
+            found["network"].append(parameter)
         elif golden_layers.is_golden(path, facts):
-            others.append(_parameter(root, path))
-    if given and not networks and not others:
-        raise pytest.UsageError(f"--golden={given}: there is no golden file below it")
-    if "network" in metafunc.fixturenames:
-        metafunc.parametrize("network", networks)
-    if "recorded" in metafunc.fixturenames:
-        metafunc.parametrize("recorded", others)
+            found["recorded"].append(_parameter(root, path))
+    if given and not any(found.values()):
+        raise pytest.UsageError(f"--golden={given}: no golden file in this directory")
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    for name, parameters in discover(metafunc.config.getoption("golden")).items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, parameters)
 
 
 def _marks(root, facts):
     try:
         convert.find(facts["system"], facts["net"])
-    except convert.NoImporter as error:
+    except convert.UnknownReference as error:
         return pytest.mark.skip(str(error).partition(":")[0])
-    return () if root == OWN else pytest.mark.slow
+    fast = root == OWN and len(facts["tensors"]) <= MAX_FAST_TENSORS
+    return () if fast else pytest.mark.slow
 
 
 def _parameter(root, path, marks=()):
@@ -66,7 +78,7 @@ def double_precision():
 
 
 def test_network(network, record_property):
-    comparison = golden_checks.network(golden.Golden.read(network))
+    comparison = golden_checks.network(Golden.read(network))
     record_property("golden", comparison.summary())
     comparison.check()
 
@@ -74,7 +86,17 @@ def test_network(network, record_property):
 def test_recorded(recorded, record_property):
     reader = golden_layers.reader(recorded)
     if reader is None:
-        pytest.skip(f"no reader yet for {'/'.join(recorded.parts[-3:])}")
+        pytest.skip(f"no reader for {'/'.join(recorded.parts[-3:])}")
     comparison = reader(recorded)
     record_property("golden", comparison.summary())
     comparison.check()
+
+
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [("absent", "no such directory"), ("empty", "no golden file")],
+)
+def test_a_directory_without_golden_files_is_refused(tmp_path, directory, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(pytest.UsageError, match=f"--golden=.*{directory}: {message}"):
+        discover(tmp_path / directory)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.golden import generator
 from nets import connectivity
+from tests.support.golden_files import generator
 
 RULES = ("smaller_side", "per_output", "per_input")
 SIDES = st.integers(1, 24)

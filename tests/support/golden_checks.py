@@ -1,4 +1,4 @@
-"""What a recorded network claims, and how ours is compared with it."""
+"""Comparison of our networks with recorded ones."""
 
 import jax
 import numpy as np
@@ -8,33 +8,32 @@ from flax import nnx
 import convert
 import nets
 import optimizers
-from convert.golden import Golden
 from convert.sources import to_reference
 from nets import cost
 from tests.support.compiling import run_once
+from tests.support.golden_files import Golden
 
 EXACT, ROUNDED = 1e-9, 1e-5
 
 
 class Comparison:
-    """Relative errors of named quantities, each beside what is allowed for it."""
+    """Relative errors of named quantities, each with its own tolerance."""
 
     def __init__(self):
         self._errors = []
 
     def add(self, group: str, actual, expected, allowed: float | None = None, name=""):
-        """Error relative to the largest expected value.
+        """Adds an error, relative to the largest expected value.
 
-        Numbers that are all exact in float32 were kept in float32: 1e-5 is allowed.
+        The default tolerance is 1e-9, or 1e-5 for values recorded in float32: those
+        that are all exact in float32.
         """
         actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
         assert actual.shape == expected.shape, (group, name)
         if allowed is None:
-            rounded = np.array_equal(expected, expected.astype(np.float32))
-            allowed = ROUNDED if rounded else EXACT
-        scale = np.abs(expected).max() or 1.0
-        error = np.abs(actual - expected).max() / scale
-        self._errors.append((group, name, float(error), allowed))
+            allowed = ROUNDED if _is_float32(expected) else EXACT
+        error = _relative_error(actual, expected)
+        self._errors.append((group, name, error, allowed))
 
     def summary(self) -> str:
         worst = {}
@@ -61,7 +60,7 @@ def cross_entropy(labels):
 
 
 def network(golden: Golden) -> Comparison:
-    """Counts, logits, loss, gradient norms, running statistics; a trajectory if any."""
+    """Compares counts, logits, loss, gradient norms, running statistics and updates."""
     facts, arrays, comparison = golden.facts, golden.arrays, Comparison()
     net, tensors = convert.build(facts), golden.tensors()
     images, loss = golden.images(), cross_entropy(golden.labels())
@@ -78,8 +77,9 @@ def network(golden: Golden) -> Comparison:
 
     net.train()
     convert.load(net, tensors)
-    sources = convert.sources_of(net, tensors)
-    trained = train(net, sources, images, loss)
+    sources = convert.find_sources(net, tensors)
+    run, variables = forward_backward(net, loss)
+    trained = by_reference(sources, variables, run(variables, images))
     comparison.add("train", trained["output"], arrays["logits_train"])
     comparison.add("loss", trained["loss"], arrays["loss_train"])
 
@@ -93,24 +93,24 @@ def network(golden: Golden) -> Comparison:
         else:
             comparison.add("gradients", actual, expected, name=name)
 
+    running = golden.running()
     statistics = _statistics_after(golden, tensors, trained)
     noise = 0.0
-    if any(error > ROUNDED for error in _errors(golden, statistics).values()):
+    if any(_relative_error(statistics[k], v) > ROUNDED for k, v in running.items()):
         noise = _single_precision_noise(golden, images, loss, statistics)
-    for name, expected in golden.running().items():
-        kept_in_float32 = np.array_equal(expected, expected.astype(np.float32))
-        allowed = ROUNDED + noise if kept_in_float32 else EXACT
+    for name, expected in running.items():
+        allowed = ROUNDED + noise if _is_float32(expected) else EXACT
         comparison.add("statistics", statistics[name], expected, allowed, name)
 
     if "sgd_steps" in facts:
-        _sgd_steps(facts["sgd_steps"], net, images, loss, comparison)
+        _sgd_steps(facts["sgd_steps"], run, variables, images, comparison)
     return comparison
 
 
 def _statistics_after(golden: Golden, tensors, trained: dict) -> dict:
-    """Running statistics after one step, by reference name."""
+    """Returns the running statistics after one step by reference name."""
     keep = golden.facts["batch_norm"]["keep"]
-    # What the step added: an importer may start from other statistics.
+    # Only the change is taken from our net, which may start from other statistics.
     return {
         name: keep * tensors[name]
         + (trained["statistics"][name] - keep * trained["statistics before"][name])
@@ -118,96 +118,25 @@ def _statistics_after(golden: Golden, tensors, trained: dict) -> dict:
     }
 
 
-def _errors(golden: Golden, statistics: dict) -> dict[str, float]:
-    errors = {}
-    for name, expected in golden.running().items():
-        scale = np.abs(expected).max() or 1.0
-        errors[name] = np.abs(np.asarray(statistics[name]) - expected).max() / scale
-    return errors
-
-
 def _single_precision_noise(golden: Golden, images, loss, exact: dict) -> float:
-    """How far float32 arithmetic moves our own statistics: the largest error.
+    """Returns the largest error of our own statistics in float32 arithmetic.
 
     Some files hold the statistics of a float32 run of the original. After a hundred
-    layers that is further than one rounding from the truth, so the net itself is asked
-    how far, instead of a wider tolerance for all.
+    layers their error exceeds one rounding. Measuring it on our net avoids a wider
+    tolerance for all files.
     """
     net = convert.build(golden.facts)
     net.train()
     tensors = {k: np.asarray(v, np.float32) for k, v in golden.tensors().items()}
     convert.load(net, tensors)
-    sources = convert.sources_of(net, tensors)
+    sources = convert.find_sources(net, tensors)
     trained = train(net, sources, np.asarray(images, np.float32), loss)
     rounded = _statistics_after(golden, tensors, trained)
-    errors = (
-        np.abs(rounded[name] - value).max() / (np.abs(value).max() or 1.0)
-        for name, value in exact.items()
-    )
-    return float(max(errors))
+    return max(_relative_error(rounded[name], value) for name, value in exact.items())
 
 
-def evaluate(net: nnx.Module, x) -> np.ndarray:
-    definition, variables = nets.split(net)
-    return run_once(definition.apply)(variables, x)[0]
-
-
-def train(net: nnx.Module, sources, x, loss) -> dict:
-    """One pass in train mode; gradients and statistics by reference name."""
-    definition, variables = nets.split(net)
-
-    def objective(params, x, variables):
-        variables = variables | {"params": params}
-        output, statistics = definition.apply(variables, x, train=True)
-        return loss(output), (output, statistics)
-
-    step = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-    params = variables["params"]
-    (value, (output, statistics)), gradients = run_once(step)(params, x, variables)
-    return {
-        "loss": value,
-        "output": output,
-        "gradients": to_reference(sources, by_path(gradients[0])),
-        "input gradient": gradients[1],
-        "statistics": to_reference(sources, by_path(statistics)),
-        "statistics before": to_reference(sources, by_path(variables["stats"])),
-    }
-
-
-def trajectory(net, images, loss, optimizer, steps):
-    """Steps on one batch -> losses, norms of all parameters afterwards, variables."""
-    definition, variables = nets.split(net)
-
-    def objective(params, variables):
-        variables = variables | {"params": params}
-        output, statistics = definition.apply(variables, images, train=True)
-        return loss(output), statistics
-
-    def step(variables, state):
-        params = variables["params"]
-        gradient = jax.value_and_grad(objective, has_aux=True)
-        (value, statistics), gradients = gradient(params, variables)
-        updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        variables = variables | {"params": params, "stats": statistics}
-        return variables, state, value, optax.global_norm(params)
-
-    step = run_once(step)
-    state, losses, norms = optimizer.init(variables["params"]), [], []
-    for _ in range(steps):
-        variables, state, value, norm = step(variables, state)
-        losses.append(value)
-        norms.append(norm)
-    return losses, norms, variables
-
-
-def by_path(tree) -> dict:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def _sgd_steps(facts, net, images, loss, comparison) -> None:
-    """Steps on the same batch. A second spelling has its recipe, the same, in prose."""
+def _sgd_steps(facts, run, variables, images, comparison) -> None:
+    """Compares updates on one batch. Files with `steps` state the recipe in prose."""
     if "steps" in facts:
         facts = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4) | {
             "losses": [step["loss_before"] for step in facts["steps"]],
@@ -215,7 +144,96 @@ def _sgd_steps(facts, net, images, loss, comparison) -> None:
         }
     fields = {k: facts[k] for k in ("momentum", "nesterov", "weight_decay")}
     optimizer = optimizers.sgd(facts["lr"], **fields)
-    steps = len(facts["losses"])
-    losses, norms, _ = trajectory(net, images, loss, optimizer, steps)
+    batches = [images] * len(facts["losses"])
+    losses, norms, _ = trajectory(run, variables, batches, optimizer)
     comparison.add("sgd losses", losses, facts["losses"])
     comparison.add("sgd norms", norms, facts["param_norm_after"])
+
+
+def evaluate(net: nnx.Module, x, *, train: bool = False) -> np.ndarray:
+    """Returns the output of a net in eval or train mode."""
+    definition, variables = nets.split(net)
+    output = run_once(lambda variables, x: definition.apply(variables, x, train=train))
+    return output(variables, x)[0]
+
+
+def forward_backward(net: nnx.Module, loss, *, train: bool = True):
+    """Returns a compiled function and the variables of the net, its first argument.
+
+    (variables, x) -> ((loss, (output, statistics)), (gradients of params and of x))
+    """
+    definition, variables = nets.split(net)
+
+    def objective(params, x, variables):
+        variables = variables | {"params": params}
+        output, statistics = definition.apply(variables, x, train=train)
+        return loss(output), (output, statistics)
+
+    @run_once
+    def compiled(variables, x):
+        gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+        return gradient(variables["params"], x, variables)
+
+    return compiled, variables
+
+
+def train(net: nnx.Module, sources, x, loss, *, train: bool = True) -> dict:
+    """Runs one forward and backward pass; see `by_reference` for the results."""
+    run, variables = forward_backward(net, loss, train=train)
+    return by_reference(sources, variables, run(variables, x))
+
+
+def by_reference(sources, variables, results) -> dict:
+    """Names the results of one pass; gradients and statistics have reference names."""
+    (loss, (output, statistics)), (gradients, input_gradient) = results
+    return {
+        "loss": loss,
+        "output": output,
+        "gradients": to_reference(sources, by_path(gradients)),
+        "input gradient": input_gradient,
+        "statistics": to_reference(sources, by_path(statistics)),
+        "statistics before": to_reference(sources, by_path(variables["stats"])),
+    }
+
+
+def trajectory(run, variables, batches, optimizer):
+    """Trains on each batch in turn, with a function of `forward_backward`.
+
+    Returns the loss of each step, the norm of all parameters after it, and the
+    variables at the end.
+    """
+    state, update = run_once(optimizer.init)(variables["params"]), updater(optimizer)
+    losses, norms = [], []
+    for x in batches:
+        (loss, (_, statistics)), (gradients, _) = run(variables, x)
+        params, state, norm = update(variables["params"], state, gradients)
+        variables = variables | {"params": params, "stats": statistics}
+        losses.append(loss)
+        norms.append(norm)
+    return losses, norms, variables
+
+
+def updater(optimizer):
+    """Returns (params, state, gradients) -> (params, state, norm of the params)."""
+
+    @run_once
+    def update(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, optax.global_norm(params)
+
+    return update
+
+
+def by_path(tree) -> dict:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def _is_float32(values: np.ndarray) -> bool:
+    return np.array_equal(values, values.astype(np.float32))
+
+
+def _relative_error(actual, expected) -> float:
+    scale = np.abs(expected).max() or 1.0
+    return float(np.abs(np.asarray(actual) - expected).max() / scale)

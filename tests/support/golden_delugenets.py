@@ -1,19 +1,24 @@
-"""What DelugeNets' layer files claim: units of the net over given maps, every value."""
+"""Layer files of DelugeNets: units of the net applied to given maps, every value."""
 
-import json
 import pathlib
 
 import numpy as np
 from flax import nnx
 
 from convert.delugenets import Reader, cross_layers
-from convert.golden import draw, normal
 from convert.sources import TORCH_LEAVES, assign, by_layer, empty
 from nets.delugenet import Block, CompositeLayer, Transition
 from nets.layers.cross_layer import CrossLayer, Source
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 from tests.support.golden_checks import Comparison, evaluate, train
+from tests.support.golden_files import (
+    channels_first,
+    channels_last,
+    draw,
+    normal,
+    read_layers,
+)
 
 KEEP = 0.9
 KINDS = {
@@ -26,13 +31,13 @@ KINDS = {
 }
 
 
-def reader(facts):
+def reader(facts: dict):
     units = {"cross", "trans", "composite", "block"}
     return delugenet_layers if facts.get("cases", {}).keys() & units else None
 
 
 class Unit(nnx.Module):
-    """Maps (N, H, W, C), the newest first -> all outputs of a unit, in that order."""
+    """Applies a unit to maps (N, H, W, C). Inputs and outputs have the newest first."""
 
     def __init__(self, unit: nnx.Module, channels: int, num_sources: int):
         self.unit = unit
@@ -47,8 +52,8 @@ class Unit(nnx.Module):
 
 
 def delugenet_layers(path: pathlib.Path) -> Comparison:
-    comparison, arrays = Comparison(), np.load(path.with_suffix(".npz"))
-    for case, facts in json.loads(path.read_text())["cases"].items():
+    comparison, (recorded, arrays) = Comparison(), read_layers(path)
+    for case, facts in recorded["cases"].items():
         expected = {
             key.removeprefix(f"{case}__"): array
             for key, array in arrays.items()
@@ -57,22 +62,23 @@ def delugenet_layers(path: pathlib.Path) -> Comparison:
         results = _results(case, facts)
         assert results.keys() == expected.keys()
         largest = max(np.abs(v).max() for k, v in expected.items() if "grad__" in k)
-        for what, actual in results.items():
-            group, name = what.split("_")[0], f"{case} {what}"
-            if np.abs(expected[what]).max() < 1e-10 * largest:  # dead biases: rounding
+        for name, actual in results.items():
+            group, label = name.split("_")[0], f"{case} {name}"
+            # The gradient of a bias before a batch norm is zero up to rounding.
+            if np.abs(expected[name]).max() < 1e-10 * largest:
                 zero = np.abs(actual).max() / largest
-                comparison.add("zero gradients", zero, 0.0, 1e-10, name)
+                comparison.add("zero gradients", zero, 0.0, 1e-10, label)
             else:
-                comparison.add(group, actual, expected[what], name=name)
+                comparison.add(group, actual, expected[name], name=label)
     return comparison
 
 
 def _results(case: str, facts) -> dict:
-    """Our values, by the names that the file has for them."""
+    """Returns our values by the names in the file."""
     tensors = {
         entry["name"]: draw(
             entry["full"], entry["shape"], KINDS[entry["kind"]], "float64"
-        ).astype(np.float64)
+        )
         for entry in facts["params"]
     }
     first = facts["params"][0]["name"]
@@ -82,8 +88,8 @@ def _results(case: str, facts) -> dict:
         prefix = prefix.removesuffix("trans.")
     shapes = {name.removeprefix(prefix): v.shape for name, v in tensors.items()}
     unit = empty(lambda: _unit(case, shapes))
-    maps = [_channels_last(_values(entry)) for entry in facts["inputs"]]
-    upstream = [_channels_last(_values(entry)) for entry in facts["grad_outputs"]]
+    maps = [_values(entry) for entry in facts["inputs"]]
+    upstream = [_values(entry) for entry in facts["grad_outputs"]]
 
     def loss(outputs):
         return sum((y * g).sum() for y, g in zip(outputs, upstream, strict=True))
@@ -92,7 +98,7 @@ def _results(case: str, facts) -> dict:
     for mode in ("eval", "train"):
         getattr(unit, mode)()
         sources = _sources(unit, prefix, folded=mode == "eval")
-        known = {  # nothing reads the newest output of a block alone
+        known = {  # the newest output of a block has no reader
             path: source
             for path, source in sources.items()
             if source.shapes.keys() <= tensors.keys()
@@ -108,7 +114,7 @@ def _results(case: str, facts) -> dict:
         ("train_out", trained["output"]),
         ("grad_input", trained["input gradient"]),
     ):
-        results |= {f"{what}{i}": np.moveaxis(v, -1, 1) for i, v in enumerate(values)}
+        results |= {f"{what}{i}": channels_first(v) for i, v in enumerate(values)}
     results |= {f"grad__{name}": v for name, v in trained["gradients"].items()}
     for name, before in trained["statistics before"].items():
         if name in tensors:
@@ -138,7 +144,7 @@ def _unit(case: str, shapes) -> Unit:
 
 
 def _sources(unit: Unit, prefix: str, folded: bool) -> dict:
-    """As convert.delugenets has them for a net."""
+    """Returns the sources of a unit, as convert.delugenets does for a net."""
     outer = [("norms", i) for i in range(len(unit.norms))]
     norms = {(): outer, ("opening",): outer}
     if isinstance(unit.unit, Block):
@@ -148,10 +154,10 @@ def _sources(unit: Unit, prefix: str, folded: bool) -> dict:
     for path, module in nnx.iter_modules(unit):
         if isinstance(module, CrossLayer):
             name = _name((*path, "scale"), prefix).removesuffix(".weight")
-            place = tuple(part for part in path[1:] if part != "cross")
+            position = tuple(part for part in path[1:] if part != "cross")
             channels = module.scale.get_value().shape[1]
-            readers.append(Reader(path, name, channels, tuple(norms[place])))
-    # Every reader of a map comes after those that read fewer maps.
+            readers.append(Reader(path, name, channels, tuple(norms[position])))
+    # Readers of more maps come later in the net.
     readers.sort(key=lambda reader: len(reader.norms))
     layers = by_layer(unit, lambda path, _: _name(path, prefix))
     return layers | cross_layers(readers, folded)
@@ -167,14 +173,10 @@ def _name(path: tuple, prefix: str) -> str:
             where = part
         case ("unit", leaf):
             where = "cross"
-        case _:  # statistics of maps: cross_layers tells where they come from
+        case _:  # a placeholder: cross_layers defines the sources of statistics
             return ".".join(map(str, path))
     return f"{prefix}{where.replace('norm', 'bn')}.{TORCH_LEAVES[leaf]}"
 
 
 def _values(entry) -> np.ndarray:
-    return normal(entry["key"], entry["shape"]).astype(np.float64)
-
-
-def _channels_last(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, 1, -1)
+    return channels_last(normal(entry["key"], entry["shape"]))

@@ -1,30 +1,35 @@
-"""Layer files of IGCNets: single blocks and units, permutations, steps of training."""
+"""Layer files of IGCNets: blocks and units, permutations, training trajectories."""
 
 import json
 import pathlib
 
-import jax
 import numpy as np
-import optax
 from flax import nnx
 
 import convert
-import nets
 import optimizers
 from convert import igcnets
-from convert.golden import draw, normal
 from convert.sources import assign, by_layer, empty, to_reference
 from nets import connectivity
 from nets.layers.interleaved import InterleavedConv, permute
 from nets.layers.wiring import Wiring
 from nets.plain import ConvBlock, MxBatchNorm, Unit
-from tests.support.compiling import run_once
 from tests.support.golden_checks import (
     ROUNDED,
     Comparison,
+    by_path,
     cross_entropy,
     evaluate,
+    forward_backward,
     train,
+)
+from tests.support.golden_checks import trajectory as train_on
+from tests.support.golden_files import (
+    channels_first,
+    channels_last,
+    draw,
+    normal,
+    read_layers,
 )
 
 KINDS = {"beta": "bias", "bias": "bias", "gamma": "gamma", "weight": "weight"}
@@ -67,9 +72,9 @@ def permutations(path: pathlib.Path) -> Comparison:
 
 
 def layer(path: pathlib.Path) -> Comparison:
-    """A block or a unit with any upstream gradient, every value."""
-    facts, comparison = json.loads(path.read_text()), Comparison()
-    model, arrays = facts["model"], dict(np.load(path.with_suffix(".npz")))
+    """A block or a unit with a recorded output gradient, every value."""
+    comparison, (facts, arrays) = Comparison(), read_layers(path)
+    model = facts["model"]
     net = empty(lambda: _build(facts))
     sources = by_layer(net, _name)
     shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
@@ -77,14 +82,14 @@ def layer(path: pathlib.Path) -> Comparison:
     assert recorded.items() <= shapes.items()
     assign(net, sources, {k: _draw(model, k, shape) for k, shape in shapes.items()})
 
-    x = _channels_last(normal(f"{model}/input", facts["input_shape"]))
-    upstream = _channels_last(normal(f"{model}/head_grad", facts["output_shape"]))
+    x = channels_last(normal(f"{model}/input", facts["input_shape"]))
+    upstream = channels_last(normal(f"{model}/head_grad", facts["output_shape"]))
     net.eval()
     found = {"eval_out": evaluate(net, x)}
     net.train()
     trained = train(net, sources, x, lambda y: (y * upstream).sum())
     found |= {"train_out": trained["output"], "input_grad": trained["input gradient"]}
-    found = {name: np.moveaxis(np.asarray(y), -1, 1) for name, y in found.items()}
+    found = {name: channels_first(y) for name, y in found.items()}
     found |= {f"grad/{k}": v for k, v in trained["gradients"].items()}
     found |= {f"buffer_after/{k}": v for k, v in trained["statistics"].items()}
     assert found.keys() == arrays.keys()
@@ -92,15 +97,15 @@ def layer(path: pathlib.Path) -> Comparison:
     for name, expected in arrays.items():
         allowed = None
         if name.startswith("grad/") and expected[0].shape == (1, 1, 1):
-            # With L = 1 it only scales its channel, which BN undoes: but for eps the
-            # gradient is zero, and float32 kept the remainder of large terms.
+            # With L = 1 this weight only scales a channel, which BN undoes. Its
+            # gradient is zero up to eps; the recorded one is float32 rounding.
             allowed = ROUNDED * largest / np.abs(expected).max()
         comparison.add(name.split("/")[0], found[name], expected, allowed, name=name)
     return comparison
 
 
 def _build(facts: dict) -> nnx.Module:
-    """The layer, its groups read from the list of its convolutions."""
+    """Builds the layer with the groups in the list of its convolutions."""
     channels = (facts["input_shape"][1], facts["output_shape"][1])
     assert facts["bn_eps"] == MxBatchNorm.keywords["eps"]
     convs = {conv["name"]: conv for conv in facts["convs"]}
@@ -126,15 +131,15 @@ def _build(facts: dict) -> nnx.Module:
 
 
 def _name(path, layer) -> str:
-    """As of the first block of a net, which the files call blk."""
+    """Returns the tensor name in the first block of a net, which the files call blk."""
     name = igcnets.name(("stages", 0, 0, *path), layer, igcnets.RESNET)
     return name.replace("g1_b1", "blk")
 
 
 def trajectory(path: pathlib.Path) -> Comparison:
-    """Training on a new batch each step, from running statistics of zero."""
-    facts, comparison = json.loads(path.read_text()), Comparison()
-    arrays, model = np.load(path.with_suffix(".npz")), facts["tag"]
+    """Training on a new batch in each step, from running statistics of zero."""
+    comparison, (facts, arrays) = Comparison(), read_layers(path)
+    model = facts["tag"]
     fields = {"L": "L", "M": "M", "depth": "depth", "classes": "num_classes"}
     config = {ours: facts[theirs] for theirs, ours in fields.items()}
     reference = dict(system="igcnets", net=facts["network"], config=config)
@@ -145,55 +150,29 @@ def trajectory(path: pathlib.Path) -> Comparison:
     tensors |= {k: np.zeros_like(v) for k, v in tensors.items() if "_moving_" in k}
     convert.load(net, tensors)
     shape = (facts["steps"], facts["batch"], 3, 32, 32)
-    images = np.moveaxis(normal(f"{model}/input", shape), 2, -1).astype(np.float64)
+    images = np.moveaxis(normal(f"{model}/input", shape), 2, -1)
 
     recipe = {k: facts[k] for k in ("momentum", "weight_decay")}
     optimizer = optimizers.sgd(facts["lr"], nesterov=True, **recipe)
     loss = cross_entropy(np.arange(facts["batch"]))
-    losses, variables = _steps(net, images, loss, optimizer)
+    run, variables = forward_backward(net, loss)
+    losses, _, variables = train_on(run, variables, images, optimizer)
     comparison.add("losses", losses, arrays["losses"])
-    nnx.update(net, nnx.State(variables["params"]), nnx.State(variables["stats"]))
-    state = nnx.to_flat_state(nnx.state(net, nnx.Any(nnx.Param, nnx.BatchStat)))
-    after = to_reference(sources, {p: np.asarray(v.get_value()) for p, v in state})
-    # Their running statistics are float32 numbers, so what follows from them is too.
+    after = to_reference(
+        sources, by_path(variables["params"]) | by_path(variables["stats"])
+    )
+    # The original's running statistics are float32; the error carries over.
     for kind, allowed in (("param", None), ("buffer", ROUNDED)):
         names, norms = arrays[f"{kind}_names"], arrays[f"final_{kind}_norms"]
         for name, expected in zip(names, norms, strict=True):
             found = np.linalg.norm(after[str(name)])
             comparison.add(f"{kind} norms", found, expected, allowed, name=name)
+    nnx.update(net, nnx.State(variables["params"]), nnx.State(variables["stats"]))
     expected = arrays["eval_logits_on_first_batch_after"]
     comparison.add("eval", evaluate(net, images[0]), expected, ROUNDED)
     return comparison
 
 
-def _steps(net, images, loss, optimizer):
-    definition, variables = nets.split(net)
-
-    def objective(params, variables, x):
-        variables = variables | {"params": params}
-        logits, statistics = definition.apply(variables, x, train=True)
-        return loss(logits), statistics
-
-    @run_once
-    def step(variables, state, x):
-        params = variables["params"]
-        gradient = jax.value_and_grad(objective, has_aux=True)
-        (value, statistics), gradients = gradient(params, variables, x)
-        updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        return variables | {"params": params, "stats": statistics}, state, value
-
-    state, losses = optimizer.init(variables["params"]), []
-    for x in images:
-        variables, state, value = step(variables, state, x)
-        losses.append(value)
-    return losses, variables
-
-
 def _draw(model: str, name: str, shape) -> np.ndarray:
     (kind,) = {kind for leaf, kind in KINDS.items() if name.endswith(f"_{leaf}")}
-    return draw(f"{model}/{name}", shape, kind).astype(np.float64)
-
-
-def _channels_last(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, 1, -1).astype(np.float64)
+    return draw(f"{model}/{name}", shape, kind)

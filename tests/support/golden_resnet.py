@@ -1,17 +1,22 @@
-"""Layer files of fb.resnet.torch: single blocks with any upstream gradient."""
+"""Layer files of fb.resnet.torch: single blocks with a recorded output gradient."""
 
-import json
 import pathlib
 
 import numpy as np
 from flax import nnx
 
 from convert import fb_resnet
-from convert.golden import draw, normal
 from convert.sources import assign, by_layer, empty
 from nets.layers.wiring import Wiring
 from nets.resnet import Block, PreactBlock
 from tests.support.golden_checks import Comparison, evaluate, train
+from tests.support.golden_files import (
+    channels_first,
+    channels_last,
+    draw,
+    normal,
+    read_layers,
+)
 
 KINDS = {"running_mean": "mean", "running_var": "var", "bias": "bias"}
 
@@ -21,8 +26,8 @@ def reader(facts: dict):
 
 
 def blocks(path: pathlib.Path) -> Comparison:
-    comparison, arrays = Comparison(), np.load(path.with_suffix(".npz"))
-    for model, facts in json.loads(path.read_text()).items():
+    comparison, (cases, arrays) = Comparison(), read_layers(path)
+    for model, facts in cases.items():
         found = _block(model, facts)
         names = {key for key in arrays if key.startswith(f"{model}/")}
         assert names == {f"{model}/{name}" for name in found}
@@ -33,7 +38,7 @@ def blocks(path: pathlib.Path) -> Comparison:
 
 
 def _block(model: str, facts: dict) -> dict:
-    """Our results, by the names that the file has for them."""
+    """Returns our values by the names in the file."""
     layer = empty(lambda: _build(facts))
     naming = fb_resnet.preresnet if "preresnet" in facts["block"] else fb_resnet.resnet
     strip = len("layer1.0.")
@@ -42,13 +47,12 @@ def _block(model: str, facts: dict) -> dict:
     tensors = {name: _draw(f"{model}/{name}", shapes[name]) for name in shapes}
     assign(layer, sources, tensors)
     layer.eval()
-    x = np.moveaxis(normal(f"{model}/input", facts["input_shape"]), 1, -1)
-    upstream = np.moveaxis(normal(f"{model}/dout", facts["out_shape"]), 1, -1)
-    x = x.astype(np.float64)
+    x = channels_last(normal(f"{model}/input", facts["input_shape"]))
+    upstream = channels_last(normal(f"{model}/dout", facts["out_shape"]))
     found = {"eval_out": evaluate(layer, x)}
     trained = train(layer, sources, x, lambda y: (y * upstream).sum())
     found |= {"train_out": trained["output"], "dx": trained["input gradient"]}
-    found = {name: np.moveaxis(np.asarray(y), -1, 1) for name, y in found.items()}
+    found = {name: channels_first(y) for name, y in found.items()}
     found |= {f"d_{k}": v for k, v in trained["gradients"].items()}
     return found | {f"{k}_after": v for k, v in trained["statistics"].items()}
 
@@ -73,4 +77,4 @@ def _build(facts: dict) -> nnx.Module:
 def _draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     leaf = key.rpartition(".")[2]
     kind = KINDS.get(leaf) or ("weight" if len(shape) > 1 else "gamma")
-    return draw(key, shape, kind).astype(np.float64)
+    return draw(key, shape, kind)

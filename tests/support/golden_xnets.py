@@ -1,18 +1,22 @@
-"""Layer files of X-Nets: expander layers, every value; the channel shuffle."""
+"""Layer files of X-Nets: expander layers, every value, and the channel shuffle."""
 
-import json
 import pathlib
 
 import numpy as np
 from flax import nnx
 
 from convert import xnets
-from convert.golden import generator
 from convert.sources import assign, by_layer
 from nets import connectivity
 from nets.layers.expander import ExpanderConv, ExpanderLinear
 from nets.layers.interleaved import permute
 from tests.support.golden_checks import Comparison, train
+from tests.support.golden_files import (
+    channels_first,
+    channels_last,
+    generator,
+    read_layers,
+)
 
 EXPANDERS = {"ExpanderConv2d": ExpanderConv, "ExpanderLinear": ExpanderLinear}
 
@@ -24,19 +28,16 @@ def reader(facts: dict):
 
 
 def shuffle(path: pathlib.Path) -> Comparison:
-    """In no published net at head; the same as that of an interleaved pair."""
-    facts, comparison = json.loads(path.read_text()), Comparison()
-    arrays = np.load(path.with_suffix(".npz"))
-    y = permute(_channels_last(arrays["x"]), facts["groups"])
-    comparison.add("output", _channels_first(y), arrays["y"], 0.0)
+    """No published net uses it; it equals the permutation of an interleaved pair."""
+    comparison, (facts, arrays) = Comparison(), read_layers(path)
+    y = permute(channels_last(arrays["x"]), facts["groups"])
+    comparison.add("output", channels_first(y), arrays["y"], 0.0)
     return comparison
 
 
 def expander(path: pathlib.Path) -> Comparison:
-    facts, comparison = json.loads(path.read_text()), Comparison()
-    arrays = {
-        k: v.astype(np.float64) for k, v in np.load(path.with_suffix(".npz")).items()
-    }
+    comparison, (facts, arrays) = Comparison(), read_layers(path)
+    arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
     channels, weight = (facts["I"], facts["O"]), facts["weight_name"]
     sampling = {
         "head": "smaller_side",
@@ -61,19 +62,11 @@ def expander(path: pathlib.Path) -> Comparison:
     assign(layer, sources, {weight: arrays["weight"], "mask": mask})
     assert layer.num_edges == facts["nnz"]
 
-    upstream = _channels_last(arrays["gradout"])
+    upstream = channels_last(arrays["gradout"])
     loss = lambda y: (y * upstream).sum()
-    result = train(layer, sources, _channels_last(arrays["x"]), loss)
-    comparison.add("output", _channels_first(result["output"]), arrays["y"])
-    input_gradient = _channels_first(result["input gradient"])
+    result = train(layer, sources, channels_last(arrays["x"]), loss)
+    comparison.add("output", channels_first(result["output"]), arrays["y"])
+    input_gradient = channels_first(result["input gradient"])
     comparison.add("input gradient", input_gradient, arrays["grad_x"])
     comparison.add("gradient", result["gradients"][weight], arrays["grad_weight"])
     return comparison
-
-
-def _channels_last(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, 1, -1)
-
-
-def _channels_first(x) -> np.ndarray:
-    return np.moveaxis(np.asarray(x), -1, 1)
