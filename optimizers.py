@@ -10,10 +10,11 @@ from runtime.clock import Clock
 
 
 def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:
-    """step -> learning rate, of a whole configuration and its number of images.
+    """Returns the learning rate as a function of the step.
 
-    Raises ValueError for an unknown config.optimizer.schedule, and for one that does
-    not fit into the steps of the run.
+    config: the whole configuration; num_examples: the number of training images.
+    Raises ValueError if config.optimizer.schedule is unknown or does not fit into the
+    steps of the run.
     """
     recipe = config.optimizer
     if recipe.schedule not in SCHEDULES:
@@ -26,29 +27,30 @@ def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:
     total, warmup = clock.total, clock.step_of(recipe.warmup_epochs)
     if not 0 <= warmup < max(total, 1):
         raise ValueError(
-            f"optimizer.warmup_epochs {recipe.warmup_epochs:g} takes {warmup} of the "
-            f"{total} steps of train.epochs {config.train.epochs:g}: it must be at "
+            f"optimizer.warmup_epochs={recipe.warmup_epochs:g} takes {warmup} of the "
+            f"{total} steps of train.epochs={config.train.epochs:g}: it must be at "
             "least 0 and end before the run"
         )
     drops = [clock.step_of(epoch) for epoch in recipe.drop_epochs]
     rate = SCHEDULES[recipe.schedule](recipe, total, warmup, drops)
     if warmup == 0:
         return rate
+    # optax has warm-up for cosine only, and logs a warning if it takes no steps.
     return lambda step: rate(step) * jnp.minimum(step / warmup, 1.0)
 
 
 def _steps(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:
-    """The rate is multiplied by `drop_factor` at each of `drop_epochs`.
+    """Multiplies the rate by `drop_factor` at each of `drop_epochs`.
 
-    An epoch that stands there twice drops the rate twice. Never below
+    An epoch that is listed twice drops the rate twice. The rate does not fall below
     `min_learning_rate` (X-Nets' minlr).
     """
     epochs = tuple(recipe["drop_epochs"])
     if drops != sorted(drops) or len(set(drops)) < len(set(epochs)):
         raise ValueError(
-            f"optimizer.drop_epochs {epochs} fall on the steps {drops}: they must "
-            "increase (or be equal, to drop twice); drop them less often or train "
-            "longer"
+            f"optimizer.drop_epochs={epochs} fall on the steps {drops}, which must "
+            "increase: drop the rate less often, train longer, or repeat an epoch to "
+            "drop twice"
         )
     rates = [
         max(
@@ -57,13 +59,13 @@ def _steps(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Sched
         )
         for i in range(len(drops) + 1)
     ]
-    # join_schedules takes the next rate AT the boundary step, an int32.
+    # A boundary is the first step of the next rate; it must fit into an int32.
     boundaries = [min(drop, total) for drop in drops]
     return optax.join_schedules([optax.constant_schedule(r) for r in rates], boundaries)
 
 
 def _cosine(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:
-    """Half a cosine from the end of the warm-up to `min_learning_rate` at the end.
+    """Decays along half a cosine, from the end of the warm-up to `min_learning_rate`.
 
     SGDR (arXiv 1608.03983) without restarts.
     """
@@ -76,12 +78,13 @@ def _cosine(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Sche
 def _one_cycle(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:
     """Smith's one cycle (arXiv 1708.07120), in three straight lines.
 
-    From rate / 25 up to the rate at 30 % of the steps, back down to rate / 25 at 85 %,
-    and to rate / 250,000, or `min_learning_rate`, at the end. The momentum stays.
+    The rate rises from rate / 25 to the rate at 30 % of the steps, falls back to rate /
+    25 at 85 %, and to the larger of rate / 250,000 and `min_learning_rate` at the end.
+    The momentum is constant.
     """
     if warmup:
         raise ValueError(
-            "optimizer.schedule='one_cycle' has its own warm-up: set "
+            "optimizer.schedule='one_cycle' includes a warm-up: set "
             "optimizer.warmup_epochs to 0"
         )
     cycle = optax.linear_onecycle_schedule(total, recipe["learning_rate"])
@@ -99,12 +102,15 @@ def sgd(
     rate_in_velocity: bool = False,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """SGD with momentum and L2 decay on every parameter, batch norm's and biases' too.
+    """Returns SGD with momentum, and L2 decay of all parameters, as the originals do.
 
-    rate_in_velocity=False (torch, MXNet): v <- momentum v + g; p <- p - rate v (or
-    p - rate (g + momentum v) with `nesterov`), g including the decay.
-    rate_in_velocity=True (neon): v <- momentum v - rate g; p <- p + v, so that after a
-    drop of the rate the old velocity lives on for some steps. Equal at constant rate.
+    Biases and batch norm decay too. The gradient g includes the decay.
+
+    rate_in_velocity=False (torch, MXNet): v <- momentum v + g; p <- p - rate v, or
+    p - rate (g + momentum v) with `nesterov`.
+    rate_in_velocity=True (neon): v <- momentum v - rate g; p <- p + v. The forms are
+    equal while the rate is constant; after a drop, neon's velocity still holds the old
+    rate for some steps.
     """
     decay = optax.add_decayed_weights(weight_decay)
     velocity = optax.trace(momentum, nesterov)
@@ -115,11 +121,14 @@ def sgd(
 
 
 def create(config: Mapping, rate: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer of a configuration's `optimizer` section."""
+    """Returns the optimizer of config.optimizer.
+
+    Raises ValueError for options that cannot be combined.
+    """
     if config["rate_in_velocity"] and config["nesterov"]:
         raise ValueError(
-            "optimizer.rate_in_velocity with optimizer.nesterov: no original has both, "
-            "set one of them to False"
+            "optimizer.rate_in_velocity and optimizer.nesterov cannot be combined: set "
+            "one of them to False"
         )
     fields = ("momentum", "nesterov", "rate_in_velocity", "weight_decay")
     return sgd(rate, **{field: config[field] for field in fields})

@@ -48,7 +48,7 @@ class _DamageError(Exception):
 class Checkpoints:
     """The checkpoints of a workdir: retains the last `keep` and the best.
 
-    The best has the highest metrics.SELECTION of those saved with a row, the earliest
+    The best has the highest metrics.BEST_METRIC of those saved with a row, the earliest
     if equal. Every process of a run creates an instance and makes the same calls; the
     arrays are replicated, and process 0 writes. Only save() changes files.
     """
@@ -216,7 +216,7 @@ class Checkpoints:
         scores = {}
         for step in self.steps():
             with contextlib.suppress(_DamageError):
-                score = self._table(step)["row"].get(metrics.SELECTION, math.nan)
+                score = self._table(step)["row"].get(metrics.BEST_METRIC, math.nan)
                 if math.isfinite(score) and step not in self._damaged:
                     scores[step] = score
         return sorted(scores, key=lambda step: (-scores[step], step))

@@ -83,7 +83,7 @@ class Reporter:
         self._flush()
         self.rows.append(row)
         write_text(self._path, as_csv(self.rows))
-        best = max(self.rows, key=lambda row: row[metrics.SELECTION])
+        best = max(self.rows, key=lambda row: row[metrics.BEST_METRIC])
         write_json(self._path.with_name("best.json"), best)
         logging.info(
             "step %d/%d  epoch %.2f  %s",
@@ -119,10 +119,10 @@ def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:
     """
 
     def accuracy(prefix: str) -> str:
-        value = result[f"{prefix}{metrics.SELECTION}"]
+        value = result[f"{prefix}{metrics.BEST_METRIC}"]
         return f"{value:.2%} (step {result[f'{prefix}step']})"
 
-    if f"best_{metrics.SELECTION}" not in result:
+    if f"best_{metrics.BEST_METRIC}" not in result:
         loss = result["test_loss"]
         return f"test accuracy {accuracy('')}, test loss {loss:.4f}, of {workdir}"
     return (

@@ -16,13 +16,13 @@ LOGITS = jnp.asarray(
 
 
 def correct(labels, name, logits=LOGITS):
-    """Which examples count, one by one."""
+    """1 for each example that counts in metric `name`, else 0."""
     mask = np.eye(len(labels), dtype=np.float32)
     one = lambda m: metrics.sums(logits, jnp.asarray(labels), jnp.asarray(m))[name]
     return [int(one(row)) for row in mask]
 
 
-def test_accuracy_is_that_of_argmax_with_ties_to_the_lower_class():
+def test_accuracy_equals_argmax_with_ties_to_the_lower_class():
     assert np.argmax(LOGITS, -1).tolist() == [1, 0, 0, 0]
     assert correct([1, 0, 0, 0], "accuracy") == [1, 1, 1, 1]
     assert correct([0, 1, 1, 1], "accuracy") == [0, 0, 0, 0]
@@ -38,14 +38,13 @@ def test_five_classes_have_no_top5():
     assert sums.keys() == metrics.zeros(5).keys() == {"loss", "accuracy", "examples"}
 
 
-def test_no_examples_have_no_means():
+def test_means_without_examples_are_refused():
     with pytest.raises(ValueError, match=r"no test example .*on_error=skip"):
         metrics.means(metrics.zeros(10), "test")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite(bad):
-    """A NaN is never right, alone or in a row of its kind; infinities compare."""
+def test_a_nan_is_never_right_and_infinities_compare(bad):
     logits = jnp.full((1, 6), bad)
     ties = int(not np.isnan(bad))
     assert correct([0], "accuracy", logits) == [ties]
@@ -54,7 +53,7 @@ def test_logits_that_are_not_finite(bad):
     assert correct([1], "accuracy", one) == [int(bad == np.inf)]
 
 
-def test_loss_is_the_cross_entropy():
+def test_loss_equals_the_cross_entropy():
     labels = np.array([1, 1, 3, 5])
     exp = np.exp(np.asarray(LOGITS, np.float64))
     wanted = -np.log((exp / exp.sum(-1, keepdims=True))[np.arange(4), labels])
@@ -65,7 +64,7 @@ def test_loss_is_the_cross_entropy():
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole():
-    """Whatever the batches: a mean of means would not be."""
+    """For any batch sizes; a mean of means would depend on them."""
     random = np.random.default_rng(0)
     logits = random.normal(size=(23, 10)).astype(np.float32)
     labels = random.integers(0, 10, 23)
@@ -82,20 +81,20 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
     assert parts["x_loss"] == pytest.approx(whole["x_loss"], rel=1e-6)
 
 
-def test_what_is_masked_counts_nothing_whatever_it_holds():
+def test_masked_examples_do_not_count_even_if_they_are_nan():
     labels = jnp.asarray([1, 0, 0, 0])
     spoiled = LOGITS.at[2:].set(jnp.nan)
     sums = metrics.sums(spoiled, labels, jnp.asarray([1.0, 1.0, 0.0, 0.0]))
     assert sums == metrics.sums(LOGITS[:2], labels[:2])
 
 
-def test_the_best_is_chosen_by_a_metric_that_exists():
-    assert metrics.SELECTION in metrics.means(
+def test_the_best_is_chosen_by_an_existing_metric():
+    assert metrics.BEST_METRIC in metrics.means(
         metrics.sums(LOGITS, jnp.zeros(4, int)), "test"
     )
 
 
-def test_shares_of_classes_and_smoothing_are_one_formula():
+def test_smoothing_equals_its_shares_of_classes():
     """Smoothing by s is the target (1 - s) onehot + s / classes."""
     labels, classes = jnp.asarray([1, 0, 3, 2]), LOGITS.shape[-1]
     onehot = jax.nn.one_hot(labels, classes)
@@ -111,7 +110,7 @@ def test_shares_of_classes_and_smoothing_are_one_formula():
     assert float(sums["accuracy"]) == float(metrics.sums(LOGITS, labels)["accuracy"])
 
 
-def test_confusion_counts_what_is_not_masked():
+def test_confusion_counts_unmasked_examples():
     labels, mask = jnp.asarray([1, 5, 0, 3]), jnp.asarray([1.0, 1.0, 0.0, 1.0])
     counts = metrics.sums(LOGITS, labels, mask, confusion=True)["confusion"]
     wanted = np.zeros((6, 6))

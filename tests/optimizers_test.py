@@ -8,7 +8,7 @@ from configs import cfmz, xdensenet
 
 
 def run(optimizer, gradients, start=1.0):
-    """Parameter values after each step, for given gradients."""
+    """The value of a parameter after each step."""
     parameter = jnp.asarray(start)
     state, values = optimizer.init(parameter), []
     for gradient in gradients:
@@ -22,7 +22,7 @@ def drop_at(step, before=0.1, after=0.01):
     return lambda count: jnp.where(count < step, before, after)
 
 
-def test_torch_form_is_its_own_recurrence():
+def test_torch_form_follows_its_recurrence():
     gradients, p, v, wanted = [0.5, -1.0, 2.0, 0.25], 1.0, 0.0, []
     for i, g in enumerate(gradients):
         v = 0.9 * v + (g + 0.1 * p)
@@ -32,7 +32,7 @@ def test_torch_form_is_its_own_recurrence():
     np.testing.assert_allclose(run(torch, gradients), wanted, rtol=1e-6)
 
 
-def test_nesterov_form_is_its_own_recurrence():
+def test_nesterov_form_follows_its_recurrence():
     gradients, p, v, wanted = [0.5, -1.0, 2.0, 0.25], 1.0, 0.0, []
     for g in gradients:
         g += 0.1 * p
@@ -43,7 +43,7 @@ def test_nesterov_form_is_its_own_recurrence():
     np.testing.assert_allclose(run(form, gradients), wanted, rtol=1e-6)
 
 
-def test_neon_form_is_its_own_recurrence():
+def test_neon_form_follows_its_recurrence():
     gradients, p, v, wanted = [0.5, -1.0, 2.0, 0.25], 1.0, 0.0, []
     for i, g in enumerate(gradients):
         v = 0.9 * v - (0.1 if i < 2 else 0.01) * (g + 0.1 * p)
@@ -54,14 +54,14 @@ def test_neon_form_is_its_own_recurrence():
     np.testing.assert_allclose(run(neon, gradients), wanted, rtol=1e-6)
 
 
-def test_the_forms_differ_after_a_drop_of_the_rate_only():
+def test_the_forms_differ_only_after_a_drop_of_the_rate():
     gradients = [1.0, -0.5, 0.25, 1.0]
     forms = [
         run(optimizers.sgd(drop_at(2), momentum=0.9, rate_in_velocity=x), gradients)
         for x in (False, True)
     ]
     np.testing.assert_allclose(forms[0][:2], forms[1][:2], rtol=1e-6)
-    # The old velocity lives on at its old size: a difference of a step, not of bits.
+    # neon's velocity still holds the old rate: a difference of a step, not of bits.
     assert abs(forms[0][2] - forms[1][2]) > 0.01
     constant = [
         run(optimizers.sgd(0.1, momentum=0.9, rate_in_velocity=x), gradients)
@@ -78,7 +78,7 @@ def test_cfmz_drops_the_rate_at_the_steps_of_the_original():
     assert float(rate(70_312)) == pytest.approx(0.001)
 
 
-def test_xnets_never_go_below_the_least_rate():
+def test_xnets_do_not_go_below_the_minimal_rate():
     config = xdensenet.get_config()
     config.optimizer.drop_epochs = (1.0, 2.0, 3.0)
     rate = optimizers.schedule(config, 640)
@@ -87,13 +87,13 @@ def test_xnets_never_go_below_the_least_rate():
     )
 
 
-def test_impossible_recipes_are_refused():
+def test_invalid_recipes_are_refused():
     config = xdensenet.get_config()
     recipe = config.optimizer
     recipe.drop_epochs = (225.0, 150.0)
     with pytest.raises(ValueError, match=r"225\.0, 150\.0.*must increase"):
         optimizers.schedule(config, 50_000)
-    recipe.drop_epochs = (149.9999, 150.0)  # two epochs, one step: not meant
+    recipe.drop_epochs = (149.9999, 150.0)  # two epochs in one step
     with pytest.raises(ValueError, match=r"117300, 117300.*must increase"):
         optimizers.schedule(config, 50_000)
     recipe.rate_in_velocity = True
@@ -110,23 +110,23 @@ def rates(steps, num_examples=1000, **fields):
     return [float(rate(step)) for step in steps]
 
 
-def test_an_epoch_named_twice_drops_twice():
+def test_an_epoch_listed_twice_drops_twice():
     found = rates([29, 30, 59, 60, 99], drop_epochs=(3.0, 6.0, 6.0))
     np.testing.assert_allclose(found, [0.5, 0.05, 0.05, 5e-4, 5e-4], rtol=1e-6)
 
 
-def test_a_warm_up_is_a_line_from_nothing():
+def test_a_warm_up_is_a_line_from_zero():
     fields = dict(drop_epochs=(5.0,), warmup_epochs=2.0)
     found = rates([0, 5, 10, 19, 20, 49, 50], **fields)
     wanted = [0, 0.125, 0.25, 0.475, 0.5, 0.5, 0.05]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_a_cosine_of_no_rate_is_none():
+def test_a_cosine_of_rate_0_is_0():
     assert list(rates([0, 50], schedule="cosine", learning_rate=0.0)) == [0, 0]
 
 
-def test_a_cosine_goes_from_the_warm_up_to_the_least_rate():
+def test_a_cosine_goes_from_the_warm_up_to_the_minimal_rate():
     whole = rates([0, 25, 50, 100], schedule="cosine")
     np.testing.assert_allclose(
         whole, [0.5, 0.25 * (1 + 0.5**0.5), 0.25, 0], rtol=1e-6, atol=1e-8
@@ -147,11 +147,11 @@ def test_one_cycle_is_three_straight_lines():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_a_schedule_that_does_not_exist_or_fit_is_refused():
+def test_a_schedule_that_is_unknown_or_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"'cosinus'.*steps, cosine, one_cycle"):
         rates([0], schedule="cosinus")
     for epochs in (10.0, -1.0):
-        with pytest.raises(ValueError, match=r"warmup_epochs .* of the 100 steps"):
+        with pytest.raises(ValueError, match=r"warmup_epochs=.* of the 100 steps"):
             rates([0], schedule="cosine", warmup_epochs=epochs)
     with pytest.raises(ValueError, match="warmup_epochs to 0"):
         rates([0], schedule="one_cycle", warmup_epochs=1.0)

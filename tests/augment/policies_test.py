@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
-from sklearn.datasets import load_digits
 
 from augment import policies
+from data_sources import digits
 
 MEAN = (125.3, 123.0, 113.9)
 FILL = (125, 123, 114)
@@ -56,9 +56,11 @@ MAGNITUDES = {
 def tinted_digits():
     """40 digits, 32x32, in two random colours each; five of noise and a flat one."""
     rng = np.random.default_rng(0)
-    digits = load_digits().images[:40].repeat(4, axis=1).repeat(4, axis=2)[..., None]
+    with np.load(digits.FILE) as file:
+        small = file["images"][:40]
+    large = small.repeat(4, axis=1).repeat(4, axis=2)[..., None]
     dark, light = rng.uniform(0, 256, (2, 40, 1, 1, 3))
-    tinted = dark + (light - dark) * digits / 16 + rng.normal(0, 8, (40, 32, 32, 3))
+    tinted = dark + (light - dark) * large / 16 + rng.normal(0, 8, (40, 32, 32, 3))
     noise = rng.integers(0, 256, (5, 32, 32, 3))
     flat = np.full((1, 32, 32, 3), 77)
     return np.concatenate([tinted, noise, flat]).clip(0, 255).astype(np.uint8)

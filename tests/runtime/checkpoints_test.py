@@ -133,7 +133,7 @@ def test_retains_the_last_and_the_best(tmp_path):
     scores = {1: 0.2, 2: 0.9, 3: 0.9, 4: float("nan"), 5: 0.1, 6: None, 7: 0.8}
     with Checkpoints(tmp_path, keep=2) as saved:
         for step, score in scores.items():
-            saved.save(step, make_state(step), score and {metrics.SELECTION: score})
+            saved.save(step, make_state(step), score and {metrics.BEST_METRIC: score})
         saved.wait()
         assert saved.steps() == [2, 6, 7]
     assert_same(restored(tmp_path, "best")[0], make_state(2))  # the earliest of equals
@@ -153,7 +153,7 @@ def test_missing_checkpoint_is_answered_with_those_available(tmp_path, which):
 def test_equal_step_is_replaced(tmp_path):
     with Checkpoints(tmp_path) as saved:
         saved.save(1, make_state(1))
-        saved.save(1, make_state(7), {metrics.SELECTION: 0.5})
+        saved.save(1, make_state(7), {metrics.BEST_METRIC: 0.5})
         best = saved.restore(abstract(make_state()), "best")[0]  # with its new row
         assert_same(best, make_state(7))
         assert os.listdir(saved.directory) == ["1"]
@@ -235,7 +235,7 @@ def test_flipped_bit_in_an_array_is_named(tmp_path, caplog):
 def test_next_best_replaces_a_damaged_best(tmp_path):
     with Checkpoints(tmp_path, keep=3) as saved:
         for step, score in [(1, 0.7), (2, 0.9), (3, 0.8)]:
-            saved.save(step, make_state(step), {metrics.SELECTION: score})
+            saved.save(step, make_state(step), {metrics.BEST_METRIC: score})
     shutil.rmtree(tmp_path / "checkpoints/2/arrays")
     assert restored(tmp_path, "best")[1] == 3
 

@@ -71,7 +71,7 @@ def save_until_killed(workdir, suffix, number):
         sys.addaudithook(kill)
         for step in range(last + 1, last + 5):
             for _ in range(2):  # the second save replaces the first
-                saved.save(step, make_state(step), {metrics.SELECTION: np.sin(step)})
+                saved.save(step, make_state(step), {metrics.BEST_METRIC: np.sin(step)})
             print(step, flush=True)  # the first is on disk
 
 
