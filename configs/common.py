@@ -88,11 +88,12 @@ def base() -> ConfigDict:
             lowering="auto",  # of every convolution: nets/layers/lowerings.py
             wiring=dict(  # nets/layers/wiring.py
                 kind="dense",  # or expander, grouped, interleaved
-                compress=2,  # expander: each sampling channel keeps in // compress
+                compress=2,  # expander: a sampling channel has in // compress partners
                 sampling="smaller_side",  # expander: or per_output, per_input
                 groups=2,  # grouped
-                primary_groups=2,  # interleaved; 0: output channels / secondary_groups
-                secondary_groups=0,  # interleaved; 0: output channels / primary_groups
+                # interleaved; 0 for one of them: output channels / the other
+                primary_groups=2,
+                secondary_groups=0,
             ),
         )
     )
@@ -105,7 +106,7 @@ def base() -> ConfigDict:
             download=False,  # whether to download a missing TFDS data set
             cache_dir="",  # of decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache
             # 'auto': 'tf.data' for images in memory, 'threads' for photographs. Or
-            # 'device': images and augmentation on the accelerator.
+            # 'device': images, crop and flip on the accelerator.
             pipeline="auto",
             # 'pad': pads and crops images in memory. Any other: reads photographs of
             # any size from disk and crops them (data_sources/crops.py).

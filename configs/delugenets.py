@@ -3,8 +3,8 @@
 python main.py --config=configs/delugenets.py --workdir=/tmp/run
 python main.py --config=configs/delugenets.py:wide-146,cifar100 --workdir=/tmp/run
 
-A variant is the published name: 3 x composite layers + 2, transitions not counted.
-Compiling takes minutes on CPU, for each program anew: the blocks are unrolled.
+A variant is the published name: 3 x composite layers + 2, without transitions.
+Compiling each program takes minutes on CPU because the blocks are unrolled.
 """
 
 from configs import common
@@ -20,7 +20,7 @@ def _cifar(layers, parameters, errors, printed, width=1.0):
 
 
 def _imagenet(layers, parameters, top1, top5, size, operations):
-    """size, operations: as printed; the latter are twice our MACs and some more."""
+    """size, operations: as printed; the operations are a little over twice our MACs."""
     row = Published(top1, "best", f"{README}, single 224 crop", size, top5, operations)
     net = {"name": "delugenet", "layers": layers, "width": 1.0, "form": "imagenet"}
     return Variant(net, {IMAGENET: parameters}, {IMAGENET: row})
@@ -43,11 +43,11 @@ def get_config(argument: str = ""):
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
     config.train.update(batch_size=64, epochs=300.0, last_batch="partial")
-    # The originals' epochs count from 1: the rate drops at the start of 150 and 225.
+    # The original drops the rate at the start of epochs 150 and 225, counted from 1.
     config.optimizer.update(drop_epochs=(149.0, 224.0))
     if data == IMAGENET:
         config.augment.update(common.COLORS)
-        # Eight GPUs, each with the statistics of its 32 images.
+        # Eight GPUs, each with its own statistics of 32 images.
         config.train.update(batch_size=256, epochs=100.0, batch_norm_groups=8)
         config.optimizer.update(drop_epochs=(30.0, 60.0, 90.0))
     return common.apply_recipe(config)

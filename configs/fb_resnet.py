@@ -3,18 +3,18 @@
 python main.py --config=configs/fb_resnet.py --workdir=/tmp/run
 python main.py --config=configs/fb_resnet.py:preresnet-110,cifar100 --workdir=/tmp/run
 
-A variant is a network and its depth: 6 n + 2 for CIFAR, 18 to 200 for ImageNet. The
-shortcut is A on CIFAR, B on ImageNet; --config.net.shortcut=C changes it.
-The code came without a table for CIFAR; the errors are those of the paper it follows.
+A variant is a network and its depth: 6 n + 2 for CIFAR, 18 to 200 for ImageNet.
+Shortcuts are of type A on CIFAR and B on ImageNet; --config.net.shortcut=C changes it.
+The code has no results for CIFAR: the errors are those of the paper that it follows.
 """
 
 from configs import common
 from configs.common import Published, Variant
 from configs.data_sets import IMAGENET
 
-HE = "He et al. 2015, table 6: not of this code; 110: the best of 5 runs"
+HE = "He et al. 2015, table 6, not this code; 110: best of 5 runs"
 README = "fb.resnet.torch README: validation error, single 224 crop"
-# Parameters of type A with 10 classes, the same pre- and post-activation; error.
+# Parameters with 10 classes, equal for pre- and post-activation, and the error.
 CIFAR = {
     "20": (269_722, 8.75),
     "32": (464_154, 7.51),
@@ -24,7 +24,7 @@ CIFAR = {
     "164": (2_602_906, None),
     "1202": (19_421_274, 7.93),
 }
-IMAGENET_ROWS = {  # parameters of type B, top-1 and top-5 error
+IMAGENET_ROWS = {  # parameters, top-1 and top-5 error
     "resnet-18": (11_689_512, 30.43, 10.76),
     "resnet-34": (21_797_672, 26.73, 8.74),
     "resnet-50": (25_557_032, 24.01, 7.02),
@@ -74,7 +74,7 @@ def get_config(argument: str = ""):
     config = common.select(argument, VARIANTS, "resnet-20")
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
-    # Two GPUs, for ImageNet four, each with the statistics of its 64 images.
+    # Two GPUs, for ImageNet four, each with its own statistics of 64 images.
     config.train.update(batch_size=128, epochs=164.0, last_batch="partial")
     config.train.update(batch_norm_groups=2)
     config.optimizer.update(drop_epochs=(80.0, 121.0))

@@ -3,10 +3,10 @@
 python main.py --config=configs/gunn.py --workdir=/tmp/run
 python main.py --config=configs/gunn.py:15,cifar100 --workdir=/tmp/run
 
-A variant is a depth. 15 and 18 are the published files. Derived, since no file was
-ever published: wide-18 from its parameter count, 24 and 24-identity (the second
-bottleneck's shortcut is a projection or the identity) from the paper's text and the
-count; which one is meant, only the data set whose count rounds to 29.6M says.
+A variant is a depth. 15 and 18 are published as code. The others are derived: wide-18
+from its parameter count, 24 and 24-identity (the shortcut of the second bottleneck is a
+projection or the identity) from the paper's text and the count. The published 29.6M is
+24 with 10 classes or 24-identity with 100.
 """
 
 from configs import common
@@ -78,17 +78,17 @@ def get_config(argument: str = ""):
         VARIANTS,
         "15",
         name="gunn",
-        form="cifar",  # or imagenet: stem, places of the pools, end
-        expansion=2,  # of a bottleneck: inner width over segment width
-        order="gradual",  # or simultaneous: the paper's control
+        form="cifar",  # or imagenet: stem, position of the pools, end
+        expansion=2,  # inner width of a bottleneck over the width of its segment
+        order="gradual",  # or simultaneous, the paper's control
     )
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
     config.augment.jigsaw = True  # in the code, not in the paper
-    # The published runs had 4 GPUs, each with statistics of its own.
+    # Four GPUs, each with its own statistics.
     config.train.update(batch_size=64, epochs=300.0, last_batch="partial")
     config.train.update(batch_norm_groups=4)
-    # Epochs 150 and 225 of the original, which counts from 1.
+    # The original drops the rate at the start of epochs 150 and 225, counted from 1.
     config.optimizer.update(drop_epochs=(149.0, 224.0))
     if data == IMAGENET:
         config.augment.update(common.COLORS, jigsaw=False)

@@ -3,23 +3,23 @@
 python main.py --config=configs/igcnets.py --workdir=/tmp/run
 python main.py --config=configs/igcnets.py:plain-20-L16M32,cifar100 --workdir=/tmp/run
 
-A variant is family-depth-LxMy: x partitions of y channels in the first stage; W is the
-width of a regular net. The default is the README's command for CIFAR; imagenet-* are
-the README's table (depth 18).
-"last" stands for not selected: ImageNet's are of epoch 95 of 120, and nobody says of
-which epoch the others are.
+A variant is family-depth-LxMy for x partitions of y channels in the first stage, or
+family-depth-Wx for a regular net of width x. The default is the README's command for
+CIFAR; imagenet-* are the README's table (depth 18).
+Errors marked "last" are not selected: those on ImageNet are from epoch 95 of 120, and
+the epoch of the others is not published.
 """
 
 from configs import common
 from configs.common import Published, Variant
 from configs.data_sets import DATA_SETS, IMAGENET
 
-README = "IGCNets README: ImageNet validation, single centre crop; files of epoch 95"
+README = "IGCNets README: ImageNet validation, single centre crop, epoch 95 of 120"
 PAPER = "IGCNets paper, from memory: unverified"
 SVHN = "svhn_cropped_extra"
 DATA = ("cifar10", "cifar100", SVHN)
 
-# Parameters for 10 classes, of the sizes of SMALL.
+# Parameters with 10 classes, in the order of SMALL.
 SMALL = ("W16", "W18", "L4M8", "L24M2")
 COUNTS = {
     "plain-8": (75_290, 95_068, 78_634, 48_442),
@@ -42,10 +42,10 @@ CIFAR = {
     "resnet-20-L16M32": 17_746_442,
     "resnet-20-L450M2": 21_485_710,
     "resnet-20-L32M26": 24_215_370,
-    # Unlike the original also canonical where the net widens (IgcResNet).
+    # Canonical also where the net widens, unlike the original (nets/plain.py).
     "resnet-20-L24M2-canonical": 157_498,
 }
-# The paper's errors, in the order of DATA, and its count.
+# The paper's errors, in the order of DATA, and its parameter count.
 ERRORS = {
     "plain-20-W16": ((7.45, 31.29), ""),
     "plain-38-W16": ((8.43, 35.00), ""),
@@ -53,13 +53,13 @@ ERRORS = {
     "plain-20-L24M2": ((7.16, 29.46), ""),
     "plain-38-L24M2": ((7.76, 30.44), ""),
     "plain-62-L24M2": ((9.97, 34.16), ""),
-    # The counts say that the paper's large nets have no shortcuts.
+    # The parameter counts show that the paper's large nets have no shortcuts.
     "plain-20-L16M32": ((3.37, 19.31, 1.63), "17.7M"),
     "plain-20-L450M2": ((3.25, 19.25), "19.3M"),
     "plain-20-L32M26": ((3.31, 18.75, 1.56), "24.1M"),
 }
-# Parameters; top-1 and top-5 error, and millions of parameters as the README counts
-# them (in several ways; the first column is all of them).
+# Parameters; top-1 and top-5 error, parameters and operations of the README, which
+# counts some parameters and not others; ours are all.
 IMAGENET_ROWS = {
     "imagenet-W64": (11_689_512, 31.06, 11.38, "11.151M", "1.8G"),
     "imagenet-W69": (13_542_457, 30.58, 10.77, "11.333M", "2.1G"),
@@ -71,7 +71,7 @@ NETS = {"plain": "plain", "resnet": "igc_resnet"}
 
 
 def _width(size: str) -> dict:
-    """'W16' or 'L4M8' -> the fields of the width and of the wiring."""
+    """Returns the net's fields for 'W16' or 'L4M8': width and wiring."""
     if size[0] == "W":
         return dict(width=int(size[1:]))
     primary, members = map(int, size[1:].split("M"))
@@ -89,7 +89,7 @@ def _cifar(name: str) -> Variant:
         data: Published(error, "last", PAPER, printed)
         for data, error in zip(DATA, errors, strict=False)
     }
-    more = 90 * (4 * net["width"] + 1)  # of the classifier's parameters for 100 classes
+    more = 90 * (4 * net["width"] + 1)  # classifier parameters with 100 classes
     return Variant(
         net, {d: CIFAR[name] + more * (d == "cifar100") for d in DATA}, published
     )
@@ -98,7 +98,7 @@ def _cifar(name: str) -> Variant:
 def _imagenet(name: str) -> Variant:
     size = name.removeprefix("imagenet-")
     net = dict(name="igc_resnet_imagenet", depth=18) | _width(size)
-    if size == "L100M2":  # the partitions double, already in the first stage
+    if size == "L100M2":  # doubles the partitions, from the first stage on
         wiring = dict(kind="interleaved", primary_groups=0, secondary_groups=2)
         net |= dict(width=100, expand_first_stage=True, wiring=wiring)
     parameters, top1, top5, printed, macs = IMAGENET_ROWS[name]
@@ -108,7 +108,8 @@ def _imagenet(name: str) -> Variant:
 
 VARIANTS = {name: _cifar(name) for name in CIFAR}
 VARIANTS |= {name: _imagenet(name) for name in IMAGENET_ROWS}
-# Of 0 to 255, red, green, blue; ImageNet's of images with a short side of 480.
+# The original's normalisation on the scale 0..255, in the order red, green, blue;
+# that of ImageNet comes from images with a shorter side of 480.
 MEAN_AND_STD = {
     "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
     "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
@@ -128,24 +129,25 @@ def get_config(argument: str = ""):
         argument,
         VARIANTS,
         "plain-38-L24M2",
-        initial_var=0.0,  # of running variances; MXNet's own is 1
+        initial_var=0.0,  # of running variances; MXNet's default is 1
     )
     data = config.data.name
-    # The mean was meant; the authors' library probably filled with white.
+    # The pad operator of the authors' MXNet has a fill colour since 2016-11-22
+    # (zlmzju/mxnet, commit 12857d1d).
     config.data.border = "dataset_mean"
     if data in MEAN_AND_STD:
-        config.data.mean, config.data.std = MEAN_AND_STD[data]
-        config.data.recipe.update(mean=config.data.mean, std=config.data.std)
+        mean, std = MEAN_AND_STD[data]
+        config.data.recipe.update(mean=mean, std=std)
     if data.startswith("svhn"):
-        config.data.pad = 0  # and no flip: no augmentation at all
+        config.data.pad = 0  # with flip=False: no augmentation at all
     if data == IMAGENET:
         config.data.crop = "scale_aspect"
         config.augment.hls = (36, 50, 50)
     epochs, milestones = EPOCHS_AND_MILESTONES.get(data, (400, (200, 300, 350)))
-    # Two GPUs shared a batch of 64, eight one of 256 for ImageNet.
+    # Two GPUs for a batch of 64, eight for 256 on ImageNet.
     batch_size, gpus = (256, 8) if data == IMAGENET else (64, 2)
     config.train.update(epochs=float(epochs), batch_size=batch_size)
-    # The last batch of a pass is filled from the next one, which goes on behind it.
+    # MXNet fills the last batch of an epoch from the next one, which starts after it.
     config.train.update(batch_norm_groups=gpus, last_batch="fill")
     config.optimizer.drop_epochs = tuple(
         _epoch(milestone, data, batch_size) for milestone in milestones
@@ -154,6 +156,6 @@ def get_config(argument: str = ""):
 
 
 def _epoch(milestone: int, data: str, batch_size: int) -> float:
-    """Where the code puts a milestone: it counts only the full batches of an epoch."""
+    """Converts a milestone: the original counts only the full batches of an epoch."""
     images = DATA_SETS[data].num_train
     return milestone * (images // batch_size) * batch_size / images

@@ -3,9 +3,9 @@
 python main.py --config=configs/xalexnet.py --workdir=/tmp/run
 python main.py --config=configs/xalexnet.py:dense --workdir=/tmp/run
 
-The code gives the nets and no result or recipe of theirs. Here: that of its other nets
-for ImageNet, and for the dense one, which has no batch normalisation, a tenth of their
-rate.
+The code has the nets without a result or a recipe. The recipe is that of its other nets
+for ImageNet, with a tenth of the learning rate for the dense net, which has no batch
+norm.
 """
 
 from configs import common
@@ -26,10 +26,10 @@ def get_config(argument: str = ""):
         name="alexnet",
         image_size=224,  # the linear layers depend on it
         hidden=4096,
-        dropout=0.5,  # the expander net has none
-        batch_norm=False,  # the expander net always has it
-        published_degrees=True,  # False: in // compress, convolutions too
-        norm_scale="uniform",  # initial, torch 0.3's U(0, 1); or ones
+        dropout=0.5,  # dense net only
+        batch_norm=False,  # dense net only; the expander net always has it
+        published_degrees=True,  # False: in // compress, also for convolutions
+        norm_scale="uniform",  # initial scales from U(0, 1), as in torch 0.3; or ones
     )
     config.data.crop = "random_resized"
     config.train.update(batch_size=128, epochs=90.0, last_batch="partial")

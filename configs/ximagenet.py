@@ -3,10 +3,10 @@
 python main.py --config=configs/ximagenet.py --workdir=/tmp/run
 python main.py --config=configs/ximagenet.py:densenet-169-2 --workdir=/tmp/run
 
-A variant is network-depth-compression; without the last it is the dense twin. The
-transitions of the DenseNets are dense. All of the logs were resumed, so the best of
-their epochs is that of the epochs they hold.
---config.net.wiring.sampling=smaller_side is the rule of the published code's head.
+A variant is network-depth-compression; without the compression it is the dense twin.
+The DenseNets have dense transitions. All logs come from resumed runs and hold only some
+epochs; the errors are the best of those.
+--config.net.wiring.sampling=smaller_side is the rule of the latest published code.
 """
 
 from configs import common
@@ -20,18 +20,17 @@ FIELDS = {
         form="imagenet",
         shortcut="B",
         preactivation=False,
-        torch_bias=True,  # the classifier's initial bias; False: 0
+        torch_bias=True,  # initial bias of the classifier; False: 0
     ),
     "densenet": dict(
         name="densenet_imagenet",
-        growth=0,  # 0: that of the depth
-        blocks=(),  # layers of each; (): those of the depth
+        growth=0,  # 0: follows from the depth
+        blocks=(),  # layers in each block; (): follows from the depth
         wired_transitions=False,
-        norm_scale="uniform",  # initial, torch 0.3's U(0, 1); or ones
+        norm_scale="uniform",  # initial scales from U(0, 1), as in torch 0.3; or ones
     ),
 }
-# How many the logs ran on, each with the statistics of its share of the batch; one for
-# the others.
+# Number of GPUs in the logs, each with its own statistics; 1 for the other nets.
 GPUS = {"resnet-50": 2, "densenet-121": 2, "densenet-161": 4, "densenet-169": 2}
 # Parameters; top-1 and top-5 error, and the epochs of the log.
 NETS = {
@@ -48,7 +47,7 @@ NETS = {
     "densenet-121": (7_978_856,),
     "densenet-121-2": (4_892_520, 29.542, 10.106, "0 to 89 of 90"),
     "densenet-161": (28_681_000,),
-    "densenet-161-2": (16_861_480, 27.626, 8.97, "14 to 60 of 90, where it was cut"),
+    "densenet-161-2": (16_861_480, 27.626, 8.97, "14 to 60 of 90, the end of the log"),
     "densenet-169": (14_149_480,),
     "densenet-169-2": (8_482_664, 28.322, 9.506, "32 to 89 of 90"),
     "densenet-201": (20_013_928,),
@@ -60,7 +59,7 @@ def _variant(name, parameters, error=None, top5=None, epochs=""):
     network, depth, *compress = name.split("-")
     net = FIELDS[network] | dict(depth=int(depth))
     if compress:
-        # The history's rule, of the time of the logs.
+        # The sampling rule at the time of the logs.
         wiring = dict(kind="expander", compress=int(*compress), sampling="per_output")
         net |= dict(wiring=wiring)
     published = {}

@@ -3,9 +3,9 @@
 python main.py --config=configs/xvgg.py --workdir=/tmp/run
 python main.py --config=configs/xvgg.py:16-bn --workdir=/tmp/run
 
-A variant is a depth, -bn where it has batch normalisation, and -expander; without the
-last it is the dense twin. The rate is that of the logs: halved every 30 epochs, where
-README and run script would double it (decaylevel 2).
+A variant is a depth, -bn with batch norm, and -expander; without -expander it is the
+dense twin. The learning rate is halved every 30 epochs, as in the logs; README and run
+script would double it (decaylevel 2).
 """
 
 from configs import common
@@ -37,7 +37,7 @@ def _variant(name):
     depth, *options = name.split("-")
     net = dict(depth=int(depth), batch_norm="bn" in options)
     if "expander" in options:
-        # By the absolute degrees of nets/vgg.py, the head's rule as in the log.
+        # Degrees are those in nets/vgg.py; the log has the latest code's sampling rule.
         net |= dict(wiring=dict(kind="expander", sampling="smaller_side"))
     published = {}
     if name in ERRORS:
@@ -57,7 +57,7 @@ def get_config(argument: str = ""):
         depth=16,
         batch_norm=True,
         published_degrees=True,  # False: in // compress
-        norm_scale="uniform",  # initial, torch 0.3's U(0, 1); or ones
+        norm_scale="uniform",  # initial scales from U(0, 1), as in torch 0.3; or ones
     )
     config.train.update(batch_size=128, epochs=300.0, last_batch="partial")
     config.optimizer.update(

@@ -277,13 +277,3 @@ def test_a_modern_recipe_trains_the_same_net(argument):
     chosen = dict(schedule="one_cycle", min_learning_rate=0.0, nesterov=True)
     assert {field: modern.optimizer[field] for field in chosen} == chosen
     assert not modern.optimizer.rate_in_velocity
-
-
-def test_another_recipe_than_these_is_refused():
-    config = get_config("cfmz:20,cifar10,faithful")
-    assert config == get_config("cfmz")
-    assert get_config("cfmz:,,modern").recipe == "modern"
-    with pytest.raises(ValueError, match=r"'moderne'.*faithful, modern.*'modern'\?"):
-        get_config("cfmz:20,cifar10,moderne")
-    with pytest.raises(ValueError, match="4 parts, expected variant,data,recipe"):
-        get_config("cfmz:20,cifar10,modern,fast")
