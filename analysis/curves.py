@@ -1,11 +1,11 @@
-"""Runs side by side: final, best, mean, standard deviation; a plot of their curves.
+"""Compares runs: final and best test errors with mean and deviation, and a plot.
 
 python -m analysis.curves /tmp/run /tmp/other --out=curves.png
 
-A folder is a run, or has the runs of --config.seeds in it. Runs that differ in nothing
-but their seed, and have come as far, are one row. Errors are of the test set, in
-percent; "best" is the best epoch on that same set, as several papers report it; "last
-5" is the median of the last five evaluations, as others do.
+Each directory is the workdir of a run, or holds those of --config.seeds. Runs that
+differ only in their seed and are equally long share a row. Errors are on the test set,
+in percent. "best" is the best epoch on that same set, as several papers report it;
+"last 5" is the median of the last five evaluations, as others do.
 """
 
 import argparse
@@ -23,9 +23,9 @@ Curve = list[dict[str, float]]
 
 
 def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
-    """Name of a configuration -> the rows of metrics.csv of each of its runs.
+    """Returns configuration name -> the rows of metrics.csv of each of its runs.
 
-    Raises ValueError for a folder that holds no run with an evaluation.
+    Raises ValueError for a directory without an evaluated run, and for a repeated seed.
     """
     groups, names, seen = {}, {}, {}
     for workdir in dict.fromkeys(run for path in workdirs for run in _runs(path)):
@@ -33,10 +33,12 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
             config = json.loads((workdir / "config.json").read_text())
             rows = read_rows(workdir / "metrics.csv")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{workdir} holds no run: {error}") from error
+            raise ValueError(f"{workdir} is not a workdir: {error}") from error
         if not rows:
             raise ValueError(f"{workdir} has no evaluation yet")
         name = f"{config['net']['name']} {config['variant']}, {config['data']['name']}"
+        if config["recipe"] == "modern":
+            name += ", modern"
         like = config | {"seed": 0, "seeds": 1, "step": rows[-1]["step"]}
         alike = names.setdefault(name, [])
         if like not in alike:
@@ -44,7 +46,7 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
         number = alike.index(like)
         run = (name, number, config["seed"])
         if (other := seen.setdefault(run, workdir)) != workdir:
-            raise ValueError(f"{workdir} repeats the run and seed of {other}")
+            raise ValueError(f"{workdir} has the configuration and seed of {other}")
         label = f"{name} ({number + 1})" if number else name
         groups.setdefault(label, []).append(rows)
     return groups
@@ -59,20 +61,21 @@ def _runs(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def table(groups: dict[str, list[Curve]]) -> str:
-    """Markdown: test errors in percent, mean and deviation over the runs of a row."""
+    """Returns test errors in percent as Markdown, mean and deviation over each row."""
     lines = [
         "| run | epochs | n | final, mean | sd | last 5, mean | sd | best, mean | sd |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, curves in groups.items():
         cells = [name, f"{curves[0][-1]['epoch']:g}", str(len(curves))]
-        for of in (lambda x: x[-1], lambda x: statistics.median(x[-5:]), min):
-            cells += _spread([of(errors(curve)) for curve in curves])
+        for pick in (lambda x: x[-1], lambda x: statistics.median(x[-5:]), min):
+            cells += _spread([pick(errors(curve)) for curve in curves])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def errors(curve: Curve) -> list[float]:
+    """Returns the test error of each evaluation in percent."""
     return [100 * (1 - row["test_accuracy"]) for row in curve]
 
 
@@ -82,7 +85,7 @@ def _spread(values: list[float]) -> tuple[str, str]:
 
 
 def figure(groups: dict[str, list[Curve]]) -> Figure:
-    """Test error by epoch, one colour a row, one line a run."""
+    """Plots test error over epochs, one colour per row and one line per run."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for i, (name, curves) in enumerate(groups.items()):
@@ -99,7 +102,7 @@ def figure(groups: dict[str, list[Curve]]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, help="where the plot goes, a PNG")
+    parser.add_argument("--out", type=pathlib.Path, help="image of the plot to write")
     options = parser.parse_args()
     try:
         groups = read(options.workdirs)

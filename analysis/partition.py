@@ -1,70 +1,78 @@
-"""Plans interleaved nets: the best partitions (L, M) for a budget.
+"""Finds the best partitions (L, M) of interleaved nets for a budget.
 
 python -m analysis.partition --budget=269722                     (RegConv-W16, depth 20)
 python -m analysis.partition --budget=50e6 --count=macs --grow=L --depth=38
 
-Candidates are whole plain nets (nets/plain.py): stem, three stages, classifier, all
-counted exactly. L: primary partitions, M: channels of each, both of the first stage.
-A pair of G = L M channels has T = G (k^2 M + L) weights, k the side of the kernel, and
-is widest for its T where L = k^2 M (IGCNets, arXiv 1707.02725).
+Candidates are plain nets (nets/plain.py). L is the number of primary partitions in the
+first stage and M the number of channels in each. A pair of layers with G = L M channels
+has T = G (9 M + L) weights, and is widest for its T if L = 9 M (IGCNets, arXiv
+1707.02725).
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-STAGES = ((1, 32), (2, 16), (4, 8))  # width in first widths, side of the map
+import numpy as np
+
+from nets import cost
+
+KERNEL_AREA = 9
+STAGE_WIDTHS = (1, 2, 4)  # relative to the first stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A pair (L, M) and the whole net that it makes.
+    """A pair (L, M) and the counts of its net.
 
-    width: L M. parameters, macs: of the net; macs are those of one image.
-    block_weights: T, the weights of a first-stage pair. balance: L / (k^2 M) in each
-    stage, 1 where a pair is widest for its weights.
+    primary, secondary: L and M. macs: multiply-accumulates for one image.
+    balance: L / (9 M) in each stage, 1 where a pair is widest for its weights.
     """
 
     primary: int
     secondary: int
-    width: int
     parameters: int
     macs: int
-    block_weights: int
     balance: tuple[float, ...]
-    kernel: int
+
+    @property
+    def width(self) -> int:
+        return self.primary * self.secondary
+
+    @property
+    def block_weights(self) -> int:
+        """Weights T of a pair in the first stage."""
+        return self.width * (KERNEL_AREA * self.secondary + self.primary)
 
     @property
     def regular_width(self) -> float:
         """Width of the regular convolution with as many weights as the pair."""
-        return math.sqrt(self.block_weights) / self.kernel
+        return math.sqrt(self.block_weights / KERNEL_AREA)
 
     @property
     def imbalance(self) -> float:
-        """Mean of |log balance| over the stages; 0 would be widest in all."""
+        """Mean of |log balance| over the stages, 0 if all are widest."""
         return sum(abs(math.log(b)) for b in self.balance) / len(self.balance)
 
 
 def best_partitions(
     budget: float,
     *,
-    kernel: int = 3,
-    stages: Sequence[tuple[int, int]] = STAGES,
-    blocks: int = 6,
+    depth: int = 20,
     num_classes: int = 10,
     grow: str = "M",
     objective: str = "width",
     count: str = "parameters",
     min_secondary: int = 2,
 ) -> list[Plan]:
-    """Plans within a budget of `count` ("parameters" or "macs"), the best first.
+    """Returns the plans within a budget of `count` ("parameters", "macs"), best first.
 
-    stages: (width relative to the first, side of the map). blocks: of each stage.
-    grow: what doubles with the width, "M" (as IGCNets for CIFAR) or "L".
-    objective: "width" (then fewer of what is counted), or "balance" (then width) among
-      the widest nets of each M.
+    grow: what doubles with the width, "M" (IGCNets for CIFAR) or "L".
+    objective: "width", then the smaller count; or "balance", then width, among the
+      widest nets of each M.
     min_secondary: smallest M; 1 admits depthwise-separable pairs.
     """
     for name, given, choices in (
@@ -75,9 +83,20 @@ def best_partitions(
         if given not in choices:
             raise ValueError(f"unknown {name} {given!r}: choose from {choices}")
     if min_secondary < 1 or not math.isfinite(budget):
-        raise ValueError("min_secondary must be at least 1, and the budget finite")
-    net = dict(kernel=kernel, stages=stages, blocks=blocks, num_classes=num_classes)
-    plans = list(_within(budget, count, min_secondary, dict(grow=grow, **net)))
+        raise ValueError(
+            "min_secondary must be at least 1 and the budget finite, got "
+            f"{min_secondary} and {budget}"
+        )
+    net = {"depth": depth, "num_classes": num_classes, "grow": grow}
+    step = 2 if grow == "L" else 1  # see plan
+    plans = []
+    for secondary in itertools.count(math.ceil(min_secondary / step) * step, step):
+        candidates = (plan(primary, secondary, **net) for primary in itertools.count(1))
+        # The counts grow with both L and M.
+        fitting = itertools.takewhile(lambda p: getattr(p, count) <= budget, candidates)
+        if not (found := list(fitting)):
+            break
+        plans += found
     if objective == "width":
         return sorted(plans, key=lambda p: (-p.width, getattr(p, count)))
     widest = {plan.secondary: plan for plan in plans}  # L increases
@@ -88,60 +107,59 @@ def plan(
     primary: int,
     secondary: int,
     *,
-    kernel: int = 3,
-    stages: Sequence[tuple[int, int]] = STAGES,
-    blocks: int = 6,
+    depth: int = 20,
     num_classes: int = 10,
     grow: str = "M",
 ) -> Plan:
-    """The exact counts of one pair (L, M); ValueError where a stage has no groups."""
-    width, area = primary * secondary, kernel**2
-    side, channels = stages[0][1], width
-    weights = area * 3 * width
-    parameters, macs = weights + 2 * width, weights * side**2
-    balance = []
-    for factor, side in stages:
-        groups, members = primary, secondary * factor
-        if grow == "L":
-            groups, members = primary * factor, secondary
-        balance.append(groups / (area * members))
-        out = groups * members
-        for inputs in [channels] + [out] * (blocks - 1):
-            if inputs % groups:
-                raise ValueError(f"{groups} partitions do not divide {inputs} channels")
-            weights = area * inputs * members + out * groups
-            parameters += weights + 2 * out
-            macs += weights * side**2
-        channels = out
-    parameters += (channels + 1) * num_classes
-    macs += channels * num_classes
-    block_weights = width * (area * secondary + primary)
-    counts = dict(parameters=parameters, macs=macs, block_weights=block_weights)
-    return Plan(
-        primary, secondary, width, balance=tuple(balance), kernel=kernel, **counts
+    """Returns the plan of a pair (L, M). Raises ValueError if no net has these groups.
+
+    If L grows, M must be even: the block that doubles L still has the narrow input.
+    """
+    if grow == "L" and secondary % 2:
+        raise ValueError(
+            f"{2 * primary} partitions do not divide {primary * secondary} channels"
+        )
+    terms = _terms(primary, secondary)
+    parameters, macs = (
+        sum(factor * term for factor, term in zip(row, terms, strict=True))
+        for row in _coefficients(depth, num_classes, grow)
     )
+    exponent = 1 if grow == "L" else -1
+    balance = primary / (KERNEL_AREA * secondary)
+    balances = tuple(balance * width**exponent for width in STAGE_WIDTHS)
+    return Plan(primary, secondary, parameters, macs, balances)
 
 
-def _within(budget, count: str, min_secondary: int, net: dict) -> Iterator[Plan]:
-    """All plans within the budget, L increasing for each M: counts grow with both."""
-    step = 1
-    if net["grow"] == "L":  # a block that widens has M / step inputs in a partition
-        factors = [factor for factor, _ in net["stages"]]
-        step = math.lcm(*(b // a for a, b in itertools.pairwise(factors)))
-    for secondary in itertools.count(-(-min_secondary // step) * step, step):
-        for primary in itertools.count(1):
-            found = plan(primary, secondary, **net)
-            if getattr(found, count) > budget:
-                break
-            yield found
-        if primary == 1:
-            return
+@functools.cache
+def _coefficients(depth: int, num_classes: int, grow: str) -> list[list[int]]:
+    """Coefficients of _terms in the parameters and in the macs of a net.
+
+    Counting a net takes a second, too long for a search. But the counts of each layer
+    are sums of the four terms, so four nets determine those of all.
+    """
+    pairs = [(2, 2), (4, 2), (2, 4), (4, 4)]
+    counts = []
+    for primary, secondary in pairs:
+        groups = {"primary_groups": primary}
+        if grow == "L":
+            groups = {"primary_groups": 0, "secondary_groups": secondary}
+        net = {"name": "plain", "depth": depth, "width": primary * secondary}
+        net |= {"wiring": {"kind": "interleaved"} | groups, "num_classes": num_classes}
+        total = cost.total(cost.of(net, (32, 32, 3)))
+        counts.append((total.parameters, total.macs))
+    solution = np.linalg.solve([_terms(*pair) for pair in pairs], counts)
+    return np.rint(solution).astype(int).T.tolist()
+
+
+def _terms(primary: int, secondary: int) -> tuple[int, ...]:
+    width = primary * secondary
+    return 1, width, width * secondary, width * primary
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """Lines of text, one a plan, under a header."""
+    """Returns a header and one line of text per plan."""
     lines = [
-        "    L     M  width   parameters          MACs  regular  L / (k^2 M) by stage"
+        "    L     M  width   parameters          MACs  regular  L / (9 M) by stage"
     ]
     for p in plans:
         balance = " ".join(f"{value:.2f}" for value in p.balance)
@@ -157,24 +175,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--budget", type=float, required=True, help="of the whole net, see --count")
+    add("--budget", type=float, required=True, help="for the whole net, of --count")
     add("--count", choices=("parameters", "macs"), default="parameters")
     add("--objective", choices=("width", "balance"), default="width")
     add("--grow", choices=("M", "L"), default="M", help="what doubles with the width")
-    add("--depth", type=int, default=20, help="3 n + 2, as of nets/plain.py")
+    add("--depth", type=int, default=20, help="3 n + 2 for n blocks per stage")
     add("--num_classes", type=int, default=10)
     add("--min_secondary", type=int, default=2, help="smallest M")
-    add("--top", type=int, default=10, help="how many plans to print")
+    add("--top", type=int, default=10, help="number of plans to print")
     options = vars(parser.parse_args())
-    depth, top = options.pop("depth"), options.pop("top")
-    if depth < 5 or (depth - 2) % 3:
-        parser.error(f"--depth {depth}: a plain net has depth 3 n + 2")
+    top = options.pop("top")
     try:
-        plans = best_partitions(**options, blocks=(depth - 2) // 3)
+        plans = best_partitions(**options)
     except ValueError as error:
         parser.error(str(error))
     if not plans:
-        parser.error(f"--budget {options['budget']:,.0f}: no net is as small as that")
+        parser.error(f"no net fits --budget={options['budget']:,.0f}; raise it")
     print(table(plans[:top]))
     print("regular: width of the regular convolution with as many weights as the pair")
 

@@ -1,7 +1,7 @@
-"""Tables of networks: all rows of the published tables, or one net layer by layer.
+"""Prints tables of networks: all published rows, or one network layer by layer.
 
-python -m analysis.summary                                  every variant, minutes
-python -m analysis.summary configs/xvgg.py configs/gunn.py  of some families
+python -m analysis.summary                                  all variants, minutes
+python -m analysis.summary configs/xvgg.py configs/gunn.py  those of some families
 python -m analysis.summary configs/xdensenet.py:40-48-2,cifar100    layer by layer
 """
 
@@ -12,15 +12,12 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from flax import nnx
-
-import nets
 from configs.common import Published
 from configs.data_sets import DATA_SETS
 from nets import cost
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-NO_FAMILY = ("common", "data_sets")
+FAMILIES = sorted({p.stem for p in CONFIGS.glob("*.py")} - {"common", "data_sets"})
 HEADER = (
     *("family", "variant", "data", "parameters", "dense", "MACs", "layers"),
     *("published", "error"),  # parameters and operations as printed; test error
@@ -31,14 +28,13 @@ LAYER_WIDTHS = ("32", "14", "14", ">12", ">12", ">14")
 
 
 def layers(config) -> list[cost.LayerCost]:
-    """The costs of a configuration's net for one image; nothing is compiled."""
-    net = nnx.eval_shape(lambda: nets.create(config.net, nnx.Rngs(0)))
+    """Returns the costs of each layer of a configuration's net, for one image."""
     size = DATA_SETS[config.data.name].image_size
-    return cost.layers(net, (1, size, size, 3))
+    return cost.of(config.net, (size, size, 3))
 
 
 def rows(families: list[str]) -> Iterator[tuple[str, ...]]:
-    """One row per variant and data set: our counts, and what was published."""
+    """Yields one row per variant and data set: our counts and the published figures."""
     for family in families:
         module = _module(family)
         for name, variant in module.VARIANTS.items():
@@ -61,10 +57,12 @@ def rows(families: list[str]) -> Iterator[tuple[str, ...]]:
 def _published(row: Published) -> tuple[str, str]:
     printed = f"{row.parameters} {row.macs}".strip()
     top5 = f", top-5 {row.top5}" if row.top5 else ""
-    return printed, f"{row.error}{top5} ({row.selection})"
+    note = f"; {row.note}" if row.note else ""
+    return printed, f"{row.error}{top5} ({row.selection}){note}"
 
 
 def layer_rows(config) -> Iterator[tuple[str, ...]]:
+    """Yields one row per layer of a configuration's net, then their total."""
     found = layers(config)
     for layer in found:
         shape = "x".join(map(str, layer.output_shape[1:]))
@@ -77,7 +75,7 @@ def _counts(layer: cost.Cost) -> tuple[str, ...]:
 
 
 def show(header: tuple[str, ...], rows: Iterator, widths: tuple[str, ...]) -> None:
-    """Row by row, because counting them all takes a while."""
+    """Prints each row as soon as it is counted: all of them take minutes."""
     for row in itertools.chain([header], rows):
         cells = (f"{x:{width}}" for x, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip(), flush=True)
@@ -89,8 +87,8 @@ def main() -> None:
     )
     parser.add_argument("config", nargs="*", help="configs/FAMILY.py[:VARIANT,DATA]")
     families = []
-    for name in parser.parse_args().config or sorted(CONFIGS.glob("*.py")):
-        path, _, argument = str(name).partition(":")
+    for name in parser.parse_args().config or FAMILIES:
+        path, _, argument = name.partition(":")
         family = pathlib.Path(path).stem
         if argument:
             try:
@@ -98,16 +96,15 @@ def main() -> None:
             except ValueError as error:
                 sys.exit(f"error: {error}")
             show(LAYER_HEADER, layer_rows(config), LAYER_WIDTHS)
-        elif family not in NO_FAMILY:
+        else:
             families.append(family)
     if families:
         show(HEADER, rows(families), WIDTHS)
 
 
 def _module(family: str):
-    known = sorted({path.stem for path in CONFIGS.glob("*.py")} - {*NO_FAMILY})
-    if family not in known:
-        sys.exit(f"error: no family {family!r}: choose from {', '.join(known)}")
+    if family not in FAMILIES:
+        sys.exit(f"error: unknown family {family!r}: choose from {', '.join(FAMILIES)}")
     return importlib.import_module(f"configs.{family}")
 
 

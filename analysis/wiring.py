@@ -1,6 +1,6 @@
-"""Draws who connects to whom in one layer under each wiring.
+"""Draws the connections of one layer under each wiring.
 
-python -m analysis.wiring --out=docs/wiring.png
+python -m analysis.wiring --out=wiring.png
 """
 
 import argparse
@@ -17,7 +17,7 @@ INPUT_COLOUR, OUTPUT_COLOUR, EDGE_COLOUR = "#33658a", "#f26419", "#8d99ae"
 
 
 def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
-    """Inputs above, outputs below, a line for each of the edges (E,) of a graph."""
+    """Draws inputs above, outputs below and a line for each of the edges (E,)."""
     x = [np.linspace(0, 1, channels) for channels in shape]
     i, o = np.divmod(edges, shape[1])
     ends = np.stack([np.stack([x[0][i], 1 + 0 * i], 1), np.stack([x[1][o], 0 * o], 1)])
@@ -26,18 +26,16 @@ def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
     for y, side, colour in ((1, x[0], INPUT_COLOUR), (0, x[1], OUTPUT_COLOUR)):
         axes.scatter(side, np.full(len(side), y), s=28, color=colour, zorder=2)
     degrees = np.bincount(o, minlength=shape[1])
-    axes.set_title(
-        f"{title}\n{len(edges)} of {shape[0] * shape[1]} connections, "
-        f"{degrees.min()} to {degrees.max()} per output",
-        fontsize=10,
-    )
+    spread = " to ".join(map(str, sorted({degrees.min(), degrees.max()})))
+    count = f"{len(edges)} of {shape[0] * shape[1]} connections, {spread} per output"
+    axes.set_title(f"{title}\n{count}", fontsize=10)
     axes.set_xlim(-0.05, 1.05)
     axes.set_ylim(-0.15, 1.15)
     axes.axis("off")
 
 
 def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> Figure:
-    """Dense, grouped and both expander rules for one layer, at equal degree."""
+    """Draws dense, grouped and both expander rules for one layer, at equal degree."""
     shape = (in_channels, out_channels)
     graphs = {
         "dense": np.arange(in_channels * out_channels),
@@ -46,7 +44,7 @@ def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> Figur
     for sampling in ("per_output", "per_input"):
         rng = connectivity.layer_rng(seed, sampling)
         side = sampling.removeprefix("per_")
-        graphs[f"expander, each {side} draws"] = connectivity.expander(
+        graphs[f"expander, each {side} draws {degree}"] = connectivity.expander(
             *shape, degree, sampling, rng
         )
     canvas = Figure(figsize=(10, 5), layout="constrained")
@@ -62,11 +60,14 @@ def main():
     parser.add_argument("--out_channels", type=int, default=16)
     parser.add_argument("--degree", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="docs/wiring.png")
+    parser.add_argument("--out", default="wiring.png", help="image to write")
     options = vars(parser.parse_args())
     out = options.pop("out")
-    if options["degree"] < 1:
-        parser.error(f"--degree {options['degree']}: it must be at least 1")
+    if not 1 <= options["degree"] <= options["in_channels"]:
+        parser.error(
+            f"--degree must lie between 1 and --in_channels={options['in_channels']}, "
+            f"got {options['degree']}"
+        )
     try:
         figure(**options).savefig(out, dpi=120)
     except (ValueError, OSError) as error:

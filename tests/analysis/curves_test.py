@@ -1,4 +1,4 @@
-"""Statistics of several runs, by hand, and runs by seed."""
+"""Statistics of several runs, computed by hand."""
 
 import json
 
@@ -11,7 +11,7 @@ from runtime.workdir import as_csv
 
 
 def save(workdir, accuracies, **fields):
-    """A finished run as reporting.py leaves it."""
+    """Writes the files of a finished run."""
     config = cfmz.get_config()
     config.update(fields)
     workdir.mkdir()
@@ -24,7 +24,7 @@ def save(workdir, accuracies, **fields):
     return workdir
 
 
-def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
+def test_runs_that_differ_only_in_their_seed_share_a_row(tmp_path):
     first = save(tmp_path / "a", [0.5, 0.8, 0.7])
     second = save(tmp_path / "b", [0.6, 0.6, 0.9], seed=1)
     other = save(tmp_path / "c", [0.25], train={"batch_size": 64})
@@ -39,30 +39,30 @@ def test_runs_that_differ_in_the_seed_are_one_row(tmp_path):
     assert rows[1] == f"| {name} (2) | 1 | 1 | 75.00 |  | 75.00 |  | 75.00 |  |"
 
 
-def test_the_median_is_that_of_the_last_five(tmp_path):
+def test_last_5_is_the_median_of_the_last_five_evaluations(tmp_path):
     groups = curves.read([save(tmp_path / "a", [0.5, 0.9, 0.1, 0.8, 0.2, 0.7])])
     assert curves.table(groups).splitlines()[2].split(" | ")[5] == "30.00"
 
 
-def test_the_seeds_of_a_workdir_are_found_and_a_run_counts_once(tmp_path):
+def test_seeds_of_a_workdir_are_found_and_each_run_counts_once(tmp_path):
     (tmp_path / "run").mkdir()
     runs = [save(tmp_path / "run" / f"seed{i}", [0.5], seed=i) for i in range(3)]
     groups = curves.read([tmp_path / "run", runs[1]])
     assert [len(runs) for runs in groups.values()] == [3]
 
 
-def test_a_run_repeated_is_no_second_one(tmp_path):
+def test_a_repeated_run_is_refused(tmp_path):
     runs = [save(tmp_path / name, [0.5, 0.8]) for name in "ab"]
-    with pytest.raises(ValueError, match=r"/b repeats the run and seed of .*/a"):
+    with pytest.raises(ValueError, match=r"/b has the configuration and seed of .*/a"):
         curves.read(runs)
 
 
-def test_what_came_less_far_is_a_row_of_its_own(tmp_path):
+def test_a_shorter_run_is_a_separate_row(tmp_path):
     runs = [save(tmp_path / "a", [0.5, 0.8]), save(tmp_path / "b", [0.5], seed=1)]
     assert [len(runs) for runs in curves.read(runs).values()] == [1, 1]
 
 
-def test_names_of_one_data_set_do_not_number_those_of_another(tmp_path):
+def test_rows_are_numbered_only_if_their_names_are_equal(tmp_path):
     runs = [
         save(tmp_path / name, [0.5], data={"name": name})
         for name in ("cifar100", "cifar10")
@@ -73,15 +73,20 @@ def test_names_of_one_data_set_do_not_number_those_of_another(tmp_path):
     ]
 
 
-def test_the_plot_holds_every_run(tmp_path):
+def test_a_modern_run_is_named_so(tmp_path):
+    (name,) = curves.read([save(tmp_path / "a", [0.5], recipe="modern")])
+    assert name == "cfmz_resnet 20, cifar10, modern"
+
+
+def test_the_plot_has_a_line_for_each_run(tmp_path):
     groups = curves.read([save(tmp_path / "a", [0.5, 0.75])])
     (line,) = curves.figure(groups).axes[0].lines
     assert [*line.get_xdata()] == [1.0, 2.0]
     assert [*line.get_ydata()] == [50.0, 25.0]
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path}.* holds no run"):
+def test_a_directory_without_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}.* is not a workdir"):
         curves.read([tmp_path])
 
 

@@ -1,0 +1,41 @@
+"""The drawing shows the graphs of all wirings and never replaces the committed one."""
+
+import sys
+
+import pytest
+
+from analysis import wiring
+
+
+def test_titles_count_connections():
+    figure = wiring.figure(in_channels=8, out_channels=8, degree=2, seed=0)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:3] == [
+        "dense\n64 of 64 connections, 8 per output",
+        "grouped\n16 of 64 connections, 2 per output",
+        "expander, each output draws 2\n16 of 64 connections, 2 per output",
+    ]
+    # If inputs draw, outputs differ in their number of connections.
+    assert "16 of 64 connections" in titles[3]
+    assert " to " in titles[3]
+    lines = [axes.collections[0].get_segments() for axes in figure.axes]
+    assert [len(segments) for segments in lines] == [64, 16, 16, 16]
+
+
+def test_command_writes_to_the_current_directory_by_default(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wiring", "--in_channels=4", "--out_channels=4"])
+    wiring.main()
+    assert capsys.readouterr().out == "wrote wiring.png\n"
+    assert (tmp_path / "wiring.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("degree", ["0", "17"])
+def test_impossible_degree_is_refused(degree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wiring", f"--degree={degree}"])
+    with pytest.raises(SystemExit):
+        wiring.main()
+    assert not list(tmp_path.iterdir())
