@@ -15,7 +15,15 @@ from flax import nnx
 
 import nets
 from convert import cfmz, delugenets, fb_resnet, gunn, igcnets, xnets
-from convert.sources import Mismatch, Path, Reference, Source, assign, empty
+from convert.sources import (
+    Mismatch,
+    Path,
+    Reference,
+    Source,
+    assign,
+    empty,
+    tensor_shapes,
+)
 from nets.layers.norm import BatchNorm
 
 __all__ = ["Mismatch", "UnknownReference", "build", "find", "find_sources", "load"]
@@ -96,6 +104,6 @@ def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
         )
 
     def shared(sources):
-        return len({name for s in sources.values() for name in s.shapes} & set(names))
+        return len(tensor_shapes(sources).keys() & set(names))
 
     return max(candidates, key=shared)

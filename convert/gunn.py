@@ -35,23 +35,22 @@ def _section(config: Mapping) -> dict:
             f"unknown GUNN (depth, wide) {depth, wide}: choose from {known}"
         )
     channels, segments, expansion = MODELS[depth, wide]
-    channels = config.pop("channels", channels)
-    segments = config.pop("segments", segments)
     form = "imagenet" if config.pop("dataset") == "imagenet" else "cifar"
     # In the original, the data set alone decides the shortcuts.
     shortcuts = ("none",) if form == "imagenet" else ("projection",)
-    section = dict(name="gunn", num_classes=config.pop("num_classes"))
+    section = dict(
+        name="gunn",
+        form=form,
+        channels=config.pop("channels", channels),
+        segments=config.pop("segments", segments),
+        expansion=expansion,
+        num_classes=config.pop("num_classes"),
+    )
     if depth == 24:  # derived: any other field is accepted and ignored
         shortcuts += (config.pop("second_shortcut", "projection"),)
     elif config:
         raise ValueError(f"GUNN-{depth} has no field {sorted(config)}")
-    return section | dict(
-        channels=channels,
-        segments=segments,
-        expansion=expansion,
-        shortcuts=shortcuts,
-        form=form,
-    )
+    return section | dict(shortcuts=shortcuts)
 
 
 def _refine(section: Mapping, names: Collection[str]) -> dict:

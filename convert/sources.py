@@ -95,6 +95,11 @@ def by_layer(
     return sources
 
 
+def tensor_shapes(sources: Mapping[Path, Source]) -> dict[str, tuple[int, ...]]:
+    """Returns {name: shape in the reference layout} of all tensors of some sources."""
+    return {k: v for source in sources.values() for k, v in source.shapes.items()}
+
+
 def assign(
     net: nnx.Module, sources: Mapping[Path, Source], tensors: Mapping[str, np.ndarray]
 ) -> None:
@@ -191,11 +196,7 @@ def _from_pairs(values: np.ndarray, edges, layer: Expander) -> np.ndarray:
 
 
 def _check_fit(sources, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    expected = {
-        name: shape
-        for source in sources.values()
-        for name, shape in source.shapes.items()
-    }
+    expected = tensor_shapes(sources)
     missing = [name for name in expected if name not in shapes]
     unexpected = [name for name in shapes if name not in expected]
     misshaped = [

@@ -9,7 +9,7 @@ from flax import nnx
 
 import convert
 import nets
-from convert.sources import to_reference
+from convert.sources import tensor_shapes, to_reference
 from nets.layers.expander import Expander
 from tests.support.golden_files import Golden, GoldenError, draw_graph
 
@@ -25,11 +25,12 @@ EXPANDER = {
 
 def state_dict(net, seed=0):
     """Returns random tensors for all original names; masks fit the net."""
-    rng, tensors = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
     sources = convert.find("xnets", "densenet_cifar").sources(net)
-    for source in sources.values():
-        for name, shape in source.shapes.items():
-            tensors[name] = rng.standard_normal(shape).astype(np.float32)
+    tensors = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in tensor_shapes(sources).items()
+    }
     nets.configure(net, graph_seed=seed)
     edges = {
         (*path, "edges"): np.asarray(module.edges[...])
@@ -208,7 +209,7 @@ def test_each_naming_of_a_net_is_recognised(net, primary, block):
     config = IGC10 | dict(stem=16, primary_partitions=primary)
     built = convert.build(dict(system="igcnets", net=net, config=config))
     sources = convert.find("igcnets", net).sources(built)
-    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    shapes = tensor_shapes(sources)
     assert block in shapes
     convert.load(built, {k: np.full(v, 3.0) for k, v in shapes.items()})
     params = jax.tree.leaves(nnx.state(built, nnx.Param))

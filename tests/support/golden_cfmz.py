@@ -12,7 +12,7 @@ import configs.cfmz
 import convert
 import optimizers
 from convert import cfmz
-from convert.sources import assign, by_layer, empty, to_reference
+from convert.sources import assign, by_layer, empty, tensor_shapes, to_reference
 from nets.layers.conv import Linear, he_fan_in
 from nets.layers.pooling import global_average_pool
 from nets.layers.wiring import Wiring
@@ -96,7 +96,7 @@ def _results(model, facts, layer, place, loss, outputs) -> dict:
         return cfmz.name((*place, *path), layer).removeprefix("stage1.0.")
 
     sources = by_layer(layer, name)
-    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    shapes = tensor_shapes(sources)
     tensors = {
         key: draw(f"{model}/{key}", shape, KINDS[key.split(".")[-1]])
         for key, shape in shapes.items()

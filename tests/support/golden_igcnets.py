@@ -9,7 +9,7 @@ from flax import nnx
 import convert
 import optimizers
 from convert import igcnets
-from convert.sources import assign, by_layer, empty, to_reference
+from convert.sources import assign, by_layer, empty, tensor_shapes, to_reference
 from nets import connectivity
 from nets.layers.interleaved import InterleavedConv, permute
 from nets.layers.wiring import Wiring
@@ -77,7 +77,7 @@ def layer(path: pathlib.Path) -> Comparison:
     model = facts["model"]
     net = empty(lambda: _build(facts))
     sources = by_layer(net, _name)
-    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    shapes = tensor_shapes(sources)
     recorded = {name: tuple(shape) for name, shape in facts["param_shapes"].items()}
     assert recorded.items() <= shapes.items()
     assign(net, sources, {k: _draw(model, k, shape) for k, shape in shapes.items()})
@@ -145,7 +145,7 @@ def trajectory(path: pathlib.Path) -> Comparison:
     reference = dict(system="igcnets", net=facts["network"], config=config)
     net = convert.build(reference)
     sources = convert.find("igcnets", facts["network"]).sources(net)
-    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    shapes = tensor_shapes(sources)
     tensors = {name: _draw(model, name, shape) for name, shape in shapes.items()}
     tensors |= {k: np.zeros_like(v) for k, v in tensors.items() if "_moving_" in k}
     convert.load(net, tensors)

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from convert import fb_resnet
-from convert.sources import assign, by_layer, empty
+from convert.sources import assign, by_layer, empty, tensor_shapes
 from nets.layers.wiring import Wiring
 from nets.resnet import Block, PreactBlock
 from tests.support.golden_checks import Comparison, evaluate, train
@@ -43,7 +43,7 @@ def _block(model: str, facts: dict) -> dict:
     naming = fb_resnet.preresnet if "preresnet" in facts["block"] else fb_resnet.resnet
     strip = len("layer1.0.")
     sources = by_layer(layer, lambda p, m: naming(("stages", 0, 0, *p), m)[strip:])
-    shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
+    shapes = tensor_shapes(sources)
     tensors = {name: _draw(f"{model}/{name}", shapes[name]) for name in shapes}
     assign(layer, sources, tensors)
     layer.eval()
