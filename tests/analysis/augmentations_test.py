@@ -1,4 +1,4 @@
-"""The sheet shows what the pipeline and the step make of images."""
+"""The sheet shows what the input pipeline and the train step make of images."""
 
 import re
 import subprocess
@@ -15,31 +15,31 @@ from configs import cfmz
 @pytest.fixture
 def config():
     config = cfmz.get_config("20,digits")
-    config.data.pipeline = "device"  # equal to the other, without TensorFlow
+    config.data.pipeline = "device"  # same images, without TensorFlow
     config.data.border = "zero"
     return config
 
 
 def test_versions_are_crops_of_the_same_image(config):
-    plain, seen, shares = augmentations.versions(config, 4, 3)
+    plain, augmented, shares = augmentations.versions(config, 4, 3)
     assert plain.shape == (4, 32, 32, 3)
-    assert seen.shape == (3, 4, 32, 32, 3)
+    assert augmented.shape == (3, 4, 32, 32, 3)
     np.testing.assert_array_equal(shares, np.broadcast_to(np.eye(4), (3, 4, 4)))
     padded = np.pad(plain, ((0, 0), (4, 4), (4, 4), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))
-    for step in seen:
+    for step in augmented:
         for image, crops in zip(step, windows, strict=True):
             found = (crops == image.transpose(2, 0, 1)).all(axis=(2, 3, 4))
             assert found.sum() == 1
-    assert (seen[0] != seen[1]).any()
+    assert (augmented[0] != augmented[1]).any()
 
 
-def test_shares_are_those_of_the_mixed_pixels(config):
+def test_shares_are_the_weights_of_the_mixed_images(config):
     config.data.pad = 0
     config.augment.mixup = 1.0
-    plain, seen, shares = augmentations.versions(config, 4, 2)
+    plain, augmented, shares = augmentations.versions(config, 4, 2)
     mixed = np.einsum("vij,jhwc->vihwc", shares, plain.astype(float))
-    np.testing.assert_allclose(seen, mixed, atol=0.51)
+    np.testing.assert_allclose(augmented, mixed, atol=0.51)
     assert ((shares > 0).sum(axis=-1) == 2).all()
 
 
@@ -53,11 +53,11 @@ def test_the_command_writes_a_sheet_with_captions(tmp_path):
         [*command, *config, *mixing, *sizes], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    picture = np.asarray(Image.open(out))
+    pixels = np.asarray(Image.open(out))
     # Four rows of 96 pixels, two lines of captions; three columns.
-    assert picture.shape == (4 + 4 * (96 + 24 + 4), 20 + 3 * (96 + 4), 3)
-    captions = picture[100:124]
-    assert (captions[:, :116] == 255).all()  # none below the test image
+    assert pixels.shape == (4 + 4 * (96 + 24 + 4), 20 + 3 * (96 + 4), 3)
+    captions = pixels[100:124]
+    assert (captions[:, :116] == 255).all()  # none below the plain image
     assert (captions[:, 124:] < 128).any()
 
 
@@ -68,7 +68,7 @@ def test_the_command_writes_a_sheet_with_captions(tmp_path):
         (["--config.augment.mixupp=1.0"], "did you mean 'mixup'"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(arguments, named, tmp_path):
+def test_errors_are_one_line(arguments, named, tmp_path):
     command = [sys.executable, "-m", "analysis.augmentations"]
     command += [f"--out={tmp_path / 'x.png'}", "--config=configs/cfmz.py:20,digits"]
     done = subprocess.run(
