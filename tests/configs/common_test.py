@@ -72,7 +72,7 @@ def test_documents_name_existing_variants_and_fields(path):
             FAMILIES[family].get_config(argument.rstrip(".,"))
     configs = [common.base(), *(module.get_config() for module in FAMILIES.values())]
     fields = {name for config in configs for name in _names(config)}
-    assert {*re.findall(r"--config\.([\w.]*\w)=", text)} <= fields
+    assert {*re.findall(r"--config\.([a-z][\w.]*)=", text)} <= fields
 
 
 def _names(config, prefix=""):
