@@ -36,7 +36,7 @@ def main(_):
         for config, workdir in preflight.runs(FLAGS.config, FLAGS.workdir):
             result = work[FLAGS.mode](config, workdir)
             if logging.level_info():  # not in the other processes of several
-                print(reporting.conclusion(result, workdir))
+                print(reporting.final_summary(result, workdir))
     except (ValueError, FloatingPointError, OverflowError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")

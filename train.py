@@ -219,7 +219,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         if step == clock.total:
             return summary(read_rows(workdir / "metrics.csv"))
         save_config(workdir, config, facts)
-        reporter = Reporter(workdir, clock, step, config.train.tensorboard)
+        reporter = Reporter(workdir, clock, step, config)
         step_fn = functools.partial(train_step, program)
         advance = make_advance(config, step_fn, mesh, examples, state, step)
         advance = _first_step_told(advance, started)
@@ -239,20 +239,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
                     in_flight.append(bad_step)
                     if len(in_flight) > AHEAD:
                         jax.block_until_ready(in_flight.popleft())
-                _refuse(bad_step, checkpoints)
-                row = None
-                if step == next_eval:
-                    row = _progress(program, clock, step, totals)
-                    means, confusion = test(state.evaluated())
-                    row |= means
-                    write_confusion(workdir, confusion, test_examples.class_names)
-                    reporter.evaluated(row)
-                    zeros = jax.tree.map(jnp.zeros_like, state.totals)
-                    state = dataclasses.replace(state, totals=zeros)
-                # The row is on disk before the checkpoint that counts on it.
-                if step > saved:
-                    checkpoints.save(step, state, row)
-                    saved = step
+                with reporter.pause():
+                    _refuse(bad_step, checkpoints)
+                    row = None
+                    if step == next_eval:
+                        row = _progress(program, clock, step, totals)
+                        means, confusion = test(state.evaluated())
+                        row |= means
+                        names = test_examples.class_names
+                        reporter.evaluated(row, confusion, names)
+                        zeros = jax.tree.map(jnp.zeros_like, state.totals)
+                        state = dataclasses.replace(state, totals=zeros)
+                    # The row is on disk before the checkpoint that counts on it.
+                    if step > saved:
+                        checkpoints.save(step, state, row)
+                        saved = step
             checkpoints.wait()
             if terminated():
                 raise Preempted(

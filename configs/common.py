@@ -162,6 +162,7 @@ def base() -> ConfigDict:
             batch_norm_groups=1,
             log_every_steps=100,  # progress line and TensorBoard
             tensorboard=True,  # if TensorFlow is installed
+            profile_steps=(),  # (first, last): traces these steps to WORKDIR/profile
             compilation_cache=True,  # stores compiled programs in the cache directory
         )
     )

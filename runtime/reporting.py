@@ -1,121 +1,286 @@
-"""What a run tells while it lives: metrics.csv, best.json, TensorBoard, progress."""
+"""Reports on a run: the log, its CSV files, best.json, TensorBoard and profiles."""
 
 import concurrent.futures
+import contextlib
 import datetime
 import math
 import pathlib
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 import input_pipeline
 import metrics
-from runtime.workdir import as_csv, read_rows, write_json, write_text
+from runtime.clock import Clock
+from runtime.workdir import as_csv, flatten, read_rows, write_json, write_text
 
-MOST_CLASSES = 200  # of which a matrix is small
+MAX_CLASSES = 200  # of a confusion matrix: a larger one is only summarized per class
+
+
+class _Mark(NamedTuple):
+    """The sums of metrics at a step, and the seconds of training until then."""
+
+    step: int
+    totals: dict[str, float]
+    seconds: float
 
 
 class Reporter:
-    """Rows of evaluations go to metrics.csv, progress to the log and TensorBoard.
+    """Writes evaluations to CSV files, progress to the log, and both to TensorBoard.
 
-    metrics.csv holds only what is a function of config and seed, so an interrupted
-    and resumed run ends with the same bytes; speed goes to the log and TensorBoard.
+    metrics.csv depends only on config and seed, so a resumed run ends with the same
+    bytes; measurements of time and memory go to speed.csv. Nothing here waits for the
+    device in each step.
     """
 
-    def __init__(self, workdir: pathlib.Path, clock, start: int, tensorboard: bool):
-        """`clock` is the run's Clock, `start` the step it goes on from."""
-        self._path = workdir / "metrics.csv"
-        # Rows after the checkpoint come again: the run repeats those steps.
-        self.rows = [row for row in read_rows(self._path) if row["step"] <= start]
-        self._clock = clock
-        # In a thread: importing TensorFlow may take longer than compiling the step.
-        self._writer = None
-        if tensorboard and jax.process_index() == 0:
-            thread = concurrent.futures.ThreadPoolExecutor(1)
-            self._writer = thread.submit(_summary_writer, workdir)
-        self._pending = self._last_totals = None
-        self.finite = True  # the last loss that was fetched
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        clock: Clock,
+        step: int,
+        config: ConfigDict,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        """`step`: the step that the run resumes from, or 0."""
+        self._workdir, self._clock, self._now = workdir, clock, now
+        # The run repeats the steps after its checkpoint, and their rows.
+        self.rows, self._speeds = (
+            [row for row in read_rows(workdir / name) if row["step"] <= step]
+            for name in ("metrics.csv", "speed.csv")
+        )
+        self.finite = True  # whether the last loss that was fetched is finite
+        self._paused_seconds = 0.0
+        self._latest = self._pending = None  # (step, totals), maybe not computed yet
+        self._line = self._row = self._end = _Mark(step, {}, now())
+        self._profile = self._events = None
+        if jax.process_index() == 0:
+            self._profile = _Profile(workdir, config, step)
+            self._events = TensorBoard(workdir) if config.train.tensorboard else None
+        if step == 0:
+            self._write("hparams", _hparams(config))
 
     def trained(self, step: int, totals: dict) -> None:
-        """Called after each dispatch; reports on every `log_every` steps.
+        """Reports progress; call after each dispatch with the sums since the last row.
 
-        The totals are still being computed: they are fetched one call later. Only
-        the first are waited for: they begin the first interval, as that call compiled.
+        The sums are fetched one call later, when they have been computed. Only the
+        first call waits: timing begins after the first dispatch and its start-up work.
         """
-        if self._last_totals is None:
-            self._restart(step, _fetched(totals))
+        if self._latest is None:
+            self._line = self._row = self._fetch(step, totals)
+        self._latest = step, totals
         self._flush()
-        if step // self._clock.log_every > self._last_step // self._clock.log_every:
-            self._pending = (step, totals)
+        if step // self._clock.log_every > self._line.step // self._clock.log_every:
+            self._pending = step, totals
+        if self._profile:
+            self._profile.advance(step, totals)
 
-    def _flush(self) -> None:
-        if self._pending is None:
-            return
-        (step, totals), self._pending = self._pending, None
-        totals = _fetched(totals)
-        interval = {k: v - self._last_totals.get(k, 0.0) for k, v in totals.items()}
-        means, started = metrics.means(interval, "train"), self._last_time
-        self._restart(step, totals)
-        rate = interval["examples"] / (self._last_time - started)
-        remaining = (self._clock.total - step) * self._clock.batch_size / rate
-        logging.info(
-            "step %d/%d  epoch %.2f  loss %.4f  %.0f images/s  ETA %s",
-            step,
-            self._clock.total,
-            self._clock.epoch(step),
-            means["train_loss"],
-            rate,
-            datetime.timedelta(seconds=round(remaining)),
-        )
-        self._write(step, means | {"images_per_second": rate})
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Excludes an evaluation or a checkpoint from the training time.
 
-    def _restart(self, step: int, totals: dict[str, float]) -> None:
-        """Begins an interval of the progress lines with what the sums are now."""
-        self._last_step, self._last_totals = step, totals
-        self._last_time = time.perf_counter()
-        self.finite = math.isfinite(totals.get("loss", 0.0))
-
-    def evaluated(self, row: dict[str, float]) -> None:
-        """Adds a row to metrics.csv; best.json holds the first of equal bests."""
+        Waits for the last dispatch.
+        """
         self._flush()
+        if self._latest:
+            self._end = self._fetch(*self._latest)
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._paused_seconds += self._now() - started
+
+    def evaluated(
+        self,
+        row: dict[str, float],
+        confusion: np.ndarray | None = None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        """Appends a row to metrics.csv; call inside pause().
+
+        best.json holds the row with the highest metrics.BEST_METRIC, the first if equal.
+        `confusion` as in write_confusion.
+        """
+        step = row["step"]
+        if confusion is not None:
+            write_confusion(self._workdir, confusion, class_names)
+            if len(confusion) <= MAX_CLASSES:
+                self._write("images", step, {"confusion": _confusion_image(confusion)})
         self.rows.append(row)
-        write_text(self._path, as_csv(self.rows))
+        write_text(self._workdir / "metrics.csv", as_csv(self.rows))
         best = max(self.rows, key=lambda row: row[metrics.BEST_METRIC])
-        write_json(self._path.with_name("best.json"), best)
+        write_json(self._workdir / "best.json", best)
+        speed = self._speed(row)
+        self._speeds.append(speed)
+        write_text(self._workdir / "speed.csv", as_csv(self._speeds))
         logging.info(
             "step %d/%d  epoch %.2f  %s",
-            row["step"],
+            step,
             self._clock.total,
             row["epoch"],
             "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("test_")),
         )
-        self._write(row["step"], row)
-        self._restart(row["step"], {})  # an evaluation is not training time
+        self._write("scalars", step, row)
+        self._write("scalars", step, {"peak_memory_mb": speed["peak_memory_mb"]})
+        # The sums start over.
+        self._line = self._row = _Mark(step, {}, self._end.seconds)
+
+    def sheet(self, images: np.ndarray) -> None:
+        """Shows augmented training images (N, H, W, 3) uint8 in TensorBoard."""
+        self._write("images", self._line.step, {"training_images": _tile(images)})
 
     def close(self) -> None:
+        """Reports what is pending and waits for TensorBoard."""
         self._flush()
-        self._with_events(lambda writer: writer.close())
+        if self._profile:
+            self._profile.stop()
+        if self._events:
+            self._events.close()
 
-    def _write(self, step: int, scalars: dict[str, float]) -> None:
-        self._with_events(lambda writer: writer.write_scalars(step, scalars))
+    def _flush(self) -> None:
+        """Logs the pending progress line."""
+        if self._pending is None:
+            return
+        mark, self._pending = self._fetch(*self._pending), None
+        rate = _rate(self._line, mark)
+        sums = {k: v - self._line.totals.get(k, 0.0) for k, v in mark.totals.items()}
+        means = metrics.means(sums, "train")
+        remaining = (self._clock.total - mark.step) * self._clock.batch_size / rate
+        logging.info(
+            "step %d/%d  epoch %.2f  loss %.4f  %.0f images/s  ETA %s",
+            mark.step,
+            self._clock.total,
+            self._clock.epoch(mark.step),
+            means["train_loss"],
+            rate,
+            datetime.timedelta(seconds=round(remaining)),
+        )
+        self._write("scalars", mark.step, means | {"images_per_second": rate})
+        self._line = mark
 
-    def _with_events(self, use: Callable) -> None:
-        if not self._writer or not (writer := self._writer.result()):
+    def _fetch(self, step: int, totals: dict) -> _Mark:
+        totals = {k: float(v) for k, v in jax.device_get(totals).items()}
+        self.finite = math.isfinite(totals.get("loss", 0.0))
+        return _Mark(step, totals, self._now() - self._paused_seconds)
+
+    def _speed(self, row: dict[str, float]) -> dict[str, float]:
+        """Returns the row of speed.csv about the training since the last row."""
+        return {
+            "step": row["step"],
+            "epoch": row["epoch"],
+            "seconds": round(self._end.seconds - self._row.seconds, 3),
+            "images_per_second": round(_rate(self._row, self._end), 1),
+            "peak_memory_mb": _peak_memory_mb(),
+        }
+
+    def _write(self, kind: str, *arguments) -> None:
+        if self._events:
+            self._events.write(kind, *arguments)
+
+
+class TensorBoard:
+    """Writes TensorBoard events in a thread, which first imports TensorFlow and CLU.
+
+    The import may take longer than compiling the train step. CLU's LoggingWriter is not
+    used: the log has its own lines. A run must not fail because events cannot be
+    written.
+    """
+
+    def __init__(self, workdir: pathlib.Path):
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._writer = None
+        self._thread.submit(self._open, workdir)
+
+    def write(self, kind: str, *arguments) -> None:
+        """Calls a write_... method of clu.metric_writers: 'scalars', 'images', ..."""
+        self._thread.submit(self._call, f"write_{kind}", *arguments)
+
+    def close(self) -> None:
+        self._thread.submit(self._call, "close")
+        self._thread.shutdown()
+
+    def _open(self, workdir: pathlib.Path) -> None:
+        try:
+            input_pipeline.tensorflow()  # keeps it off the accelerators
+            from clu import metric_writers
+
+            self._writer = metric_writers.SummaryWriter(str(workdir))
+        except Exception as error:
+            cause = error.__cause__ or error
+            logging.info("no TensorBoard events (%s); see metrics.csv", cause)
+
+    def _call(self, method: str, *arguments) -> None:
+        if self._writer is None:
             return
         try:
-            use(writer)
-        except Exception as error:  # TensorFlow's, of an earlier call: a full disk
+            getattr(self._writer, method)(*arguments)
+        except Exception as error:
             logging.warning("no more TensorBoard events are written: %s", error)
             self._writer = None
 
 
-def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:
-    """The last words of a command: final and best accuracy, and where the rest lies.
+def profile_range(
+    config: ConfigDict, total: int | None = None
+) -> tuple[int, int] | None:
+    """Returns the steps between which a run is profiled, or None.
 
-    `result`: of train_and_evaluate, or of evaluate_checkpoint, which has no best.
+    Raises ValueError for an impossible range; `total` is the last step, if known.
+    """
+    steps = config.train.profile_steps
+    if not steps:
+        return None
+    valid = len(steps) == 2 and all(isinstance(step, int) for step in steps)
+    if not valid or not 0 < steps[0] < steps[1]:
+        raise ValueError(
+            f"train.profile_steps={steps} must be (first, last) with 0 < first < last, "
+            "such as (20, 30)"
+        )
+    if total is not None and steps[1] > total:
+        raise ValueError(
+            f"train.profile_steps={steps} must end by the last step of the run, {total}"
+        )
+    return steps
+
+
+class _Profile:
+    """Traces config.train.profile_steps, for TensorBoard and Perfetto.
+
+    Starts and stops at the first dispatches that end at these steps or later.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: ConfigDict, step: int):
+        steps = profile_range(config)
+        self._range = steps if steps and step < steps[1] else None
+        self._folder, self._running = workdir / "profile", False
+
+    def advance(self, step: int, totals: dict) -> None:
+        if self._range is None or step < self._range[0]:
+            return
+        if not self._running:
+            jax.block_until_ready(totals)  # earlier steps are not part of the trace
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif step >= self._range[1]:
+            jax.block_until_ready(totals)
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            logging.info("profile written to %s", self._folder)
+        self._range, self._running = None, False
+
+
+def final_summary(result: dict[str, float], workdir: pathlib.Path) -> str:
+    """Returns the final summary that a command prints.
+
+    `result` is that of train_and_evaluate, or of evaluate_checkpoint, which has no best
+    row.
     """
 
     def accuracy(prefix: str) -> str:
@@ -124,7 +289,7 @@ def conclusion(result: dict[str, float], workdir: pathlib.Path) -> str:
 
     if f"best_{metrics.BEST_METRIC}" not in result:
         loss = result["test_loss"]
-        return f"test accuracy {accuracy('')}, test loss {loss:.4f}, of {workdir}"
+        return f"test accuracy {accuracy('')}, test loss {loss:.4f}, in {workdir}"
     return (
         f"test accuracy  final {accuracy('')}  best {accuracy('best_')}\n"
         f"results        {workdir}: metrics.csv, best.json, config.json, checkpoints/"
@@ -137,10 +302,10 @@ def write_confusion(
     names: Sequence[str] = (),
     suffix: str = "",
 ) -> None:
-    """per_class.csv, and for at most MOST_CLASSES of them the matrix, confusion.csv.
+    """Writes per_class.csv and, for up to MAX_CLASSES classes, confusion.csv.
 
-    confusion: (classes, classes) counts of test examples: row true, column predicted.
-    names: of the classes; without, they are numbered.
+    confusion: (classes, classes) counts of test examples, by true and predicted class.
+    names: of the classes, by default their numbers.
     """
     names = names or range(len(confusion))
     examples, correct = confusion.sum(1), confusion.diagonal()
@@ -155,27 +320,47 @@ def write_confusion(
         for i, n in enumerate(examples)
     ]
     write_text(workdir / f"per_class{suffix}.csv", as_csv(rows))
-    if len(confusion) <= MOST_CLASSES:
+    if len(confusion) <= MAX_CLASSES:
         matrix = [dict(zip(names, row, strict=True)) for row in confusion.tolist()]
         write_text(workdir / f"confusion{suffix}.csv", as_csv(matrix))
 
 
-def _fetched(totals: dict) -> dict[str, float]:
-    return {k: float(v) for k, v in jax.device_get(totals).items()}
+def _confusion_image(confusion: np.ndarray) -> np.ndarray:
+    """Returns (classes, classes, 1) uint8; black: all examples of the true class."""
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    return np.rint(255 * (1 - share)).astype(np.uint8)[..., None]
 
 
-def _summary_writer(workdir: pathlib.Path):
-    """CLU's TensorBoard writer, or None where there is none to be had.
+def _tile(images: np.ndarray) -> np.ndarray:
+    """Arranges images (N, H, W, 3) in a square grid, filled up with black."""
+    count, height, width, channels = images.shape
+    side = math.ceil(math.sqrt(count))
+    grid = np.zeros((side * side, height, width, channels), images.dtype)
+    grid[:count] = images
+    grid = grid.reshape(side, side, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(side * height, side * width, channels)
 
-    Whatever the reason, TensorFlow missing or broken or no room for a file: a run is
-    more than its events.
-    """
+
+def _hparams(config: ConfigDict) -> dict[str, bool | int | float | str]:
+    """Returns the flat configuration; TensorBoard accepts no tuples."""
+    fields, kinds = flatten(config), (bool, int, float, str)
+    return {k: v if isinstance(v, kinds) else str(v) for k, v in fields.items()}
+
+
+def _rate(start: _Mark, end: _Mark) -> float:
+    """Returns the images trained per second between two marks."""
+    images = end.totals.get("examples", 0.0) - start.totals.get("examples", 0.0)
+    return images / max(end.seconds - start.seconds, 1e-9)
+
+
+def _peak_memory_mb() -> float:
+    """Returns the peak memory of the fullest device, or of the process on CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if peak := max(x.get("peak_bytes_in_use", 0) for x in stats):
+        return round(peak / 2**20)
     try:
-        input_pipeline.tensorflow()  # first of all, to keep it off the accelerators
-        from clu import metric_writers
-
-        return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
-    except Exception as error:
-        cause = error.__cause__ or error
-        logging.info("no TensorBoard events (%s); metrics.csv has the numbers", cause)
-        return None
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

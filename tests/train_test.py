@@ -290,6 +290,26 @@ def test_it_is_noticed_before_the_end_of_a_long_epoch(npz, tmp_path, monkeypatch
     assert len(steps) < 10
 
 
+def test_evaluations_and_checkpoints_are_not_training_time(npz, tmp_path, monkeypatch):
+    seconds = [0.0]
+
+    def slow(function):
+        def call(*arguments):
+            seconds[0] += 1000
+            return function(*arguments)
+
+        return call
+
+    now = functools.partial(seconds.__getitem__, 0)
+    monkeypatch.setattr(train, "Reporter", functools.partial(train.Reporter, now=now))
+    monkeypatch.setattr(train.evaluate, "evaluate", slow(train.evaluate.evaluate))
+    monkeypatch.setattr(train.Checkpoints, "save", slow(train.Checkpoints.save))
+    train.train_and_evaluate(configured(npz), tmp_path)
+    assert seconds[0] == 4000
+    rows = read_rows(tmp_path / "speed.csv")
+    assert [row["seconds"] for row in rows] == [0, 0]
+
+
 def test_both_pipelines_give_the_same_run(npz, tmp_path):
     rows = {}
     for pipeline in ("device", "tf.data"):

@@ -1,8 +1,8 @@
 import csv
+import gzip
 import json
 import logging
 import os
-import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +11,11 @@ import pytest
 from configs import xdensenet
 from runtime import reporting
 from runtime.clock import Clock
-from runtime.reporting import Reporter, write_confusion
+from runtime.reporting import Reporter, TensorBoard, profile_range, write_confusion
 from runtime.workdir import read_rows
 
 CONFIG = xdensenet.get_config("22-8-2,digits")
-CONFIG.train.update(batch_size=16, epochs=4.0, log_every_steps=10)
+CONFIG.train.update(batch_size=16, epochs=4.0, log_every_steps=10, tensorboard=False)
 CLOCK = Clock.of(CONFIG, 1600)  # 100 steps an epoch
 
 
@@ -28,8 +28,19 @@ def row(step, accuracy):
     }
 
 
-def reporter(workdir, start=0):
-    return Reporter(workdir, CLOCK, start, tensorboard=False)
+class Time:
+    """A clock that only moves when told to."""
+
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def reporter(workdir, step=0, now=None, **fields):
+    config = CONFIG.copy_and_resolve_references()
+    config.train.update(fields)
+    return Reporter(workdir, CLOCK, step, config, now or Time())
 
 
 def totals(steps, loss=2.0):
@@ -40,39 +51,54 @@ def totals(steps, loss=2.0):
 
 @pytest.fixture
 def lines(caplog, monkeypatch):
-    """What was told, line by line."""
+    """Returns the lines logged so far."""
     monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
     caplog.set_level(logging.INFO, "absl")
     return lambda: [record.getMessage() for record in caplog.records]
 
 
-def test_rows_that_will_come_again_are_dropped(tmp_path):
-    """A run resumed at 250 repeats the evaluation of step 300."""
+@pytest.fixture
+def events(monkeypatch):
+    """Records the calls of the TensorBoard writer: (kind, *arguments)."""
+    calls = []
+
+    class Recorder:
+        def __init__(self, workdir):
+            self.write = lambda *call: calls.append(call)
+            self.close = lambda: calls.append(("close",))
+
+    monkeypatch.setattr(reporting, "TensorBoard", Recorder)
+    return calls
+
+
+def test_rows_that_will_be_repeated_are_dropped(tmp_path):
+    """A run resumed at step 250 repeats the evaluation of step 300."""
     first = reporter(tmp_path)
     for step in (100, 200, 300):
         first.evaluated(row(step, 0.5))
-    again = reporter(tmp_path, start=250)
+    again = reporter(tmp_path, step=250)
     assert [r["step"] for r in again.rows] == [100, 200]
     again.evaluated(row(300, 0.5))
-    assert [r["step"] for r in read_rows(tmp_path / "metrics.csv")] == [100, 200, 300]
+    for name in ("metrics.csv", "speed.csv"):
+        assert [r["step"] for r in read_rows(tmp_path / name)] == [100, 200, 300]
 
 
-def test_best_is_the_first_of_equals(tmp_path):
+def test_best_is_the_first_of_equal_rows(tmp_path):
     writer = reporter(tmp_path)
     for step, accuracy in ((100, 0.5), (200, 0.7), (300, 0.7), (400, 0.6)):
         writer.evaluated(row(step, accuracy))
     assert json.loads((tmp_path / "best.json").read_text()) == row(200, 0.7)
 
 
-def test_best_comes_back_after_a_resume(tmp_path):
-    """best.json of a killed run may know a row that the resumed one has not yet."""
+def test_best_is_that_of_the_resumed_run(tmp_path):
+    """best.json of a killed run may hold a row that the resumed run has not reached."""
     reporter(tmp_path).evaluated(row(300, 0.9))
-    reporter(tmp_path, start=100).evaluated(row(200, 0.2))
+    reporter(tmp_path, step=100).evaluated(row(200, 0.2))
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 200
 
 
-def test_progress_tells_of_the_last_interval(tmp_path, lines):
-    """Not of the whole epoch, whose sums the totals hold."""
+def test_progress_is_that_of_the_last_interval(tmp_path, lines):
+    """Not of the whole epoch, whose sums `totals` holds."""
     writer = reporter(tmp_path)
     for step in range(1, 10):
         writer.trained(step, totals(step))
@@ -93,29 +119,83 @@ def test_sums_start_over_after_an_evaluation(tmp_path, lines):
     writer = reporter(tmp_path)
     writer.trained(99, totals(99))
     writer.trained(100, totals(100))
-    writer.evaluated(row(100, 0.5))
+    with writer.pause():
+        writer.evaluated(row(100, 0.5))
     writer.trained(110, totals(10, loss=1.5))
     writer.close()
     assert lines()[-1].startswith("step 110/400  epoch 1.10  loss 1.5000")
 
 
-def test_the_first_interval_has_neither_compilation_nor_what_was_before(
-    tmp_path, lines
-):
+class Computing:
+    """A number on a device: fetching it waits until it is ready."""
+
+    def __init__(self, value, now, ready):
+        self.value, self.now, self.ready = value, now, ready
+
+    def __array__(self, *_, **__):
+        self.now.seconds = max(self.now.seconds, self.ready)
+        return np.asarray(self.value)
+
+
+def computing(steps, now, ready):
+    """The totals of some steps, which are ready at a time."""
+    return {k: Computing(v, now, ready) for k, v in totals(steps).items()}
+
+
+def test_rates_exclude_compilation_evaluations_and_checkpoints(tmp_path, lines):
+    now = Time()
+    writer = reporter(tmp_path, now=now)
+
+    def train(steps, seconds_per_step, before=0):
+        """Dispatches steps, counted since the last evaluation, without waiting."""
+        started = now.seconds
+        for number, step in enumerate(steps, start=1):
+            ready = started + number * seconds_per_step
+            writer.trained(before + step, computing(step, now, ready))
+
+    now.seconds += 50  # compilation
+    train(range(1, 51), 0.5)
+    with writer.pause():
+        now.seconds += 70  # a checkpoint
+    train(range(51, 101), 0.5)
+    with writer.pause():
+        now.seconds += 1000  # an evaluation
+        writer.evaluated(row(100, 0.5))
+        now.seconds += 30  # its checkpoint
+    train(range(1, 21), 0.25, before=100)
+    with writer.pause():
+        now.seconds += 1000
+        writer.evaluated(row(120, 0.5))
+    writer.close()
+    rates = [line.split("  ")[3] for line in lines() if "images/s" in line]
+    assert rates == ["32 images/s"] * 10 + ["64 images/s"] * 2
+    first, second = read_rows(tmp_path / "speed.csv")
+    assert first["images_per_second"] == 16 / 0.5
+    assert first["seconds"] == 99 * 0.5  # timing begins after the first step
+    assert second["images_per_second"] == 16 / 0.25
+    assert second["seconds"] == 20 * 0.25
+    assert (second["step"], second["epoch"]) == (120, 1.2)
+    assert second["peak_memory_mb"] > 1
+
+
+def test_first_interval_excludes_what_was_before_the_resume(tmp_path, lines):
     """A run resumed in the middle of an epoch starts with the sums of its beginning."""
-    writer = reporter(tmp_path, start=50)
+    now = Time()
+    writer = reporter(tmp_path, step=50, now=now)
     before = totals(51, loss=8.0)
     writer.trained(51, before)
-    writer._last_time -= 0.5
+    now.seconds += 0.5
     writer.trained(60, {k: before[k] + v for k, v in totals(9).items()})
-    writer.close()
-    (line,) = lines()
-    assert line.startswith("step 60/400  epoch 0.60  loss 2.0000")
-    rate = int(re.search(r"(\d+) images/s", line)[1])
-    assert 200 < rate <= 9 * 16 / 0.5
+    with writer.pause():
+        writer.evaluated(row(60, 0.5))
+    assert lines()[0].startswith(
+        "step 60/400  epoch 0.60  loss 2.0000  288 images/s  ETA 0:00:19"
+    )
+    (speed,) = read_rows(tmp_path / "speed.csv")
+    assert speed["images_per_second"] == 9 * 16 / 0.5
 
 
-def test_several_steps_a_dispatch_skip_no_line(tmp_path, lines):
+def test_several_steps_per_dispatch_skip_no_line(tmp_path, lines):
     writer = reporter(tmp_path)
     for step in (8, 16, 24, 32, 40):
         writer.trained(step, totals(step))
@@ -125,7 +205,7 @@ def test_several_steps_a_dispatch_skip_no_line(tmp_path, lines):
     ]
 
 
-def test_it_notices_a_loss_that_is_not_finite(tmp_path):
+def test_a_loss_that_is_not_finite_is_noticed(tmp_path):
     writer = reporter(tmp_path)
     writer.trained(10, totals(10))
     writer.trained(11, totals(11, loss=float("nan")))
@@ -135,9 +215,61 @@ def test_it_notices_a_loss_that_is_not_finite(tmp_path):
     assert not writer.finite
 
 
+def test_steps_do_not_wait_for_the_device(tmp_path):
+    now = Time()
+    writer = reporter(tmp_path, now=now)
+    writer.trained(1, totals(1))
+    for step in range(2, 10):
+        writer.trained(step, computing(step, now, ready=1e9))
+    assert now.seconds == 0
+
+
+def test_tensorboard_receives_everything_once(tmp_path, events):
+    writer = reporter(tmp_path, tensorboard=True)
+    images = np.arange(5 * 2 * 3 * 3, dtype=np.uint8).reshape(5, 2, 3, 3)
+    writer.sheet(images)
+    writer.trained(1, totals(1))
+    writer.trained(10, totals(10))
+    with writer.pause():
+        writer.evaluated(row(10, 0.5), np.array([[3, 1], [0, 0]]), ("a", "b"))
+    writer.close()
+    (kind, fields), sheet, line, matrix, scalars, memory, closed = events
+    assert kind == "hparams"
+    assert fields["train.batch_size"] == 16
+    assert fields["optimizer.drop_epochs"] == str(CONFIG.optimizer.drop_epochs)
+    assert sheet[:2] == ("images", 0)
+    grid = sheet[2]["training_images"]
+    assert grid.shape == (6, 9, 3)
+    np.testing.assert_array_equal(grid[2:4, 3:6], images[4])  # second row, second place
+    assert not grid[4:].any()
+    assert line[:2] == ("scalars", 10)
+    assert line[2].keys() >= {"train_loss", "images_per_second"}
+    assert matrix[:2] == ("images", 10)
+    np.testing.assert_array_equal(
+        matrix[2]["confusion"][..., 0], [[64, 191], [255, 255]]
+    )
+    assert scalars == ("scalars", 10, row(10, 0.5))
+    assert memory[2].keys() == {"peak_memory_mb"}
+    assert closed == ("close",)
+    reporter(tmp_path, step=10, tensorboard=True)
+    assert len(events) == 7  # a resumed run does not write hyper-parameters again
+
+
+@pytest.mark.slow
+def test_tensorboard_writes_an_event_file(tmp_path):
+    writer = reporter(tmp_path, tensorboard=True)
+    writer.sheet(np.zeros((4, 8, 8, 3), np.uint8))
+    writer.evaluated(row(100, 0.5), np.eye(3, dtype=int))
+    writer.close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    content = path.read_bytes()
+    for tag in (b"training_images", b"confusion", b"test_accuracy", b"net.depth"):
+        assert tag in content
+
+
 @pytest.mark.parametrize("error", [AttributeError, OSError])
-def test_without_tensorboard_a_run_goes_on(tmp_path, lines, monkeypatch, error):
-    """A TensorFlow that does not fit its NumPy, or a disk without room for events."""
+def test_a_run_does_not_need_tensorboard(tmp_path, lines, monkeypatch, error):
+    """TensorFlow may not fit its NumPy, and the disk may have no space for events."""
 
     def broken(*_):
         raise error("no _pywrap")
@@ -149,23 +281,90 @@ def test_without_tensorboard_a_run_goes_on(tmp_path, lines, monkeypatch, error):
         (reporting.input_pipeline, "tensorflow"),
     ]
     monkeypatch.setattr(*where[error is AttributeError], broken)
-    writer = Reporter(tmp_path, CLOCK, 0, tensorboard=True)
+    writer = reporter(tmp_path, tensorboard=True)
     writer.evaluated(row(100, 0.5))
     writer.close()
     assert len(read_rows(tmp_path / "metrics.csv")) == 1
     assert sum("no TensorBoard events (no _pywrap)" in line for line in lines()) == 1
 
 
-def test_last_words(tmp_path):
+def test_a_failing_writer_does_not_end_the_run(tmp_path, lines, monkeypatch):
+    from clu import metric_writers
+
+    class Full:
+        def __init__(self, workdir):
+            pass
+
+        def write_scalars(self, *_):
+            raise OSError("disk full")
+
+    monkeypatch.setattr(reporting.input_pipeline, "tensorflow", lambda: None)
+    monkeypatch.setattr(metric_writers, "SummaryWriter", Full)
+    events = TensorBoard(tmp_path)
+    for step in range(3):
+        events.write("scalars", step, {})
+    events.close()
+    assert lines() == ["no more TensorBoard events are written: disk full"]
+
+
+@pytest.mark.parametrize(
+    "steps", [(20,), (1, 2, 3), (0, 5), (5, 5), (30, 20), (1.5, 2), ("a", "b")]
+)
+def test_impossible_profile_steps_are_refused(steps):
+    config = CONFIG.copy_and_resolve_references()
+    config.train.profile_steps = steps
+    with pytest.raises(ValueError, match=r"train.profile_steps=.* first < last"):
+        profile_range(config)
+
+
+def test_profile_steps_must_be_part_of_the_run():
+    config = CONFIG.copy_and_resolve_references()
+    assert profile_range(config, 10) is None
+    config.train.profile_steps = (20, 30)
+    assert profile_range(config) == profile_range(config, 30) == (20, 30)
+    with pytest.raises(ValueError, match="last step of the run, 29"):
+        profile_range(config, 29)
+
+
+def test_profile_covers_the_requested_steps(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(reporting.jax.profiler, "start_trace", calls.append)
+    monkeypatch.setattr(
+        reporting.jax.profiler, "stop_trace", lambda: calls.append("stop")
+    )
+    writer = reporter(tmp_path, profile_steps=(20, 30))
+    for step in range(8, 80, 8):
+        writer.trained(step, totals(step))
+        calls.append(step)
+    writer.close()
+    folder = str(tmp_path / "profile")
+    assert calls == [8, 16, folder, 24, "stop", 32, 40, 48, 56, 64, 72]
+    calls.clear()
+    writer = reporter(tmp_path, step=32, profile_steps=(20, 30))
+    writer.trained(40, totals(40))
+    writer.close()
+    assert calls == []  # a run resumed later does not profile
+
+
+def test_profile_is_a_trace(tmp_path):
+    writer = reporter(tmp_path, profile_steps=(1, 2))
+    for step in (1, 2):
+        writer.trained(step, totals(step))
+    (path,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    assert json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_final_summary_names_accuracies_and_steps(tmp_path):
     result = row(400, 0.875) | {"best_step": 300, "best_test_accuracy": 0.9}
-    said = reporting.conclusion(result, tmp_path)
+    text = reporting.final_summary(result, tmp_path)
     for word in ("87.50%", "step 400", "90.00%", "step 300", str(tmp_path)):
-        assert word in said
-    said = reporting.conclusion(row(400, 0.875), tmp_path)
-    assert "87.50% (step 400)" in said
+        assert word in text
+    text = reporting.final_summary(row(400, 0.875), tmp_path)
+    assert "87.50% (step 400)" in text
 
 
-def test_confusion_says_which_class_is_taken_for_which(tmp_path):
+def test_confusion_names_the_class_most_taken_for(tmp_path):
     matrix = np.array([[3, 1, 0], [0, 5, 0], [2, 0, 0]])
     write_confusion(tmp_path, matrix, ("a", "b, c", "d"), "-7")
     rows = list(csv.DictReader((tmp_path / "per_class-7.csv").open()))
@@ -182,8 +381,8 @@ def test_confusion_says_which_class_is_taken_for_which(tmp_path):
     assert not (tmp_path / "confusion.csv").exists()
 
 
-def test_a_class_may_have_a_name_that_is_no_text(tmp_path):
-    """As the file system gives it: caf\xe9 of Latin 1."""
+def test_a_class_name_may_be_undecodable(tmp_path):
+    """As the file system returns it: caf\xe9 in Latin 1."""
     name = os.fsdecode(b"caf\xe9")
     write_confusion(tmp_path, np.eye(2, dtype=int), (name, "tea"))
     assert (tmp_path / "confusion.csv").read_bytes().startswith(b"caf\xe9,tea\n")
