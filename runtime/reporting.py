@@ -103,7 +103,7 @@ class Reporter:
     ) -> None:
         """Appends a row to metrics.csv; call inside pause().
 
-        best.json holds the row with the highest metrics.BEST_METRIC, the first if equal.
+        best.json holds the row with the highest BEST_METRIC, the first if equal.
         `confusion` as in write_confusion.
         """
         step = row["step"]
