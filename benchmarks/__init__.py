@@ -1,4 +1,4 @@
-"""Measurements; each writes one file below results/, named after the machine."""
+"""Benchmarks. Each writes tables to results/, named after the machine."""
 
 import csv
 import os
@@ -9,17 +9,14 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def machine(device_kind: str, cores: int | None = None) -> str:
-    """For file names: the accelerator, or the processor and its cores."""
-    kind = device_kind.lower().replace(" ", "-")
-    return (
-        f"{platform.machine()}-{cores or os.cpu_count()}cores"
-        if kind == "cpu"
-        else kind
-    )
+    """Names the machine in file names: the accelerator, or the processor and cores."""
+    if device_kind.lower() == "cpu":
+        return f"{platform.machine()}-{cores or os.cpu_count()}cores"
+    return device_kind.lower().replace(" ", "-")
 
 
 def write(name: str, rows: list[dict]) -> None:
-    """The rows as results/NAME.csv; a part of that table as NAME-part.csv beside it."""
+    """Writes results/NAME.csv, or NAME-part.csv if NAME.csv has more rows."""
     path = RESULTS / f"{name}.csv"
     if path.exists() and len(path.read_text().splitlines()) > len(rows) + 1:
         path = RESULTS / f"{name}-part.csv"

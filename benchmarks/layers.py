@@ -1,8 +1,8 @@
 """Milliseconds of each lowering of each layer: python -m benchmarks.layers
 
-The convolutions of ResNet-20 and DenseNet-BC-40-24, and grouped ones, batch 64.
-The lowerings of a layer take turns; the least of the repeats counts, because others
-use the machine too. `of_native` is the time as a share of XLA's own convolution.
+Measures the convolutions of ResNet-20 and DenseNet-BC-40-24, and grouped ones, at batch
+size 64. The lowerings of a layer take turns, and the fastest repeat counts, because the
+machine may be shared. `of_native` is the time relative to XLA's own convolution.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
 
 
 def compiled(x, kernel, options: dict) -> dict:
-    """Calls without arguments, one per part, compiled and warm."""
+    """Returns compiled functions without arguments, one per part."""
     convolve = functools.partial(convolution, **options)
     forward = jax.jit(convolve)
     dy = jnp.ones_like(forward(x, kernel))

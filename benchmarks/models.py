@@ -1,10 +1,13 @@
-"""Speed and memory of whole training steps, beside the dense twin and PyTorch.
+"""Speed and memory of whole training steps on images of 32x32, beside PyTorch's.
 
 python -m benchmarks.models --peer
+python -m benchmarks.models --variants cfmz:20 gunn:15 --lowerings auto --reference=DIR
 
-Each contestant lives in a process of its own, so that its peak memory means something,
-and all of a table take turns, round after round, because machines are shared and noisy:
-compare ratios, which are medians over rounds. --peer needs PyTorch and pytorchcv.
+Each contestant runs in its own process, so that its peak memory can be measured. The
+contestants of a table take turns, because machines are shared and noisy: compare the
+ratios, which are medians over rounds. --peer requires PyTorch and pytorchcv.
+--reference adds the same steps of another checkout of this repository, such as a git
+worktree of an older commit.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pathlib
 import resource
 import statistics
 import subprocess
@@ -22,14 +26,15 @@ import time
 import benchmarks
 from runtime import environment
 
-PEERS = {  # of pytorchcv, in its order of names
+CHECKOUT = pathlib.Path(__file__).parents[1]
+PEERS = {  # pytorchcv's names
     "cfmz:20": "resnet20_cifar10",
     "xdensenet:40-24": "densenet40_k24_bc_cifar10",
     "xdensenet:40-24-2": "xdensenet40_2_k24_bc_cifar10",
 }
 PEER_INSTALL = (
-    "pip install torch==2.13.0 && pip install --no-deps pytorchcv==0.0.67 (--no-deps: "
-    "later needs are for other things)"
+    "pip install torch==2.13.0 && pip install --no-deps pytorchcv==0.0.67 (its "
+    "dependencies are not needed here)"
 )
 
 
@@ -42,59 +47,90 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="per round")
     parser.add_argument("--threads", type=int, default=2, help="on CPU")
-    parser.add_argument("--peer", action="store_true", help="PyTorch in the same run")
+    parser.add_argument("--peer", action="store_true", help="add PyTorch's nets")
+    parser.add_argument("--reference", type=pathlib.Path, help="add this checkout")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
         compete(*json.loads(options.contestant), options)
         return
     if options.peer and not importlib.util.find_spec("pytorchcv"):
-        sys.exit(f"error: --peer needs PyTorch and pytorchcv: {PEER_INSTALL}")
+        sys.exit(f"error: --peer requires PyTorch and pytorchcv: {PEER_INSTALL}")
+    if options.reference and not (options.reference / "benchmarks/models.py").is_file():
+        sys.exit(f"error: --reference={options.reference} is not a checkout")
     rows = [row for variant in options.variants for row in table(variant, options)]
     name = benchmarks.machine(rows[0]["device"], options.threads)
-    benchmarks.write(f"models-{name}-jax{rows[0]['jax']}", rows)
+    kind = "models-reference" if options.reference else "models"
+    benchmarks.write(f"{kind}-{name}-jax{rows[0]['jax']}", rows)
 
 
 def table(variant: str, options: argparse.Namespace) -> list[dict]:
-    """One variant under each lowering, and the peer: rows of the result file."""
-    contestants = [("ours", variant, lowering) for lowering in options.lowerings]
-    if options.peer and variant in PEERS:
-        contestants.append(("pytorch", variant, PEERS[variant]))
-    players = [Player(contestant, options) for contestant in contestants]
+    """Measures a variant with each lowering, in each checkout, and its peer."""
+    players = {}
+    for lowering in options.lowerings:
+        contestant = ("ours", variant, lowering)
+        players["ours", lowering] = Player(contestant, options)
+        if options.reference:
+            there = Player(contestant, options, options.reference)
+            players["reference", lowering] = there
+    peer = PEERS.get(variant) if options.peer else None
+    if peer:
+        players["pytorch", peer] = Player(("pytorch", variant, peer), options)
     for _ in range(options.rounds):
-        for player in players:
+        for player in players.values():
             player.play()
     rows = []
-    for player in players:
-        row = player.finish() | {"batch_size": options.batch_size}
-        against = players[-1] if contestants[-1][0] == "pytorch" else None
-        pairs = zip(player.speeds, against.speeds, strict=True) if against else ()
-        ratios = [ours / theirs for ours, theirs in pairs]
-        row["of_pytorch"] = round(statistics.median(ratios), 3) if ratios else ""
+    for (framework, name), player in players.items():
+        row = {"variant": variant, "framework": framework, "lowering": name}
+        row |= player.finish() | {"batch_size": options.batch_size}
+        row["of_pytorch"] = ratio(player, players.get(("pytorch", peer)))
+        row["of_reference"] = ratio(player, players.get(("reference", name)))
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
 
 
-class Player:
-    """A contestant's process; play() lets it train one round."""
+def ratio(player: "Player", other: "Player | None") -> float | str:
+    """Returns the median over rounds of the ratio of two speeds; "" without another."""
+    if other is None:
+        return ""
+    pairs = zip(player.speeds, other.speeds, strict=True)
+    return round(statistics.median(mine / theirs for mine, theirs in pairs), 3)
 
-    def __init__(self, contestant: tuple, options: argparse.Namespace):
+
+class Player:
+    """The process of a contestant, which runs the code of a checkout."""
+
+    def __init__(
+        self,
+        contestant: tuple[str, str, str],
+        options: argparse.Namespace,
+        checkout: pathlib.Path = CHECKOUT,
+    ):
         self.contestant, self.speeds = contestant, []
-        # The environment that main.py gives a run; PyTorch gets the same.
-        tunables = {"GLIBC_TUNABLES": environment.HUGE_PAGES}
         self._images = options.batch_size * options.steps
-        command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
+        # These flags and the lines on stdin and stdout are a protocol between commits:
+        # --reference must understand older checkouts.
+        fields = ("batch_size", "dtype", "steps", "threads")
         self._process = subprocess.Popen(
-            [*command, "--contestant", json.dumps(contestant)],
+            [
+                *(sys.executable, "-m", "benchmarks.models"),
+                *(f"--{field}={getattr(options, field)}" for field in fields),
+                f"--contestant={json.dumps(contestant)}",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=tunables | os.environ,
+            cwd=checkout,
+            # The environment that main.py gives a run; PyTorch gets the same.
+            env={"GLIBC_TUNABLES": environment.HUGE_PAGES}
+            | os.environ
+            | {"PYTHONPATH": str(checkout.absolute())},
         )
         self.facts = self._answer()
 
     def play(self) -> None:
+        """Trains one round."""
         self._process.stdin.write("play\n")
         self._process.stdin.flush()
         self.speeds.append(self._images / self._answer()["seconds"])
@@ -103,11 +139,7 @@ class Player:
         self._process.stdin.close()
         rest = self._answer()
         self._process.wait()
-        framework, variant, name = self.contestant
         return {
-            "variant": variant,
-            "framework": framework,
-            "lowering": name,
             "images_per_second": round(statistics.median(self.speeds), 1),
             "slowest": round(min(self.speeds), 1),
             "fastest": round(max(self.speeds), 1),
@@ -118,12 +150,13 @@ class Player:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"error: {self.contestant} ended with {self._process.wait()}")
+            code = self._process.wait()
+            sys.exit(f"error: the process of {self.contestant} exited with {code}")
         return json.loads(line)
 
 
 def compete(framework: str, variant: str, name: str, options) -> None:
-    """The contestant's side: facts, then a time per line of stdin, then memory."""
+    """Prints facts, then the time of a round per line of stdin, then peak memory."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[: options.threads]
         os.sched_setaffinity(0, cores)
@@ -131,7 +164,7 @@ def compete(framework: str, variant: str, name: str, options) -> None:
     step, facts, memory = make(variant, name, options)
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
-        # After another's turn the first step finds its memory gone: up to 1.4 s more.
+        # The first step after another's turn must allocate anew: up to 1.4 s.
         step(wait=True)
         start = time.perf_counter()
         for _ in range(options.steps - 1):
@@ -218,7 +251,7 @@ def pytorch(variant: str, name: str, options):
 
 
 def resident_memory() -> float:
-    """The process's peak, in MiB."""
+    """Returns the peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

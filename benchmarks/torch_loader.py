@@ -1,8 +1,8 @@
 """The peer of benchmarks/pipeline.py: PyTorch's DataLoader, torchvision's transforms.
 
-Written out with Pillow and torch, as torchvision computes them on Pillow's images, so
-that torchvision need not be installed. This file imports nothing else, for the worker
-processes import it.
+The transforms are written in Pillow and torch, as torchvision computes them on Pillow's
+images, so that torchvision need not be installed. This file imports little, because
+each worker process imports it.
 """
 
 import numpy as np
@@ -22,9 +22,9 @@ class Small(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        picture = ImageOps.expand(Image.fromarray(self.images[i]), border=4, fill=0)
+        image = ImageOps.expand(Image.fromarray(self.images[i]), border=4, fill=0)
         y, x = torch.randint(0, 9, (2,)).tolist()
-        return _finished(picture.crop((x, y, x + 32, y + 32))), 0
+        return _flip_and_convert(image.crop((x, y, x + 32, y + 32))), 0
 
 
 class Jpegs(torch.utils.data.Dataset):
@@ -38,24 +38,24 @@ class Jpegs(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         with open(self.paths[i], "rb") as file:
-            picture = Image.open(file).convert("RGB")
+            image = Image.open(file).convert("RGB")
         draws = torch.rand(crops.DRAWS).numpy()
-        top, left, height, width = crops.random_window(*picture.size, draws)
-        picture = picture.crop((left, top, left + width, top + height))
-        picture = picture.resize((self.size, self.size), Image.BILINEAR)
-        return _finished(picture), 0
+        top, left, height, width = crops.random_window(*image.size, draws)
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((self.size, self.size), Image.BILINEAR)
+        return _flip_and_convert(image), 0
 
 
-def _finished(picture: Image.Image) -> torch.Tensor:
-    """Mirrored or not, then (3, H, W) float32 in 0..1."""
+def _flip_and_convert(image: Image.Image) -> torch.Tensor:
+    """Mirrors half of the images; returns (3, H, W) float32 in 0..1."""
     if torch.rand(1) < 0.5:
-        picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32).div(255)
 
 
 def batches(dataset: torch.utils.data.Dataset, batch_size: int, workers: int):
-    """Shuffled batches without end."""
+    """Yields shuffled batches without end."""
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size,
