@@ -218,7 +218,7 @@ def select(
         "data set",
         data,
         DATA_SETS,
-        "; for any other set --config.data.name and --config.net.num_classes",
+        ", or any other by --config.data.name and --config.net.num_classes",
     )
     recipe = recipe or RECIPES[0]
     _check_choice("recipe", recipe, RECIPES)
@@ -250,11 +250,11 @@ def apply_recipe(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _check_choice(kind: str, given: str, choices, remedy: str = "") -> None:
+def _check_choice(kind: str, given: str, choices, others: str = "") -> None:
     if given in choices:
         return
     nearest = difflib.get_close_matches(given, choices, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(
-        f"unknown {kind} {given!r}: choose from {', '.join(choices)}{hint}{remedy}"
+        f"unknown {kind} {given!r}: choose from {', '.join(choices)}{others}{hint}"
     )

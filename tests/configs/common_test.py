@@ -1,19 +1,14 @@
 """Selection by --config=FAMILY:VARIANT,DATA,RECIPE, and the commands in documents."""
 
-import importlib
 import pathlib
 import re
 
 import pytest
 
 from configs import cfmz, common, igcnets, xdensenet
+from tests.support.families import FAMILIES
 
 ROOT = pathlib.Path(__file__).parents[2]
-FAMILIES = {
-    path.stem: importlib.import_module(f"configs.{path.stem}")
-    for path in sorted((ROOT / "configs").glob("*.py"))
-    if path.stem not in ("common", "data_sets")
-}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIG = re.compile(r"(?<!tests/)configs/([a-z_]+)\.py(?::([\w.,-]+))?")
 

@@ -1,9 +1,7 @@
 """Every row of every VARIANTS table builds a net with the stated parameters."""
 
 import functools
-import importlib
 import json
-import pathlib
 
 import jax
 import pytest
@@ -13,13 +11,8 @@ import nets
 import optimizers
 from configs.data_sets import CIFAR, DATA_SETS
 from nets import cost
+from tests.support.families import FAMILIES
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-FAMILIES = {
-    path.stem: importlib.import_module(f"configs.{path.stem}")
-    for path in sorted(CONFIGS.glob("*.py"))
-    if path.stem not in ("common", "data_sets")
-}
 ROWS = [
     (family, variant)
     for family, module in FAMILIES.items()

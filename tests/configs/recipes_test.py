@@ -1,8 +1,8 @@
-"""The recipes hold the numbers of the papers' code, and make its number of steps."""
+"""The recipes have the fields, the steps and the learning rates of the originals."""
 
-import importlib
+import functools
 import itertools
-import pathlib
+import operator
 import types
 
 import jax
@@ -16,14 +16,12 @@ from configs import common
 from configs.data_sets import DATA_SETS
 from runtime import devices, preflight
 from runtime.clock import Clock
-
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-FAMILIES = sorted({p.stem for p in CONFIGS.glob("*.py")} - {"common", "data_sets"})
+from tests.support.families import FAMILIES
 
 
 def get_config(argument):
     family, _, rest = argument.partition(":")
-    return importlib.import_module(f"configs.{family}").get_config(rest)
+    return FAMILIES[family].get_config(rest)
 
 
 def steps(*drops, total, rates):
@@ -34,8 +32,8 @@ TENTHS = (0.1, 0.01, 0.001)
 HALVES = (*(0.05 / 2**i for i in range(7)), 5e-4)
 ROOTS = (*(0.1 / 10 ** (i / 2) for i in range(7)), 5e-5)
 DELUGE = steps(116_518, 175_168, total=234_600, rates=TENTHS)
-# Everything of an original's recipe: the steps at which the rate is another one, the
-# rates, and fields; those of ORIGINALS are common to all of them but for what is said.
+# Each row of TABLE has the steps at which the learning rate drops, the rates, and the
+# fields that differ from ORIGINALS.
 ORIGINALS = {
     "data.pad": 4,
     "data.crop": "pad",
@@ -203,41 +201,37 @@ TABLE = {
 }
 
 
-def plain(value):
+def lookup(config, path):
+    value = functools.reduce(operator.getitem, path.split("."), config)
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 @pytest.mark.parametrize("argument", TABLE)
 def test_a_recipe_has_the_fields_of_its_original(argument):
-    config, wanted = get_config(argument), ORIGINALS | TABLE[argument][1]
-    wanted["augment"] = common.base().augment.to_dict() | wanted.get("augment", {})
+    config, expected = get_config(argument), ORIGINALS | TABLE[argument][1]
+    expected["augment"] = common.base().augment.to_dict() | expected.get("augment", {})
     data = config.data
     one = data_sources.InMemory(np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1), ("0",))
     facts = input_pipeline.facts(data, one)
     data.mean, data.std = facts.mean, facts.std
-    found = {}
-    for path in wanted:
-        value = config
-        for name in path.split("."):
-            value = value[name]
-        found[path] = plain(value)
-    assert found == wanted
+    found = {path: lookup(config, path) for path in expected}
+    assert found == expected
     assert config.recipe == "faithful"
 
 
 @pytest.mark.parametrize("argument", TABLE)
 def test_a_recipe_has_the_steps_and_rates_of_its_original(argument):
-    config, wanted = get_config(argument), TABLE[argument][0]
+    config, expected = get_config(argument), TABLE[argument][0]
     images = DATA_SETS[config.data.name].num_train
     clock = Clock.of(config, images)
-    assert clock.total == wanted["total"]
+    assert clock.total == expected["total"]
     rate = optimizers.schedule(config, images)
-    edges = [0, *wanted["drops"], clock.total]
+    edges = [0, *expected["drops"], clock.total]
     found = [
         (float(rate(first)), float(rate(following - 1)))
         for first, following in itertools.pairwise(edges)
     ]
-    np.testing.assert_allclose(found, [(r, r) for r in wanted["rates"]], rtol=1e-5)
+    np.testing.assert_allclose(found, [(r, r) for r in expected["rates"]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("argument", TABLE)
@@ -254,10 +248,9 @@ def test_a_recipe_can_be_run(argument):
 def test_every_family_and_published_data_set_has_a_row():
     rows = {tuple(x.partition(":")[::2]) for x in TABLE}
     rows = {(family, rest.partition(",")[2]) for family, rest in rows}
-    for family in FAMILIES:
-        module = importlib.import_module(f"configs.{family}")
+    for family, module in FAMILIES.items():
         for name in {d for v in module.VARIANTS.values() for d in v.published}:
-            # The two CIFAR sets differ in their statistics alone.
+            # The recipes for the two CIFAR sets differ only in their normalisation.
             name = name.replace("cifar100", "cifar10")
             assert {(family, name), (family, name + "0")} & rows, (family, name)
 
