@@ -1,8 +1,7 @@
-"""AlexNet of one tower, the backbone of X-AlexNet (Deep Expander Networks).
+"""Single-tower AlexNet, the backbone of X-AlexNet (Deep Expander Networks).
 
-Source: the published code's alexnet and its alexnetexpander1 and 2, which are one file
-twice. The expander net differs in more than its linear layers: batch normalisation
-instead of dropout.
+Source: the published code's alexnet and its two equal files alexnetexpander1 and 2. The
+expander net also replaces dropout by batch normalisation.
 """
 
 import functools
@@ -16,8 +15,8 @@ from nets.layers.norm import torch_batch_norm
 from nets.layers.pooling import max_pool
 from nets.layers.wiring import Wiring
 
-# (out channels, kernel size, stride, padding, whether a 3x3 pooling of stride 2 ends
-# it) of each convolution.
+# (out channels, kernel size, stride, padding, whether a 3x3 max pooling of stride 2
+# follows) of each convolution.
 CONVOLUTIONS = (
     (64, 11, 4, 2, True),
     (192, 5, 1, 2, True),
@@ -29,15 +28,15 @@ DEGREES = (256, 256, 512)  # of the three linear layers
 
 
 class AlexNet(nnx.Module):
-    """x (N, image_size, image_size, 3) -> logits (N, num_classes).
+    """Maps x (N, image_size, image_size, 3) to logits (N, num_classes).
 
-    image_size: 63 at least; it decides how many inputs the linear layers have.
+    image_size: at least 63; the inputs of the first linear layer depend on it.
     hidden: width of the two inner linear layers.
-    dropout: before each of these; the expander net has none.
+    dropout: rate before each of these two; the expander net has no dropout.
     batch_norm: after every layer but the last; the expander net always has it.
-    published_degrees: of the expander wiring. True: dense convolutions and linear
-      layers of the absolute DEGREES; `compress` plays no part. False: everything
-      after the stem keeps in // compress. Linear layers are never grouped.
+    published_degrees: for the expander wiring. True: convolutions are dense and linear
+      layers have the absolute DEGREES, whatever `compress` is. False: all layers after
+      the stem keep in // compress connections. Linear layers are never grouped.
     norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
     """
 
@@ -59,17 +58,17 @@ class AlexNet(nnx.Module):
         conv_wiring, channels, convs = Wiring(), 3, []  # the stem is dense
         for out, size, stride, padding, _ in CONVOLUTIONS:
             default = torch_default(channels * size**2)
-            options = dict(init=default, bias=True, bias_init=default, rngs=rngs)
-            geometry = dict(stride=stride, padding=padding)
-            convs.append(conv_wiring.conv(channels, out, size, **geometry, **options))
+            dense = dict(init=default, bias=True, bias_init=default)
+            options = dict(stride=stride, padding=padding, dense=dense, rngs=rngs)
+            convs.append(conv_wiring.conv(channels, out, size, **options))
             channels, conv_wiring = out, Wiring() if published else wiring
         self.features = channels * _last_map(image_size) ** 2
         widths = (self.features, hidden, hidden, num_classes)
         linears = []
         for i, degree in enumerate(DEGREES):
-            options = dict(bias_init=torch_default(widths[i]), rngs=rngs)
-            degree = degree if published else None
-            linears.append(wiring.linear(*widths[i : i + 2], degree=degree, **options))
+            dense = dict(bias_init=torch_default(widths[i]))
+            options = dict(dense=dense, degree=degree if published else None, rngs=rngs)
+            linears.append(wiring.linear(*widths[i : i + 2], **options))
         self.convs, self.linears = nnx.List(convs), nnx.List(linears)
         norms = functools.partial(_norms, scale=norm_scale, rngs=rngs)
         widths, normalised = [out for out, *_ in CONVOLUTIONS], batch_norm or expander
@@ -86,17 +85,17 @@ class AlexNet(nnx.Module):
             x = conv(x)
             x = nnx.relu(x if self.conv_norms is None else self.conv_norms[i](x))
             x = max_pool(x, 3, stride=2) if pooled else x
-        # (C, H, W), so that the original's weights fit as they are.
+        # Flattened as (C, H, W), the order of the original's weights.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         if x.shape[1] != self.features:
             raise ValueError(
-                f"an AlexNet of image_size {self.image_size} has {self.features} "
-                f"features, these images give {x.shape[1]}"
+                f"an AlexNet of image_size {self.image_size} reads {self.features} "
+                f"features, but these images yield {x.shape[1]}"
             )
         for i, linear in enumerate(self.linears[:-1]):
             x = linear(x if self.dropout is None else self.dropout(x))
             x = nnx.relu(x if self.linear_norms is None else self.linear_norms[i](x))
-        # The head is exact too.
+        # Logits are at least float32.
         return self.linears[-1](x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
@@ -105,11 +104,11 @@ def _norms(widths: list[int], scale: str, rngs: nnx.Rngs) -> nnx.List:
 
 
 def _last_map(image_size: int) -> int:
-    """Rows of the map that the linear layers read."""
+    """Returns the side of the map that the linear layers read."""
     rows = image_size
     for _, size, stride, padding, pooled in CONVOLUTIONS:
         rows = (rows + 2 * padding - size) // stride + 1
         rows = (rows - 3) // 2 + 1 if pooled else rows
     if rows < 1:
-        raise ValueError(f"AlexNet needs images of 63 pixels, image_size={image_size}")
+        raise ValueError(f"AlexNet needs image_size of at least 63, got {image_size}")
     return rows

@@ -1,8 +1,8 @@
-"""Who connects to whom: channel graphs as numpy arrays, nothing of JAX.
+"""Graphs between the channels of two layers, as numpy arrays.
 
-A graph between I input and O output channels is the sorted vector of its edges,
-each written as the flat index `input * O + output`: the row-major position of
-the connection in a dense (I, O) matrix.
+A graph between I input and O output channels is the sorted vector of its edges. An
+edge is the flat index `input * O + output`: the row-major position of the connection
+in a dense (I, O) matrix.
 """
 
 import zlib
@@ -14,15 +14,16 @@ Sampling = Literal["smaller_side", "per_output", "per_input"]
 
 
 def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str:
-    """The side, 'input' or 'output', whose every channel draws `degree` partners.
+    """Returns the side, 'input' or 'output', of which each channel draws partners.
 
     `smaller_side` is the rule of the published code's head (Deep-Expander-Networks,
-    layers; inputs draw when the sides are equal), `per_output` that of its history
-    and of the paper, `per_input` that of its history's "reverse" convolution.
+    layers; inputs draw if the sides are equal), `per_output` that of its history and of
+    the paper, `per_input` that of the "reverse" convolution in its history.
     """
     if sampling not in get_args(Sampling):
         raise ValueError(
-            f"unknown sampling rule {sampling!r}: choose from {get_args(Sampling)}"
+            f"unknown sampling rule {sampling!r}: choose from "
+            f"{', '.join(get_args(Sampling))}"
         )
     if sampling == "smaller_side":
         return "output" if in_channels > out_channels else "input"
@@ -32,16 +33,16 @@ def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str
 def num_edges(
     in_channels: int, out_channels: int, degree: int, sampling: Sampling
 ) -> int:
-    """Connections of an expander graph; refuses a degree that cannot be drawn."""
+    """Returns the number of edges; raises ValueError if `degree` is out of range."""
     side = sampled_side(in_channels, out_channels, sampling)
     drawing, partners = in_channels, out_channels
     if side == "output":
         drawing, partners = out_channels, in_channels
     if not 1 <= degree <= partners:
         raise ValueError(
-            f"expander degree {degree} is impossible: each {side} channel of "
-            f"{in_channels} -> {out_channels} draws from {partners} partners, so the "
-            f"degree must lie in 1..{partners}; change the compression or the widths"
+            f"expander degree must be in 1..{partners}, got {degree}: each {side} "
+            f"channel of {in_channels} -> {out_channels} draws from {partners} "
+            "partners; change the compression or the widths"
         )
     return drawing * degree
 
@@ -49,11 +50,11 @@ def num_edges(
 def expander(
     in_channels: int, out_channels: int, degree: int, sampling: Sampling, rng
 ) -> np.ndarray:
-    """Edges (E,) int32 of a random graph, regular on the sampled side only.
+    """Returns the edges (E,) int32 of a random graph, regular on the sampled side only.
 
     Each channel of that side, in order, keeps the first `degree` entries of
-    `rng.permutation(partners)`: the originals' drawing order, so that a
-    numpy RandomState reproduces their graphs.
+    `rng.permutation(partners)`. This is the originals' drawing order, so a numpy
+    RandomState reproduces their graphs.
     """
     num_edges(in_channels, out_channels, degree, sampling)
     side = sampled_side(in_channels, out_channels, sampling)
@@ -67,14 +68,14 @@ def expander(
 
 
 def mask(edges: np.ndarray, in_channels: int, out_channels: int) -> np.ndarray:
-    """The boolean (I, O) matrix of a graph."""
+    """Returns the graph as a boolean (I, O) matrix."""
     dense = np.zeros(in_channels * out_channels, bool)
     dense[edges] = True
     return dense.reshape(in_channels, out_channels)
 
 
 def grouped(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
-    """Edges (E,) of a grouped convolution: block g of the inputs feeds block g."""
+    """Returns the edges (E,) of a grouped convolution: input block g feeds block g."""
     for side, channels in (("input", in_channels), ("output", out_channels)):
         if channels % groups:
             raise ValueError(
@@ -85,9 +86,10 @@ def grouped(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
 
 
 def permutation(channels: int, branches: int) -> np.ndarray:
-    """The input channel (C,) of each output channel of an interleaved pair's shuffle.
+    """Returns the input channel (C,) of each output channel of an interleaving.
 
-    Channels as (branches, C / branches), transposed; with C / branches its inverse.
+    It transposes the channels as (branches, C / branches). The inverse is the
+    permutation with C / branches branches.
     """
     if branches < 1 or channels % branches:
         raise ValueError(f"{branches} branches do not divide {channels} channels")
@@ -95,5 +97,5 @@ def permutation(channels: int, branches: int) -> np.ndarray:
 
 
 def layer_rng(seed: int, path: str) -> np.random.Generator:
-    """The generator of one layer's graph: a function of (seed, layer path) alone."""
+    """Returns the generator of a layer's graph, which depends on (seed, path) alone."""
     return np.random.default_rng([seed, zlib.crc32(path.encode())])

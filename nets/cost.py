@@ -1,9 +1,9 @@
-"""Parameters and multiply-accumulates per layer; shapes only, nothing is compiled.
+"""Counts parameters and multiply-accumulates by layer, from shapes alone.
 
 A layer takes part by two conventions. Its parameter `kernel` holds the weights that
-each position of its output uses once (a bias or a scale is a parameter without
-multiply-accumulates). If weights of its dense twin are not stored, it has a property
-`absent_weights`, their number.
+each position of its output uses once; other parameters, such as a bias or a scale, cost
+no multiply-accumulates. Its property `absent_weights`, if it has one, is the number of
+weights that its dense twin has in addition.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from nets.layers.gradual import Gradual
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Counts of what exists, and of the dense twin; `macs` are those of one image."""
+    """Counts of a net or layer and of its dense twin. `macs` are those of one image."""
 
     parameters: int
     dense_parameters: int
@@ -30,8 +30,9 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost(Cost):
-    """One module with parameters of its own; `path` as in the net: blocks.0.2.conv1.
+    """The cost of one module that has parameters.
 
+    path: as in the net, such as "blocks.0.2.conv1". kind: the name of its class.
     output_shape: of its last call, batch included; () if it is never called.
     """
 
@@ -40,8 +41,18 @@ class LayerCost(Cost):
     output_shape: tuple[int, ...]
 
 
+def build(net_config: Mapping) -> nnx.Module:
+    """Returns the net of a configuration's `net` section: shapes, no arrays."""
+    return nnx.eval_shape(lambda: nets.create(net_config, nnx.Rngs(0)))
+
+
+def of(net_config: Mapping, image_shape: tuple[int, int, int]) -> list[LayerCost]:
+    """Returns the layers of a configuration's `net` for one image (H, W, C)."""
+    return layers(build(net_config), (1, *image_shape))
+
+
 def layers(net: nnx.Module, input_shape: tuple[int, ...]) -> list[LayerCost]:
-    """The layers of a net, concrete or abstract, in the order of computation.
+    """Returns the layers of a net, concrete or abstract, in the order of execution.
 
     input_shape: (N, H, W, C). Normalisation and pooling cost no multiply-accumulates,
     as in the tables of all five papers.
@@ -51,10 +62,11 @@ def layers(net: nnx.Module, input_shape: tuple[int, ...]) -> list[LayerCost]:
     for path, variable in nnx.to_flat_state(nnx.state(net, nnx.Param)):
         parameters.setdefault(_dotted(path[:-1]), {})[path[-1]] = variable.get_value()
     calls = _calls(net, input_shape)
-    order = {path: i for i, path in enumerate(calls)}
+    paths = [path for path in calls if path in parameters]
+    paths += [path for path in parameters if path not in calls]
     return [
         _layer(path, modules[path], parameters[path], calls.get(path, ()))
-        for path in sorted(parameters, key=lambda path: order.get(path, len(order)))
+        for path in paths
     ]
 
 
@@ -69,6 +81,7 @@ def of(net_config: Mapping, image_shape: tuple[int, int, int]) -> list[LayerCost
 
 
 def total(layers: list[LayerCost]) -> Cost:
+    """Returns the sum over layers."""
     fields = [field.name for field in dataclasses.fields(Cost)]
     return Cost(*(sum(getattr(layer, field) for layer in layers) for field in fields))
 
@@ -89,41 +102,41 @@ def _layer(path, module, parameters, output_shapes) -> LayerCost:
     )
 
 
-def _calls(net, input_shape) -> dict[str, list[tuple[int, ...]]]:
-    """path of a module -> output shape of each call, in the order of computation."""
+def _calls(net: nnx.Module, input_shape) -> dict[str, list[tuple[int, ...]]]:
+    """Returns the output shapes of each module's calls, in the order of execution.
+
+    NNX sorts the attributes of a module whenever it merges one, and captured outputs by
+    path, so the order is that of the equations that compute the outputs.
+    """
     graphdef, state = nnx.split(net)
+    paths = []  # of the outputs of `forward`
 
     def forward(state, x):
         net = nnx.merge(graphdef, state, copy=True)
         net.eval()
         capture = nnx.capture(net, nnx.Intermediate, method_outputs=nnx.Intermediate)
-        return {
-            _dotted(path[:-1]): variable.get_value()
-            for path, variable in nnx.to_flat_state(capture(x)[1])
-            if path[-1] == "__call__"
-        }
+        outputs = []
+        for path, variable in nnx.to_flat_state(capture(x)[1]):
+            if path[-1] == "__call__":
+                for output in variable.get_value():
+                    paths.append(_dotted(path[:-1]))
+                    outputs.append(output)
+        return outputs
 
     x = jax.ShapeDtypeStruct(input_shape, jnp.float32)
-    jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(state, x)
-    written = {
-        variable: i
-        for i, equation in enumerate(jaxpr.jaxpr.eqns)
-        for variable in equation.outvars
-    }
-    leaves = jax.tree.leaves_with_path(outputs)
-    order = {
-        path[0].key: written.get(variable, -1)
-        for (path, _), variable in zip(leaves, jaxpr.jaxpr.outvars, strict=True)
-    }
+    jaxpr = jax.make_jaxpr(forward)(state, x).jaxpr
+    order = {y: i for i, equation in enumerate(jaxpr.eqns) for y in equation.outvars}
     modules = {_dotted(path): module for path, module in nnx.iter_modules(net)}
+    outputs = zip(paths, jaxpr.outvars, strict=True)
     calls = {}
-    for path in sorted(outputs, key=order.__getitem__):
-        calls[path] = [output.shape for output in outputs[path]]
+    for path, y in sorted(outputs, key=lambda output: order.get(output[1], -1)):
+        calls.setdefault(path, []).append(y.aval.shape)
         if isinstance(modules[path], Gradual):
-            # Its loop hides the calls: those of one unit, as kernels hold them all.
-            units = _calls(modules[path].abstract_unit(), calls[path][0])
-            inside = path and f"{path}.", "units."
-            calls |= {"".join((*inside, k)): shapes for k, shapes in units.items()}
+            # Calls inside its loop are not captured. The kernels are those of all
+            # units, so count the calls of one unit.
+            unit = _calls(modules[path].abstract_unit(), y.aval.shape)
+            inside = f"{path}.units" if path else "units"
+            calls |= {f"{inside}.{name}": shapes for name, shapes in unit.items()}
     return calls
 
 

@@ -1,9 +1,9 @@
-"""DelugeNet: each layer reads all earlier ones of its block, weighted per channel.
+"""DelugeNet: each layer reads a weighted sum of all earlier layers of its block.
 
-DelugeNets (arXiv 1611.05552; facts in the published code). Neither a concatenation
-(DenseNet) nor a sum (ResNet): a depthwise convolution along the axis of layers, and
-no shortcut beside it. Oddities that are the original's: the stem for 32x32 is a bare
-convolution, the blocks for ImageNet open with a bare 1x1, and transitions have no ReLU.
+DelugeNets (arXiv 1611.05552; facts from the published code). The weights are per
+channel: a depthwise convolution along the axis of layers, with no shortcut beside it.
+As in the original, the stem for 32x32 and the opening of the first block for ImageNet
+are bare convolutions, and transitions have no ReLU.
 """
 
 import functools
@@ -18,15 +18,15 @@ from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
 
-# Bottleneck width of the first block; it doubles from block to block.
+# Bottleneck width of the first block; each block doubles it.
 FIRST_WIDTH = {"cifar": 32, "imagenet": 64}
 
 
 class CompositeLayer(nnx.Module):
-    """Sources -> a new map: cross-layer conv, then three times BN, ReLU, conv.
+    """Computes a map from sources: cross-layer convolution, three times BN, ReLU, conv.
 
-    The convolutions are 1x1 to `width`, 3x3, and 1x1 to 2 width. A single source is
-    read as it is, without a cross-layer convolution.
+    The convolutions are 1x1 to `width`, 3x3, and 1x1 to 2 width. A single source has no
+    cross-layer convolution.
     """
 
     def __init__(self, channels, width, num_sources, *, wiring, rngs):
@@ -47,7 +47,7 @@ class CompositeLayer(nnx.Module):
 
 
 class Transition(nnx.Module):
-    """All sources of a block -> cross-layer conv, BN, strided 3x3; no ReLU."""
+    """Cross-layer convolution over all sources of a block, BN, strided 3x3; no ReLU."""
 
     def __init__(self, in_channels, out_channels, num_sources, *, rngs):
         self.cross = CrossLayer(in_channels, num_sources)
@@ -59,7 +59,7 @@ class Transition(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """What opens the first block on ImageNet: a bare 1x1 of the only source."""
+    """Opens the first block for ImageNet: a bare 1x1 convolution of its only source."""
 
     def __init__(self, in_channels, out_channels, *, rngs):
         self.conv = Conv(in_channels, out_channels, 1, rngs=rngs)
@@ -70,9 +70,10 @@ class Projection(nnx.Module):
 
 
 class Block(nnx.Module):
-    """An opening unit that reads the block before, then layers that read this one.
+    """An opening unit that reads the previous block, then layers that read this block.
 
-    Every output is a source, normalised by its own of `norms` for all its readers.
+    Every output is a source. `norms` has a normalisation per source, for all its
+    readers.
     """
 
     def __init__(self, opening, width, num_layers, *, wiring, rngs):
@@ -86,7 +87,7 @@ class Block(nnx.Module):
         self.layers, self.norms = nnx.List(layers), nnx.List(norms)
 
     def sources(self, previous: Sequence[Source]) -> list[Source]:
-        """The sources of the block before -> those of this one, oldest first."""
+        """Computes the sources of this block from the previous one's, oldest first."""
         x = self.opening(previous)
         sources = [Source(x, self.norms[0](x))]
         for layer, norm in zip(self.layers, self.norms[1:], strict=True):
@@ -96,14 +97,14 @@ class Block(nnx.Module):
 
 
 class DelugeNet(nnx.Module):
-    """x (N, H, W, 3) -> logits (N, num_classes).
+    """Maps x (N, H, W, 3) to logits (N, num_classes).
 
-    layers: composite layers of each block; the number in a published name is
-      3 sum(layers) + 2, transitions not counted.
-    width: multiplies all channels; the first block's bottleneck has FIRST_WIDTH times
-      it. The sources of a block have twice its bottleneck's channels.
+    layers: composite layers of each block. Published nets are named by
+      3 sum(layers) + 2, which does not count transitions.
+    width: multiplier of FIRST_WIDTH, the bottleneck width of the first block. The
+      sources of a block are twice as wide as its bottlenecks.
     form: "cifar" for 32x32, "imagenet" for 224x224.
-    The wiring is that of the composite layers; all other convolutions stay dense.
+    The wiring applies to the composite layers; all other convolutions are dense.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class DelugeNet(nnx.Module):
                 opening = Transition(n, 2 * n, num_sources, rngs=rngs)
             elif imagenet:
                 opening = Projection(n, 2 * n, rngs=rngs)
-            else:  # the first of this block's composite layers
+            else:  # one of this block's composite layers
                 opening = CompositeLayer(n, n, 1, **options)
                 num_layers -= 1
             blocks.append(Block(opening, n, num_layers, **options))
@@ -153,19 +154,19 @@ def _first_width(layers: Sequence[int], width: float, form: str) -> int:
     if form not in FIRST_WIDTH:
         raise ValueError(f"unknown form {form!r}: choose from {', '.join(FIRST_WIDTH)}")
     if not layers:
-        raise ValueError("a DelugeNet has at least one block, got layers=()")
+        raise ValueError("a DelugeNet needs at least one block, got layers=()")
     for block, num_layers in enumerate(layers, start=1):
-        # Each layer is a source; so is what opens a block, if not a layer itself.
+        # Sources are the layers of a block and its opening, which may be a layer.
         least = 2 if form == "cifar" and block == 1 else 1
         if num_layers < least:
             raise ValueError(
-                f"block {block} has {num_layers} composite layers and needs at least "
-                f"{least}, for 2 sources: layers={tuple(layers)}"
+                f"block {block} needs at least {least} composite layers, to have 2 "
+                f"sources, got {num_layers}: layers={tuple(layers)}"
             )
     first = FIRST_WIDTH[form] * width
     if first < 1 or first != int(first):
         raise ValueError(
-            f"width {width} times {FIRST_WIDTH[form]} channels is {first}: the "
-            "bottleneck of the first block takes a whole number of channels"
+            f"width times {FIRST_WIDTH[form]} must be a whole number of channels, got "
+            f"{width} * {FIRST_WIDTH[form]} = {first}"
         )
     return int(first)

@@ -1,10 +1,10 @@
 """DenseNet, the backbone of X-DenseNet (Deep Expander Networks).
 
 Each layer reads the concatenation of all earlier maps of its block and appends
-`growth` new ones. X-DenseNet-BC-40-24-2 is depth 40, growth 24 and the expander
-wiring with compress 2. Source: the published code's densenet_cifar, _grouped_cifar
-and _expander_cifar, which are one class here, and its densenet121 to 201 with their
-expander twins, which are another.
+`growth` new ones. X-DenseNet-BC-40-24-2 is depth 40, growth 24 and the expander wiring
+with compress 2. Source: the published code. Its densenet_cifar, _grouped_cifar and
+_expander_cifar are one class here; its densenet121 to 201 and their expander twins are
+another.
 """
 
 import functools
@@ -18,7 +18,7 @@ from nets.layers.norm import BatchNorm, torch_batch_norm
 from nets.layers.pooling import average_pool, global_average_pool, max_pool
 from nets.layers.wiring import Wiring
 
-# ImageNet: depth: growth, layers of each block.
+# For ImageNet. depth: growth, layers of each block.
 IMAGENET = {
     121: (32, (6, 12, 24, 16)),
     161: (48, (6, 12, 36, 24)),
@@ -55,7 +55,7 @@ class BottleneckLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width = 4 * growth
-        options = dict(init=init, rngs=rngs)
+        options = dict(dense=dict(init=init), rngs=rngs)
         self.norm1 = norm(channels)
         self.conv1 = wiring.conv(channels, width, 1, **options)
         self.norm2 = norm(width)
@@ -83,7 +83,8 @@ class Transition(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.norm = norm(in_channels)
-        self.conv = wiring.conv(in_channels, out_channels, 1, init=init, rngs=rngs)
+        options = dict(dense=dict(init=init), rngs=rngs)
+        self.conv = wiring.conv(in_channels, out_channels, 1, **options)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,13 +93,12 @@ class Transition(nnx.Module):
 
 
 class DenseNet(nnx.Module):
-    """x (N, 32, 32, 3) -> logits (N, num_classes).
+    """Maps x (N, 32, 32, 3) to logits (N, num_classes).
 
-    depth: 3 n + 4 layers, n per block (2 convolutions each with `bottleneck`). The
-      original breaks down on other depths; here they are refused.
+    depth: 6 n + 4 for n layers in each of three blocks; 3 n + 4 without `bottleneck`.
     reduction: a transition keeps floor(channels * reduction) maps.
-    wired_transitions: whether transitions use the wiring too or stay dense. The logs
-      of the published results have both: 40-24-2 and 40-36-2 dense, 40-48-2 and
+    wired_transitions: whether the wiring applies to transitions or they are dense. The
+      logs of the published results have both: 40-24-2 and 40-36-2 dense, 40-48-2 and
       40-60-2 expander.
     """
 
@@ -119,7 +119,7 @@ class DenseNet(nnx.Module):
         if depth < convolutions + 4 or (depth - 4) % convolutions:
             raise ValueError(
                 f"a DenseNet {'with' if bottleneck else 'without'} bottleneck has "
-                f"depth {convolutions} n + 4, which {depth} is not"
+                f"depth {convolutions} n + 4 with n > 0, got {depth}"
             )
         layer = BottleneckLayer if bottleneck else BasicLayer
         options = dict(wiring=wiring, dropout=dropout, rngs=rngs)
@@ -154,14 +154,15 @@ class DenseNet(nnx.Module):
 
 
 class ImageNetDenseNet(nnx.Module):
-    """x (N, H, W, 3) -> logits (N, num_classes); published for 224x224.
+    """Maps x (N, H, W, 3) to logits (N, num_classes); published for 224x224.
 
-    depth: a key of IMAGENET; `growth` and `blocks` (layers of each), where given, stand
-      in for its own.
-    wired_transitions: whether transitions use the wiring; the published ones are dense.
+    depth: a key of IMAGENET.
+    growth, blocks: maps that a layer appends and layers of each block, if they are not
+      those of the depth.
+    wired_transitions: whether the wiring applies to transitions; published: dense ones.
     norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
-    The original pools a fixed 7x7 window at the end, here the whole map, which is the
-    same at 224x224.
+    The original ends in a fixed 7x7 pooling window; pooling the whole map is the same
+    at 224x224.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class ImageNetDenseNet(nnx.Module):
         if depth not in IMAGENET:
             raise ValueError(
                 f"an ImageNet DenseNet has depth {', '.join(map(str, IMAGENET))}, "
-                f"not {depth}"
+                f"got {depth}"
             )
         growth, blocks = growth or IMAGENET[depth][0], blocks or IMAGENET[depth][1]
         norm = functools.partial(torch_batch_norm, scale=norm_scale, rngs=rngs)

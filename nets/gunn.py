@@ -1,8 +1,8 @@
 """GUNN: Gradually Updated Neural Networks (arXiv 1711.09280).
 
-Facts in the published code (github.com/joe-siyuan-qiao/GUNN: GUNN-15 and GUNN-18 and
-their layer). GUNN-24 and Wide GUNN-18 have no published file: configs/gunn.py says
-what they were derived from.
+Facts from the published code (github.com/joe-siyuan-qiao/GUNN), which has GUNN-15,
+GUNN-18 and their layer. GUNN-24 and Wide GUNN-18 were not published; configs/gunn.py
+documents how they are derived.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ SHORTCUTS = ("projection", "identity", "none")
 
 
 class Bottleneck(nnx.Module):
-    """1x1 to `expansion` times out, BN, ReLU, 3x3, BN, ReLU, 1x1 to out, BN; shortcut.
+    """1x1 to expansion * out, BN, ReLU, 3x3, BN, ReLU, 1x1 to out, BN; plus shortcut.
 
-    Nothing follows the sum. The first two convolutions are wired: the last holds few
-    weights and mixes the groups that a grouped wiring keeps apart.
+    Nothing follows the sum. The wiring applies to the first two convolutions; the last
+    one has few weights and mixes the groups of a grouped wiring.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class Bottleneck(nnx.Module):
             )
         if shortcut == "identity" and in_channels != out_channels:
             raise ValueError(
-                f"an identity shortcut from {in_channels} to {out_channels} channels"
+                "an identity shortcut requires equal widths, got "
+                f"{in_channels} -> {out_channels} channels"
             )
         width = expansion * out_channels
         self.conv1 = wiring.conv(in_channels, width, 1, rngs=rngs)
@@ -66,13 +67,13 @@ class Bottleneck(nnx.Module):
 
 
 class Unit(nnx.Module):
-    """What a segment is updated by: bottlenecks in a row, one for each shortcut."""
+    """The update of a segment: a sequence of bottlenecks, one for each shortcut."""
 
     def __init__(
         self, in_channels, out_channels, *, shortcuts, expansion, wiring, rngs
     ):
         if not shortcuts:
-            raise ValueError("a unit has at least one bottleneck, got no shortcut")
+            raise ValueError("a unit needs at least one bottleneck, got shortcuts=()")
         bottlenecks, options = [], dict(expansion=expansion, wiring=wiring, rngs=rngs)
         for shortcut in shortcuts:
             block = Bottleneck(in_channels, out_channels, shortcut=shortcut, **options)
@@ -96,7 +97,7 @@ def gunn_layer(
     wiring: Wiring = Wiring(),
     rngs: nnx.Rngs,
 ) -> Gradual:
-    """Segments of `channels`, each updated by a unit that reads all channels."""
+    """Returns the layer whose segments are each updated from all channels."""
     options = dict(shortcuts=shortcuts, expansion=expansion, wiring=wiring)
     unit = lambda rngs: Unit(channels, channels // segments, **options, rngs=rngs)
     return Gradual(channels, segments, unit, order=order, rngs=rngs)
@@ -114,14 +115,14 @@ class Transition(nnx.Module):
 
 
 class Gunn(nnx.Module):
-    """x (N, H, W, 3) -> logits (N, num_classes).
+    """Maps x (N, H, W, 3) to logits (N, num_classes).
 
-    channels, segments: of each stage's GUNN layer; the stages halve the map.
-    shortcuts: of the bottlenecks of a unit, in a row. Published: ("projection",) for
+    channels, segments: of the GUNN layer of each stage; each stage halves the map.
+    shortcuts: of the bottlenecks of a unit, in order. Published: ("projection",) for
       CIFAR and ("none",) for ImageNet.
-    form: "cifar" has a 3x3 stem, pools after a transition and ends in one more;
-      "imagenet" has a 7x7 stem with max pool, pools the signed output of a layer
-      before the transition, and ends in the layer.
+    form: "cifar" has a 3x3 stem, pools after each transition and ends in another one;
+      "imagenet" has a 7x7 stem with max pooling, pools the signed output of a layer
+      before the transition, and ends in the last layer.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class Gunn(nnx.Module):
             raise ValueError(f"unknown form {form!r}: choose from cifar, imagenet")
         if len(channels) != len(segments) or not channels:
             raise ValueError(
-                f"{len(channels)} stages of channels {tuple(channels)}, but "
-                f"{len(segments)} of segments {tuple(segments)}"
+                "channels and segments need one number per stage, got "
+                f"{tuple(channels)} and {tuple(segments)}"
             )
         self.imagenet = form == "imagenet"
         geometry = dict(stride=2, padding=3) if self.imagenet else dict(padding=1)

@@ -1,7 +1,7 @@
 """MobileNet, the backbone of X-MobileNet (Deep Expander Networks).
 
-Source: the published code's one mobilenet, with its group types full (dense), groups
-and expander. Its widths are not those that the published operation counts are of:
+Source: the published code's mobilenet, whose group types are full (dense), groups and
+expander. The published operation counts are not those of its widths, but those of
 `textbook_widths`.
 """
 
@@ -14,7 +14,7 @@ from nets.layers.norm import torch_batch_norm
 from nets.layers.pooling import global_average_pool
 from nets.layers.wiring import Wiring
 
-# (width at multiplier 1, stride of the depthwise convolution) of each published block.
+# (width at multiplier 1, stride of the depthwise convolution) of the published blocks.
 BLOCKS = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
     *(5 * ((512, 1),)),
@@ -23,14 +23,13 @@ BLOCKS = (
 
 
 class SeparableBlock(nnx.Module):
-    """Depthwise 3x3 (stride), BN, ReLU6, pointwise 1x1, BN, ReLU6.
+    """Depthwise 3x3 with stride, BN, ReLU6, pointwise 1x1, BN, ReLU6.
 
-    Only the pointwise convolution is wired; no expander or grouped form of the
-    depthwise one exists.
+    The wiring applies to the pointwise convolution.
     """
 
     def __init__(self, in_channels, out_channels, stride, *, wiring, norm_scale, rngs):
-        # torch 0.3 counts all channels in the fan, grouped or not.
+        # The fan in torch 0.3 counts the channels of all groups.
         self.depthwise = Conv(
             in_channels,
             in_channels,
@@ -42,14 +41,14 @@ class SeparableBlock(nnx.Module):
             rngs=rngs,
         )
         self.depthwise_norm = torch_batch_norm(in_channels, norm_scale, rngs)
-        # The share 1 / compress whichever side samples, not in // compress.
+        # Keeps the share 1 / compress of all pairs, whichever side samples.
         partners = wiring.partners(in_channels, out_channels)
         self.pointwise = wiring.conv(
             in_channels,
             out_channels,
             1,
+            dense=dict(init=torch_default(in_channels)),
             degree=partners // wiring.compress,
-            init=torch_default(in_channels),
             rngs=rngs,
         )
         self.pointwise_norm = torch_batch_norm(out_channels, norm_scale, rngs)
@@ -60,17 +59,17 @@ class SeparableBlock(nnx.Module):
 
 
 class MobileNet(nnx.Module):
-    """x (N, H, W, 3) -> logits (N, num_classes); published for 224x224.
+    """Maps x (N, H, W, 3) to logits (N, num_classes); published for 224x224.
 
-    blocks: (width at multiplier 1, stride of the depthwise convolution) of each.
-    width: multiplier of the widths. The stem (32) and the last block (1024) keep
-      theirs, unless `textbook_widths`: then every width is multiplied.
-    classifier_inputs: 0: as many as the last block has maps. More: the missing ones
-      are zeros. The published counts of X-MobileNet0.5 are those of the textbook
-      widths, 512 maps at the end, and yet a classifier of 1024 inputs.
+    blocks: (width at multiplier 1, stride of the depthwise convolution) of each block.
+    width: multiplier of all widths, except for the stem (32) and the last block (1024).
+    textbook_widths: multiplies these two as well.
+    classifier_inputs: inputs of the classifier, filled up with zeros; 0: the width of
+      the last block. The published counts of X-MobileNet0.5 are those of the textbook
+      widths, with 512 maps in the last block, but a classifier of 1024 inputs.
     norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
     The first block's pointwise convolution is always dense. The original pools a fixed
-    7x7 window, here the whole map, which is the same at 224x224.
+    7x7 window; pooling the whole map is the same at 224x224.
     """
 
     def __init__(
@@ -102,8 +101,8 @@ class MobileNet(nnx.Module):
         self.missing = (classifier_inputs or channels) - channels
         if self.missing < 0:
             raise ValueError(
-                f"classifier_inputs {classifier_inputs} is fewer than the {channels} "
-                "maps of the last block"
+                f"classifier_inputs must be 0 or at least the {channels} maps of the "
+                f"last block, got {classifier_inputs}"
             )
         inputs = channels + self.missing
         default = dict(bias_init=torch_default(inputs))

@@ -1,9 +1,10 @@
 """The backbones of IGCNets (arXiv 1707.02725): plain and residual, CIFAR and ImageNet.
 
-Dense they are its regular nets (RegConv, ResNet); with the interleaved wiring IGC-LxMy,
-L being `primary_groups` and L M the `width`. Facts: the authors' MXNet builders and
-symbol files. Every layer is convolution, BN and mostly ReLU; each block that widens
-the map also halves its sides, but for the first of an expanding first stage.
+With the dense wiring they are the paper's regular nets (RegConv, ResNet); with the
+interleaved wiring they are IGC-LxMy, where L is `primary_groups` and L M the `width`.
+Facts: the authors' MXNet builders and symbol files. Every convolution is followed by
+BN, and most by ReLU. A block that widens the map also halves its sides, except for the
+first one of an expanding first stage.
 """
 
 import functools
@@ -16,13 +17,13 @@ from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
 
-# MXNet on CPU keeps the biased variance. The authors started it at 0, as `initial_var`
-# can; MXNet itself starts at 1.
+# MXNet on CPU averages the biased variance. MXNet initialises it to 1, the authors to 0
+# (`initial_var`).
 MxBatchNorm = functools.partial(BatchNorm, eps=2e-5, running_var="biased")
 
 
 class ConvBlock(nnx.Module):
-    """A convolution, which may be an interleaved pair, its BN, and a ReLU if asked."""
+    """A convolution or an interleaved pair, BN, and optionally ReLU."""
 
     def __init__(self, conv: nnx.Module, norm: BatchNorm, *, relu: bool = True):
         self.conv, self.norm, self.relu = conv, norm, relu
@@ -33,12 +34,13 @@ class ConvBlock(nnx.Module):
 
 
 class Unit(nnx.Module):
-    """Two blocks, the second without ReLU; plus the shortcut; ReLU after the sum.
+    """Two blocks, the second without ReLU; plus the shortcut; then ReLU.
 
-    The shortcut is the input itself where the widths agree, else a 1x1 convolution
-    with the unit's stride, and BN. Interleaved units group it like their primaries.
-    old_transition: the secondary groups of the first block are as many as the *input*
-      width has, not the output width.
+    The shortcut is the input itself if the widths are equal, else a 1x1 convolution
+    with the unit's stride and BN. In interleaved units it is grouped like the primary
+    convolutions.
+    old_transition: the first block has the secondary groups that follow from the
+      *input* width instead of the output width.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Unit(nnx.Module):
         wiring: Wiring,
         rngs: nnx.Rngs,
     ):
-        options = dict(init=he_fan_in, rngs=rngs)
+        shape = (in_channels, out_channels)
+        options = dict(dense=dict(init=he_fan_in), rngs=rngs)
         old = wiring.partitions(in_channels)[1] if old_transition else None
-        shape, geometry = (in_channels, out_channels), dict(stride=stride, **options)
-        conv = wiring.conv(*shape, 3, padding=1, secondary_groups=old, **geometry)
+        conv = wiring.conv(
+            *shape, 3, stride=stride, padding=1, secondary_groups=old, **options
+        )
         self.block1 = ConvBlock(conv, norm(out_channels))
         conv = wiring.conv(out_channels, out_channels, 3, padding=1, **options)
         self.block2 = ConvBlock(conv, norm(out_channels), relu=False)
@@ -63,10 +67,11 @@ class Unit(nnx.Module):
             self.shortcut = None
             return
         if wiring.kind == "interleaved":
-            primary, _ = wiring.partitions(out_channels)
-            conv = Conv(*shape, 1, groups=primary, **geometry)
+            groups, _ = wiring.partitions(out_channels)
+            geometry = dict(stride=stride, groups=groups)
+            conv = Conv(*shape, 1, **geometry, init=he_fan_in, rngs=rngs)
         else:
-            conv = wiring.conv(*shape, 1, **geometry)
+            conv = wiring.conv(*shape, 1, stride=stride, **options)
         self.shortcut = ConvBlock(conv, norm(out_channels), relu=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,11 +80,12 @@ class Unit(nnx.Module):
 
 
 class Plain(nnx.Module):
-    """x (N, 32, 32, 3) -> logits (N, num_classes); no shortcuts.
+    """Maps x (N, 32, 32, 3) to logits (N, num_classes), without shortcuts.
 
-    depth: 3 n + 2, n blocks a stage. width: of the first stage, doubled twice.
+    depth: 3 n + 2 for n blocks in each of three stages.
+    width: of the first stage; the others have two and four times as many channels.
     initial_var: running variance before the first step; the authors' is 0.
-    The original pools a fixed 8x8 window, here the whole map: the same for 32x32.
+    The original pools a fixed 8x8 window; pooling the whole map is the same for 32x32.
     """
 
     def __init__(
@@ -93,12 +99,13 @@ class Plain(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if depth < 5 or (depth - 2) % 3:
-            raise ValueError(f"a plain net has depth 3 n + 2, which {depth} is not")
+            raise ValueError(f"a plain net has depth 3 n + 2 with n > 0, got {depth}")
         norm = functools.partial(MxBatchNorm, keep=0.99, initial_var=initial_var)
-        options = dict(padding=1, init=he_fan_in, rngs=rngs)
-        self.stem = ConvBlock(Conv(3, width, 3, **options), norm(width))
+        stem = Conv(3, width, 3, padding=1, init=he_fan_in, rngs=rngs)
+        self.stem = ConvBlock(stem, norm(width))
 
         def block(in_channels, out_channels, stride):
+            options = dict(padding=1, dense=dict(init=he_fan_in), rngs=rngs)
             conv = wiring.conv(in_channels, out_channels, 3, stride=stride, **options)
             return ConvBlock(conv, norm(out_channels))
 
@@ -112,13 +119,13 @@ class Plain(nnx.Module):
 
 
 class IgcResNet(nnx.Module):
-    """x (N, 32, 32, 3) -> logits (N, num_classes): "+Ident." of the paper.
+    """Maps x (N, 32, 32, 3) to logits (N, num_classes); "+Ident." of the paper.
 
-    depth: 2 + 2 (n1 + n2 + n3) with n1 <= n2 <= n3 <= n1 + 1 units; as in the original
-      an odd depth makes the net of depth - 1.
-    transition_secondary: secondary groups where an interleaved net widens. The
-      original has the "old" number there, that of the narrower stage, and so twice the
-      secondary weights; "new" is the canonical block. Other wirings ignore it.
+    depth: 2 + 2 (n1 + n2 + n3) for n1 <= n2 <= n3 <= n1 + 1 units in the three stages;
+      as in the original, an odd depth builds the net of depth - 1.
+    transition_secondary: secondary groups of the blocks that widen an interleaved net.
+      The original has the "old" number, that of the narrower stage, and so twice the
+      secondary weights; "new" makes the block canonical. No effect on other wirings.
     """
 
     def __init__(
@@ -153,13 +160,14 @@ class IgcResNet(nnx.Module):
 
 
 class IgcImageNetResNet(nnx.Module):
-    """x (N, 224, 224, 3) -> logits (N, num_classes). All published ones have depth 18.
+    """Maps x (N, 224, 224, 3) to logits (N, num_classes). Published with depth 18 only.
 
-    depth: 8 n + 2, n units in each of four stages. width: of the stem.
-    expand_first_stage: the first stage is already twice as wide (IGC-L100M2 is, with
-      the wiring's primary_groups=0, secondary_groups=2: partitions double with the
-      width). Else L stays and M doubles (L4M32: width 128, primary_groups=4).
-    The original pools a fixed 7x7 window, here the whole map: the same for 224x224.
+    depth: 8 n + 2 for n units in each of four stages.
+    width: of the stem.
+    expand_first_stage: the first stage is twice as wide as the stem. IGC-L100M2 is, and
+      its partitions double with the width (primary_groups=0, secondary_groups=2). In
+      the others L is constant and M doubles (L4M32: width 128, primary_groups=4).
+    The original pools a fixed 7x7 window; pooling the whole map is the same at 224x224.
     """
 
     def __init__(
@@ -175,7 +183,7 @@ class IgcImageNetResNet(nnx.Module):
     ):
         if depth < 10 or (depth - 2) % 8:
             raise ValueError(
-                f"this ImageNet ResNet has depth 8 n + 2, which {depth} is not"
+                f"this ImageNet ResNet has depth 8 n + 2 with n > 0, got {depth}"
             )
         norm = functools.partial(MxBatchNorm, initial_var=initial_var)
         conv = Conv(3, width, 7, stride=2, padding=3, init=he_fan_in, rngs=rngs)
@@ -192,11 +200,11 @@ class IgcImageNetResNet(nnx.Module):
 
 
 def units_per_stage(depth: int) -> list[int]:
-    """How a residual CIFAR net of any depth from 8 on spreads its units."""
+    """Returns the units of each stage of a residual CIFAR net, whose depth is free."""
     if depth < 8:
         raise ValueError(
-            f"a residual CIFAR net has at least depth 8, a unit in each of three "
-            f"stages, not {depth}"
+            "a residual CIFAR net has a unit in each of three stages, so its depth is "
+            f"at least 8, got {depth}"
         )
     units = []
     for stages_left in (3, 2, 1):
@@ -205,7 +213,7 @@ def units_per_stage(depth: int) -> list[int]:
 
 
 def _stages(block, channels: int, widths: list[int], counts: list[int]) -> nnx.List:
-    """Blocks (in, out, stride) of each stage; the later stages start with stride 2."""
+    """Builds the blocks of each stage by block(in, out, stride)."""
     stages = []
     for stage, (width, count) in enumerate(zip(widths, counts, strict=True)):
         blocks = []

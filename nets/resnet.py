@@ -1,10 +1,10 @@
-"""Residual networks: fb.resnet.torch's two, and cfmz's.
+"""Residual networks: those of fb.resnet.torch and that of cfmz.
 
 ResNet: fb.resnet.torch (github.com/facebookarchive/fb.resnet.torch), post-activation
-and pre-activation, for CIFAR and ImageNet; with the expander wiring the X-ResNet of
-Deep Expander Networks. CfmzResNet: the CIFAR network of He et al. 2015 as cfmz
-(github.com/apark263/cfmz) builds it on neon 1.2.1, with one addition to the paper:
-batch normalisation over the ten logits instead of a bias.
+and pre-activation, for CIFAR and ImageNet; with the expander wiring it is the X-ResNet
+of Deep Expander Networks. CfmzResNet: the CIFAR network of He et al. 2015 as cfmz
+(github.com/apark263/cfmz) builds it on neon 1.2.1, which differs from the paper in one
+point: the ten logits are batch-normalised and have no bias.
 """
 
 import functools
@@ -22,9 +22,7 @@ from nets.layers.wiring import Wiring
 NeonBatchNorm = functools.partial(
     BatchNorm, eps=1e-3, keep=0.9, running_var="biased", initial_var=0.0
 )
-
-
-# ImageNet: blocks of each stage, and whether they are bottlenecks.
+# For ImageNet. depth: blocks of each stage, and whether they are bottlenecks.
 IMAGENET = {
     18: ((2, 2, 2, 2), False),
     34: ((3, 4, 6, 3), False),
@@ -36,11 +34,13 @@ IMAGENET = {
 
 
 class Shortcut(nnx.Module):
-    """How a block's input reaches its sum, in `kind` of He et al. 2015.
+    """Maps the input of a block to the shape of its output.
 
-    A: every stride-th pixel, then zero channels appended; no parameters (cfmz writes
-      it as a 1x1 convolution with an "Identity" initialiser which its optimizer skips).
-    B: a 1x1 convolution, with `norm` if given, where the width changes; C: everywhere.
+    kind: an option of He et al. 2015.
+      A: subsamples by `stride` and appends zero channels; no parameters (cfmz writes it
+        as a 1x1 convolution with an "Identity" initialiser that its optimizer skips).
+      B: a 1x1 convolution, with `norm` if given, if the width changes; else A.
+      C: a 1x1 convolution in every block.
     """
 
     def __init__(self, in_channels, out_channels, stride, *, kind, norm, init, rngs):
@@ -48,8 +48,8 @@ class Shortcut(nnx.Module):
             raise ValueError(f"unknown shortcut {kind!r}: choose from A, B, C")
         if kind == "A" and out_channels not in (in_channels, 2 * in_channels):
             raise ValueError(
-                f"shortcut A keeps or doubles the width, but {in_channels} channels "
-                f"meet {out_channels}: choose shortcut B or C"
+                f"shortcut A requires an equal or doubled width, got {in_channels} -> "
+                f"{out_channels} channels: choose shortcut B or C"
             )
         projects = kind == "C" or (kind == "B" and in_channels != out_channels)
         channels, options = (in_channels, out_channels), dict(init=init, rngs=rngs)
@@ -65,24 +65,8 @@ class Shortcut(nnx.Module):
         return x if self.norm is None else self.norm(x)
 
 
-def _branch(in_channels: int, out_channels: int, stride: int, bottleneck: bool):
-    """(in, out, kernel size, stride) of the convolutions of a residual branch.
-
-    A bottleneck's stride is on its 3x3: fb.resnet.torch's deviation from the paper.
-    """
-    if not bottleneck:
-        first = (in_channels, out_channels, 3, stride)
-        return (first, (out_channels, out_channels, 3, 1))
-    width = out_channels // 4
-    return (
-        (in_channels, width, 1, 1),
-        (width, width, 3, stride),
-        (width, out_channels, 1, 1),
-    )
-
-
-class Block(nnx.Module):
-    """Convolutions, each with BN, ReLU between them; plus the shortcut; then ReLU."""
+class BasicBlock(nnx.Module):
+    """3x3, BN, ReLU, 3x3, BN; plus the shortcut; then ReLU."""
 
     def __init__(
         self,
@@ -90,43 +74,31 @@ class Block(nnx.Module):
         out_channels: int,
         stride: int,
         *,
-        bottleneck: bool = False,
         shortcut: str = "A",
         norm=BatchNorm,
         init=he_fan_out,
         wiring: Wiring,
         rngs: nnx.Rngs,
     ):
-        geometry = _branch(in_channels, out_channels, stride, bottleneck)
-        for i, (inputs, outputs, size, step) in enumerate(geometry, 1):
-            options = dict(stride=step, padding=size // 2, init=init, rngs=rngs)
-            setattr(self, f"conv{i}", wiring.conv(inputs, outputs, size, **options))
-            setattr(self, f"norm{i}", norm(outputs))
-        self.shortcut = Shortcut(
-            in_channels,
-            out_channels,
-            stride,
-            kind=shortcut,
-            norm=norm,
-            init=init,
-            rngs=rngs,
-        )
-        self.depth = len(geometry)
+        channels = (in_channels, out_channels)
+        conv = functools.partial(wiring.conv, dense=dict(init=init), rngs=rngs)
+        self.conv1 = conv(*channels, 3, stride=stride, padding=1)
+        self.norm1 = norm(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        self.norm2 = norm(out_channels)
+        options = dict(kind=shortcut, norm=norm, init=init, rngs=rngs)
+        self.shortcut = Shortcut(*channels, stride, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x
-        for i in range(1, self.depth + 1):
-            y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y))
-            y = nnx.relu(y) if i < self.depth else y
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
         return nnx.relu(y + self.shortcut(x))
 
 
-class PreactBlock(nnx.Module):
-    """BN and ReLU before each convolution; plus the shortcut; nothing after the sum.
+class BottleneckBlock(nnx.Module):
+    """1x1 to a quarter of the width, 3x3, 1x1, with BN and ReLU as in `BasicBlock`.
 
-    `activation` of the input: "both" (of branch and shortcut: the first block of a
-    stage), "branch" (the later ones), "none" (the first after ImageNet's stem, which
-    has ended in BN, ReLU and pool).
+    The stride is that of the 3x3: fb.resnet.torch's deviation from the paper.
     """
 
     def __init__(
@@ -135,48 +107,111 @@ class PreactBlock(nnx.Module):
         out_channels: int,
         stride: int,
         *,
-        bottleneck: bool,
+        shortcut: str,
+        wiring: Wiring,
+        rngs: nnx.Rngs,
+    ):
+        width = out_channels // 4
+        self.conv1 = wiring.conv(in_channels, width, 1, rngs=rngs)
+        self.norm1 = BatchNorm(width)
+        self.conv2 = wiring.conv(width, width, 3, stride=stride, padding=1, rngs=rngs)
+        self.norm2 = BatchNorm(width)
+        self.conv3 = wiring.conv(width, out_channels, 1, rngs=rngs)
+        self.norm3 = BatchNorm(out_channels)
+        options = dict(kind=shortcut, norm=BatchNorm, init=he_fan_out, rngs=rngs)
+        self.shortcut = Shortcut(in_channels, out_channels, stride, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return nnx.relu(y + self.shortcut(x))
+
+
+class PreactBasicBlock(nnx.Module):
+    """BN, ReLU, 3x3, BN, ReLU, 3x3; plus the shortcut; nothing after the sum.
+
+    activation: what the first BN and ReLU apply to. "both": branch and shortcut (the
+      first block of a stage); "branch": the branch alone (the later blocks); "none":
+      there is none (the first block for ImageNet, whose stem ends in BN, ReLU, pool).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
         shortcut: str,
         activation: str,
         wiring: Wiring,
         rngs: nnx.Rngs,
     ):
-        geometry = _branch(in_channels, out_channels, stride, bottleneck)
-        for i, (inputs, outputs, size, step) in enumerate(geometry, 1):
-            norm = BatchNorm(inputs) if i > 1 or activation != "none" else None
-            setattr(self, f"norm{i}", norm)
-            options = dict(stride=step, padding=size // 2, rngs=rngs)
-            setattr(self, f"conv{i}", wiring.conv(inputs, outputs, size, **options))
-        self.shortcut = Shortcut(
-            in_channels,
-            out_channels,
-            stride,
-            kind=shortcut,
-            norm=None,
-            init=he_fan_out,
-            rngs=rngs,
-        )
-        self.depth, self.activation = len(geometry), activation
+        channels = (in_channels, out_channels)
+        self.norm1 = None if activation == "none" else BatchNorm(in_channels)
+        self.conv1 = wiring.conv(*channels, 3, stride=stride, padding=1, rngs=rngs)
+        self.norm2 = BatchNorm(out_channels)
+        self.conv2 = wiring.conv(out_channels, out_channels, 3, padding=1, rngs=rngs)
+        options = dict(kind=shortcut, norm=None, init=he_fan_out, rngs=rngs)
+        self.shortcut = Shortcut(*channels, stride, **options)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x if self.norm1 is None else nnx.relu(self.norm1(x))
         shortcut = self.shortcut(y if self.activation == "both" else x)
         y = self.conv1(y)
-        for i in range(2, self.depth + 1):
-            y = getattr(self, f"conv{i}")(nnx.relu(getattr(self, f"norm{i}")(y)))
+        y = self.conv2(nnx.relu(self.norm2(y)))
+        return y + shortcut
+
+
+class PreactBottleneckBlock(nnx.Module):
+    """BN, ReLU and convolution three times, as in `BottleneckBlock`; plus the shortcut.
+
+    activation: see `PreactBasicBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        shortcut: str,
+        activation: str,
+        wiring: Wiring,
+        rngs: nnx.Rngs,
+    ):
+        width = out_channels // 4
+        self.norm1 = None if activation == "none" else BatchNorm(in_channels)
+        self.conv1 = wiring.conv(in_channels, width, 1, rngs=rngs)
+        self.norm2 = BatchNorm(width)
+        self.conv2 = wiring.conv(width, width, 3, stride=stride, padding=1, rngs=rngs)
+        self.norm3 = BatchNorm(width)
+        self.conv3 = wiring.conv(width, out_channels, 1, rngs=rngs)
+        options = dict(kind=shortcut, norm=None, init=he_fan_out, rngs=rngs)
+        self.shortcut = Shortcut(in_channels, out_channels, stride, **options)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x if self.norm1 is None else nnx.relu(self.norm1(x))
+        shortcut = self.shortcut(y if self.activation == "both" else x)
+        y = self.conv1(y)
+        y = self.conv2(nnx.relu(self.norm2(y)))
+        y = self.conv3(nnx.relu(self.norm3(y)))
         return y + shortcut
 
 
 class ResNet(nnx.Module):
-    """x (N, H, W, 3) -> logits (N, num_classes).
+    """Maps x (N, H, W, 3) to logits (N, num_classes).
 
-    depth: 6 n + 2 for form "cifar" (32x32), a key of IMAGENET for form "imagenet"
-      (224x224). shortcut: A, B or C; fb.resnet.torch's defaults are A and B.
-    torch_bias: the classifier's initial bias is torch's U(-1/sqrt(in), 1/sqrt(in)), as
-      X-ResNet's is, not 0.
-    The wiring is that of the residual branches; stem, shortcuts and classifier are
-    dense, as in X-ResNet. The originals pool fixed 8x8 or 7x7 windows, here the whole
-    map, which is the same at the published sizes.
+    form: "cifar" for 32x32, "imagenet" for 224x224.
+    depth: 6 n + 2 for CIFAR, a key of IMAGENET for ImageNet.
+    shortcut: A, B or C; fb.resnet.torch's default is A for CIFAR and B for ImageNet.
+    torch_bias: initialises the classifier's bias as torch and X-ResNet do, with
+      U(-1/sqrt(in), 1/sqrt(in)), instead of 0.
+    The wiring applies to the residual branches; stem, shortcuts and classifier are
+    dense, as in X-ResNet. The originals pool fixed windows of 8x8 or 7x7; pooling the
+    whole map is the same at the published sizes.
     """
 
     def __init__(
@@ -197,22 +232,20 @@ class ResNet(nnx.Module):
         self.stem = Conv(3, channels, 7 if imagenet else 3, **stem, rngs=rngs)
         bare = preactivation and not imagenet
         self.stem_norm = None if bare else BatchNorm(channels)
-        options = dict(
-            bottleneck=bottleneck, shortcut=shortcut, wiring=wiring, rngs=rngs
-        )
+        options = dict(shortcut=shortcut, wiring=wiring, rngs=rngs)
+        if preactivation:
+            block = PreactBottleneckBlock if bottleneck else PreactBasicBlock
+        else:
+            block = BottleneckBlock if bottleneck else BasicBlock
         stages = []
         for stage, count in enumerate(counts):
-            blocks = []
+            out, blocks = width * 2**stage * (4 if bottleneck else 1), []
             for i in range(count):
-                out = width * 2**stage * (4 if bottleneck else 1)
-                geometry = (channels, out, 2 if stage and not i else 1)
                 if preactivation:
                     first = "none" if imagenet and not stage else "both"
-                    activation = "branch" if i else first
-                    block = PreactBlock(*geometry, activation=activation, **options)
-                else:
-                    block = Block(*geometry, **options)
-                blocks.append(block)
+                    options["activation"] = "branch" if i else first
+                stride = 2 if stage and not i else 1
+                blocks.append(block(channels, out, stride, **options))
                 channels = out
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
@@ -233,29 +266,29 @@ class ResNet(nnx.Module):
 
 
 def _plan(form: str, depth: int) -> tuple[int, tuple[int, ...], bool]:
-    """Width of the first stage, blocks of each stage, whether they are bottlenecks."""
+    """Returns the first width, each stage's blocks, and if they are bottlenecks."""
     if form == "cifar":
         return 16, (_cifar_blocks(depth),) * 3, False
     if form != "imagenet":
         raise ValueError(f"unknown form {form!r}: choose from cifar, imagenet")
     if depth not in IMAGENET:
         raise ValueError(
-            f"an ImageNet ResNet has depth {', '.join(map(str, IMAGENET))}, not {depth}"
+            f"an ImageNet ResNet has depth {', '.join(map(str, IMAGENET))}, got {depth}"
         )
     return 64, *IMAGENET[depth]
 
 
 def _cifar_blocks(depth: int) -> int:
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"a CIFAR ResNet has depth 6 n + 2, which {depth} is not")
+        raise ValueError(f"a CIFAR ResNet has depth 6 n + 2 with n > 0, got {depth}")
     return (depth - 2) // 6
 
 
 class CfmzResNet(nnx.Module):
-    """x (N, 32, 32, 3) -> logits (N, num_classes) of the 6n+2-layer network.
+    """Maps x (N, 32, 32, 3) to logits (N, num_classes); depth 6 n + 2.
 
-    Even-sized maps are strided with padding (1, 1), anchored at -1 (not "SAME").
-    Training logits are normalised over the batch, so they depend on its class mix.
+    Strided convolutions pad (1, 1), so their windows start at -1, unlike "SAME".
+    Logits in training are normalised over the batch and so depend on its classes.
     """
 
     def __init__(
@@ -275,7 +308,7 @@ class CfmzResNet(nnx.Module):
             blocks = []
             for _ in range(blocks_per_stage):
                 stride = 1 if width == channels else 2
-                blocks.append(Block(channels, width, stride, **options))
+                blocks.append(BasicBlock(channels, width, stride, **options))
                 channels = width
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)

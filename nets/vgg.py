@@ -1,7 +1,7 @@
 """VGG for 32x32 images, the backbone of X-VGG (Deep Expander Networks).
 
 Source: the published code's vgg16cifar, vgg16cifar_bn, vgg16cifarexpander and
-vgg16cifar_bnexpander, with the lists for 11, 13 and 19 of the same files: one class.
+vgg16cifar_bnexpander, and the lists for 11, 13 and 19 in the same files.
 """
 
 import jax
@@ -12,15 +12,15 @@ from nets.layers.norm import torch_batch_norm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
 
-# depth: widths of each stage's convolutions; a pooling ends each stage.
+# depth: widths of the convolutions of each stage; a max pooling ends each stage.
 STAGES = {
     11: ((64,), (128,), 2 * (256,), 2 * (512,), 2 * (512,)),
     13: (2 * (64,), 2 * (128,), 2 * (256,), 2 * (512,), 2 * (512,)),
     16: (2 * (64,), 2 * (128,), 3 * (256,), 3 * (512,), 3 * (512,)),
     19: (2 * (64,), 2 * (128,), 4 * (256,), 4 * (512,), 4 * (512,)),
 }
-# depth: expander degree of every convolution after the stem. The published log calls
-# that of 16 "64*3_16*9_128"; its last figure is the degree of the linear layer.
+# depth: expander degrees of all convolutions after the stem. The published log names
+# those of depth 16 "64*3_16*9_128", where 128 is the degree of the hidden linear layer.
 DEGREES = {
     11: 3 * (32,) + 4 * (64,),
     13: (16,) + 4 * (32,) + 4 * (64,),
@@ -31,7 +31,7 @@ HIDDEN_DEGREE = 128
 
 
 class ConvBlock(nnx.Module):
-    """3x3 convolution, BN or none, ReLU."""
+    """3x3 convolution, optionally BN, ReLU."""
 
     def __init__(self, conv: nnx.Module, norm: nnx.Module | None):
         self.conv, self.norm = conv, norm
@@ -42,17 +42,18 @@ class ConvBlock(nnx.Module):
 
 
 class VGG(nnx.Module):
-    """x (N, H, W, 3) -> logits (N, num_classes); 32x32 published, at least 32x32 here.
+    """Maps x (N, H, W, 3) to logits (N, num_classes); published for 32x32, the minimum.
 
     depth: a key of STAGES. The stem and the last linear layer are always dense.
-    batch_norm: without it, the expander net keeps one, after its stem, and signals
-      shrink from layer to layer with the density (as in the original).
-    published_degrees: of the expander wiring. True: the absolute DEGREES, where a
-      convolution whose degree is not below its inputs is a dense one with bias, and
-      `compress` plays no part. False: in // compress, as in every other backbone.
+    batch_norm: after every convolution. The expander net without it still normalises
+      after its stem; its signals shrink with the density of each layer, as in the
+      original.
+    published_degrees: for the expander wiring. True: layers have the absolute DEGREES,
+      whatever `compress` is; a convolution with no more inputs than its degree is
+      dense with bias. False: in // compress connections, as in the other backbones.
     norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
-    The original is fixed to ten classes and flattens its one last pixel; averaging
-    the last map is the same there.
+    The original has ten classes and flattens its last map of one pixel; pooling it is
+    the same.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class VGG(nnx.Module):
     ):
         if depth not in STAGES:
             raise ValueError(
-                f"a VGG has depth {', '.join(map(str, STAGES))}, which {depth} is not"
+                f"a VGG has depth {', '.join(map(str, STAGES))}, got {depth}"
             )
         expander = wiring.kind == "expander"
         published = expander and published_degrees
@@ -86,10 +87,10 @@ class VGG(nnx.Module):
                 channels = width
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
-        options = dict(bias_init=torch_default(channels), rngs=rngs)
-        degree = HIDDEN_DEGREE if published else None
-        self.hidden = wiring.linear(channels, channels, degree=degree, **options)
-        self.classifier = Linear(channels, num_classes, **options)
+        dense = dict(bias_init=torch_default(channels))
+        options = dict(dense=dense, degree=HIDDEN_DEGREE if published else None)
+        self.hidden = wiring.linear(channels, channels, **options, rngs=rngs)
+        self.classifier = Linear(channels, num_classes, **dense, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for blocks in self.stages:
@@ -102,5 +103,5 @@ class VGG(nnx.Module):
 def _conv(in_channels, out_channels, wiring, degree, rngs) -> nnx.Module:
     if degree is not None and degree >= in_channels:
         wiring = Wiring()
-    options = dict(padding=1, degree=degree, bias=True, rngs=rngs)
+    options = dict(padding=1, dense=dict(bias=True), degree=degree, rngs=rngs)
     return wiring.conv(in_channels, out_channels, 3, **options)

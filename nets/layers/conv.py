@@ -1,4 +1,4 @@
-"""Dense and grouped convolution, linear layer, and each origin's initialiser."""
+"""Dense and grouped convolutions, linear layers, and the origins' initialisers."""
 
 import math
 
@@ -8,15 +8,15 @@ from flax import nnx
 
 from nets.layers.lowerings import convolution
 
-# Normal with variance 2/fan: He et al. 2015. The fan is where the origins differ.
+# Normal with variance 2 / fan (He et al. 2015). The origins differ in the fan.
 he_fan_in = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # neon
 he_fan_out = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torch
-# Torch's default linear weight: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+# Torch's default for the weights of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_default(fan_in: int):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's weights and biases, if left alone.
+    """Returns the initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default.
 
     The fan of a convolution is in * k * k; torch 0.3 did not divide it by the groups.
     """
@@ -29,10 +29,10 @@ def torch_default(fan_in: int):
 
 
 class Conv(nnx.Module):
-    """Cross-correlation of (N, H, W, in) with a (k, k, in/groups, out) kernel.
+    """Cross-correlation of (N, H, W, in) with a (k, k, in / groups, out) kernel.
 
-    Padding is explicit, symmetric and of zeros, as in every original. The kernel is
-    cast to the dtype of the input, so the input decides the precision.
+    Pads `padding` zeros on every side, as all originals do. Computes in the dtype of
+    the input, to which the kernel is cast.
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class Conv(nnx.Module):
     ):
         for side, channels in (("input", in_channels), ("output", out_channels)):
             if channels < 1:
-                raise ValueError(f"a convolution with {channels} {side} channels")
+                raise ValueError(
+                    f"a convolution needs at least 1 {side} channel, got {channels}"
+                )
             if groups < 1 or channels % groups:
                 raise ValueError(
                     f"{groups} groups do not divide {channels} {side} channels"
@@ -75,7 +77,7 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x (N, in) -> (N, out), the kernel stored as (in, out)."""
+    """Linear layer: x (N, in) -> (N, out), with an (in, out) kernel."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Linear(nnx.Module):
 
 
 def _bias(size: int, init, rngs: nnx.Rngs) -> nnx.Param:
-    """Zeros without an initialiser, and then no random number is used up."""
+    """Zeros if no initialiser is given (consumes no rng key)."""
     if init is None:
         return nnx.Param(jnp.zeros(size))
     return nnx.Param(init(rngs.params(), (size,), jnp.float32))

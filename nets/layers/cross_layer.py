@@ -1,9 +1,10 @@
-"""Cross-layer depthwise convolution: how a DelugeNet reads all layers of its block.
+"""Cross-layer depthwise convolution: combines all earlier layers of a block.
 
-DelugeNets (arXiv 1611.05552; facts in the published code). The original normalises
-every map anew for each of its readers, with the convolution's weight as the gain and
-its bias as the shift of that normalisation. In training all readers of a map see the
-same statistics, so here a map is normalised once, when it is born.
+DelugeNets (arXiv 1611.05552; facts from the published code). The original normalises
+every source again for each of its readers, with the convolution's weight as the gain
+and its bias as the shift of that normalisation. In training, all readers of a source
+use the same statistics, so here each source is normalised once, by the layer that
+computes it.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from jax import lax
 
 
 class Source(NamedTuple):
-    """An output of a block's layer (N, H, W, C): as it is, and normalised.
+    """The output (N, H, W, C) of a layer, and its normalisation without gain and shift.
 
-    The normalisation has neither gain nor shift: those are the reader's.
+    Gain and shift belong to the reader.
     """
 
     raw: jax.Array
@@ -26,29 +27,29 @@ class Source(NamedTuple):
 
 
 class CrossLayer(nnx.Module):
-    """Sources (N, H, W, C) -> sum over sources i of scale[i] normalised_i + bias[i].
+    """Computes the sum over sources i of scale[i] * normalised_i + bias[i].
 
-    `scale` and `bias` are (sources, C), the oldest source first; the original has
-    (C, sources), the newest first. A channel never meets another one, and a pixel no
-    other pixel. It starts as the plain average. In front of a batch normalisation, as
-    all are, the bias is dead and so is the length of scale[:, c]; both are kept,
-    because they are parameters of the published nets.
+    `scale` and `bias` are (sources, C), the oldest source first; the original stores
+    (C, sources), the newest first. Channels and pixels do not mix. It is initialised to
+    the plain average. A batch normalisation follows every cross-layer convolution, so
+    the bias and the length of scale[:, c] have no effect; they exist because they are
+    parameters of the published nets.
     """
 
     def __init__(self, channels: int, num_sources: int):
         if num_sources < 2:
             raise ValueError(
-                f"a cross-layer convolution over {num_sources} sources of {channels} "
-                "channels: it takes at least 2 sources"
+                "a cross-layer convolution needs at least 2 sources, got "
+                f"{num_sources} of {channels} channels"
             )
         shape = (num_sources, channels)
-        # Not `kernel`: published counts of multiply-accumulates leave it out.
+        # Not `kernel`: published multiply-accumulates do not include it (nets/cost.py).
         self.scale = nnx.Param(jnp.full(shape, 1 / num_sources, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
-        # A sum of products: to stack the sources, or to loop over a buffer for them,
-        # takes 1.5 to 2.6 times the memory (benchmarks/cross_layer.py).
+        # Stacking the sources, or looping over a buffer of them, takes 1.5 to 2.6 times
+        # the memory of a sum of products (benchmarks/results/cross_layer-*.csv).
         mixed = self.bias[...].sum(0)
         for scale, source in zip(self.scale[...], sources, strict=True):
             mixed = mixed + scale * source.normalised
@@ -57,18 +58,18 @@ class CrossLayer(nnx.Module):
 
 @jax.custom_vjp
 def _computed_once(x: jax.Array) -> jax.Array:
-    """x, whose value and whose gradient XLA:CPU then computes once and keeps.
+    """Returns x and stops XLA:CPU from recomputing it or its gradient.
 
-    Left alone it computes a reader's gradient anew for each of its sources, in loops
-    that read up to 199 arrays: DelugeNet-146's step takes 2.6 times as long. It
-    drops lax.optimization_barrier, but does not look behind a loop.
+    Otherwise XLA:CPU recomputes a reader's gradient for each of its sources, in loops
+    that read up to 199 arrays, and a step of DelugeNet-146 takes 2.6 times as long. It
+    removes lax.optimization_barrier, but does not fuse across a loop.
     """
     return _copied_by_a_loop(x) if jax.default_backend() == "cpu" else x
 
 
 def _copied_by_a_loop(x: jax.Array) -> jax.Array:
     flat = x.reshape(-1)
-    # Two turns, as one would be inlined. Of an odd size the middle is in both.
+    # Two iterations, since XLA inlines one. If the size is odd, the halves overlap.
     half = -(-flat.size // 2)
 
     def copy(i, copied):

@@ -1,10 +1,10 @@
-"""Expander layers: a random sparse graph between channels, fixed before training.
+"""Expander layers: convolutions and linear layers over a fixed random sparse graph.
 
-Deep Expander Networks (arXiv 1711.08757; facts in the published code). Two sampling
-rules, see nets/connectivity.py. Only the connections that exist are stored, so
-parameter counts, optimizer state and checkpoints hold nothing else. To compute, the
-values are laid into a dense kernel: never slower than masking one, and fifteen
-times faster on CPU than gathering inputs per output.
+Deep Expander Networks (arXiv 1711.08757; facts from the published code); the sampling
+rules are those of nets/connectivity.py. Only existing connections are stored, so
+parameter counts, optimizer state and checkpoints are those of the sparse layer. The
+forward pass scatters them into a dense kernel, which is never slower than masking and
+15x faster on CPU than gathering the inputs of each output.
 """
 
 import math
@@ -19,21 +19,23 @@ from nets.layers.lowerings import convolution
 
 
 class Connectivity(nnx.Variable):
-    """A connection pattern: data that is saved and loaded, never trained."""
+    """A connection pattern: saved and loaded, never trained."""
 
 
 class Expander(nnx.Module):
-    """What both expander layers share: the graph and the laying out of values.
+    """Base class: holds the graph and scatters values into a dense kernel.
 
-    `edges` (E,) int32 are flat indices input * out_channels + output, sorted. They
-    are zeros until `draw` is called (nets.create does), because a graph is a
-    function of (seed, layer path) and a layer does not know its path.
+    `edges` (E,) int32 are sorted flat indices input * out_channels + output. They are
+    zeros until `draw` is called (by nets.configure), because a graph is a function of
+    the seed and the layer's path, and a layer does not know its path.
     """
 
     def __init__(self, in_channels: int, out_channels: int, degree: int, sampling: str):
         for side, channels in (("input", in_channels), ("output", out_channels)):
             if channels < 1:
-                raise ValueError(f"an expander with {channels} {side} channels")
+                raise ValueError(
+                    f"an expander layer needs at least 1 {side} channel, got {channels}"
+                )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.degree, self.sampling = degree, sampling
         self.num_edges = connectivity.num_edges(
@@ -42,7 +44,7 @@ class Expander(nnx.Module):
         self.edges = Connectivity(jnp.zeros(self.num_edges, jnp.int32))
 
     def draw(self, rng: np.random.Generator) -> None:
-        """A graph of its own for each of stacked layers (nets/layers/gradual.py)."""
+        """Draws the graph; an independent one for each unit of a Gradual layer."""
         ends, sampling = (self.in_channels, self.out_channels), self.sampling
         graphs = [
             connectivity.expander(*ends, self.degree, sampling, rng)
@@ -51,19 +53,19 @@ class Expander(nnx.Module):
         self.connect(np.reshape(graphs, self.edges.shape))
 
     def connect(self, edges: np.ndarray) -> None:
-        """Takes another graph with as many edges (E,), such as an imported one."""
+        """Replaces the graph. `edges` (E,) must have the same length."""
         if edges.shape != self.edges.shape:
-            raise ValueError(f"{self.num_edges} edges expected, got {edges.shape}")
+            raise ValueError(f"expected {self.num_edges} edges, got {edges.shape}")
         self.edges.set_value(jnp.asarray(edges))  # not [...] =: see norm.py
 
     @property
     def absent_weights(self) -> int:
-        """Weights that the dense twin has and this layer does not (nets/cost.py)."""
+        """Weights of the dense twin that this layer does not have (nets/cost.py)."""
         absent = self.in_channels * self.out_channels - self.num_edges
         return absent * math.prod(self.kernel.shape[:-1])
 
     def dense(self, values: jax.Array) -> jax.Array:
-        """values (..., E) -> (..., in, out), zero where no connection exists."""
+        """Scatters values (..., E) into zeros (..., in, out)."""
         size = self.in_channels * self.out_channels
         flat = jnp.zeros((*values.shape[:-1], size), values.dtype)
         flat = flat.at[..., self.edges[...]].set(
@@ -73,11 +75,11 @@ class Expander(nnx.Module):
 
 
 class ExpanderConv(Expander):
-    """Square convolution without bias over the existing channel pairs.
+    """Square convolution without bias over the connected channel pairs.
 
-    Every pair carries a full (k, k) patch: the graph repeats over the taps. Initial
-    values are N(0, 2/(out k k)), the *dense* fan-out, as in the original: signals
-    start smaller than in the dense twin and batch normalisation makes up for it.
+    All taps of the kernel share one graph. Initial values are N(0, 2 / (out k k)), the
+    *dense* fan-out, as in the original: signals start smaller than in the dense twin,
+    and batch normalisation compensates.
     """
 
     def __init__(
@@ -109,9 +111,9 @@ class ExpanderConv(Expander):
 
 
 class ExpanderLinear(Expander):
-    """Linear layer without bias over the existing pairs; x (N, in) -> (N, out).
+    """Linear layer without bias over the connected pairs: x (N, in) -> (N, out).
 
-    Initial values are N(0, 2/in), the dense fan-in.
+    Initial values are N(0, 2 / in), the dense fan-in, as in the original.
     """
 
     def __init__(

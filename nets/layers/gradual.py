@@ -1,9 +1,10 @@
-"""Gradual updates: groups of channels renewed one after another (GUNN).
+"""Gradual updates of groups of channels, one after another (GUNN, arXiv 1711.09280).
 
-The groups ("segments") run in a scan over stacked parameters, forward and backward, and
-the backward one computes each unit again. Beside an unrolled loop with the derivative
-of JAX, on two busy CPU cores, the five layers of benchmarks/gradual.py compile 3 to 22
-times faster, in 3 to 12 percent of the memory, at 0.5 to 1.1 times its time a step.
+The groups ("segments") run in a scan over stacked parameters. The backward pass is
+another scan, which recomputes each unit. Compared with an unrolled loop differentiated
+by JAX, five GUNN layers compiled 3 to 22 times faster and took 3 to 12 percent of the
+memory and 0.5 to 1.1 times the time per step on two busy CPU cores
+(benchmarks/results/gradual-*.csv).
 """
 
 import functools
@@ -20,15 +21,14 @@ Order = Literal["gradual", "simultaneous"]
 
 
 class Gradual(nnx.Module):
-    """x (N, H, W, C) -> y of the same shape: y[segment i] = x[segment i] + unit_i(s).
+    """Maps x (N, H, W, C) to y of equal shape: y[i] = x[i] + unit_i(s) per segment i.
 
-    The state s holds segments 0..i-1 new and i..n-1 old, so that unit i sees its own
-    segment old; in the simultaneous order every unit reads x. Segments are contiguous
-    and of equal width C / n.
+    In the gradual order the state s holds segments 0..i-1 of y and i..n-1 of x; in the
+    simultaneous order s = x. Segments are contiguous and have equal widths C / n.
 
-    unit: makes one unit, C -> C / n channels, from its rngs. `units` is one module of
-      that form whose variables have a leading axis, the segment. Units may hold batch
-      statistics and connections; no random streams (dropout).
+    unit: builds a unit, C -> C / n channels, from its rngs. `units` is one such module
+      whose variables have the segment as leading axis. Units may have batch statistics
+      and connections, but no random streams (dropout).
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class Gradual(nnx.Module):
     ):
         _width(channels, segments)
         if order not in get_args(Order):
-            raise ValueError(f"unknown order {order!r}: choose from {get_args(Order)}")
-        # One program for all segments: n times the initialisers would compile n times
-        # as long.
+            raise ValueError(
+                f"unknown order {order!r}: choose from {', '.join(get_args(Order))}"
+            )
+        # vmap, because compiling n copies of the initialisers takes n times as long.
         build = lambda key: unit(nnx.Rngs(key))
         keys = jax.random.split(rngs.params(), segments)
         graphdef = nnx.graphdef(nnx.eval_shape(build, keys[0]))
@@ -54,7 +55,9 @@ class Gradual(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if x.shape[-1] != self.channels:
-            raise ValueError(f"{self.channels} channels expected, got {x.shape[-1]}")
+            raise ValueError(
+                f"a Gradual layer of {self.channels} channels got {x.shape[-1]}"
+            )
         _record_nothing(self.units)
         graphdef, params, constants = nnx.split(self.units, nnx.Param, ...)
 
@@ -67,14 +70,14 @@ class Gradual(nnx.Module):
         return y
 
     def abstract_unit(self) -> nnx.Module:
-        """One unit, shapes only."""
+        """Returns one unit with abstract variables."""
         graphdef, state = nnx.split(self.units)
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         return nnx.merge(graphdef, jax.tree.map(one, state))
 
 
 def unstacked(units: nnx.Module) -> list[nnx.Module]:
-    """The units of a `Gradual`, one module per segment; variables are numpy copies."""
+    """Returns the units of a `Gradual` as one module per segment, with numpy copies."""
     graphdef, state = nnx.split(units)
     state = jax.tree.map(np.asarray, state)
     count = len(jax.tree.leaves(state)[0])
@@ -85,7 +88,7 @@ def unstacked(units: nnx.Module) -> list[nnx.Module]:
 
 
 def _record_nothing(units: nnx.Module) -> None:
-    """Under nnx.capture: values of a loop cannot leave it."""
+    """Turns off nnx.capture inside the units, because values cannot leave a scan."""
     for _, module in nnx.iter_modules(units):
         if hasattr(module, "__captures__"):
             module.__captures__ = ()
@@ -99,9 +102,9 @@ def _width(channels: int, segments: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sweep(unit: Callable, order: Order, params, constants, x: jax.Array):
-    """(y, batch statistics after it); what is stacked has a leading axis n.
+    """Returns y and the stacked batch statistics after the sweep.
 
-    unit(params, constants, state) -> (new values less old ones, statistics).
+    unit(params, constants, state) -> (update of the segment, batch statistics).
     """
     count = len(jax.tree.leaves(params)[0])
     width = _width(x.shape[-1], count)
@@ -123,11 +126,11 @@ def _forward(unit, order, params, constants, x):
 
 
 def _backward(unit, order, residuals, cotangents):
-    """The sweep in reverse, from x and y alone.
+    """Runs the sweep in reverse, from x and y alone.
 
-    Writing x's segment back over the state gives what unit i saw; it is computed
-    again there, so that 2 C H W values per image are kept and not n C H W. Its batch
-    statistics are dropped: they were counted in the forward sweep.
+    Writing segment i of x back into the state restores the input of unit i, which is
+    recomputed from it: 2 C H W values per image are stored instead of n C H W. Batch
+    statistics are discarded, since the forward sweep has updated them.
     """
     params, constants, x, y = residuals
     dy, _ = cotangents
@@ -145,7 +148,7 @@ def _backward(unit, order, residuals, cotangents):
             params,
             _read(order, state, x),
         )
-        # Read before the unit's share is added: the identity passes the rest on.
+        # Before d_state is added: y[i] = x[i] + ... passes this gradient on to x[i].
         d_new = lax.dynamic_slice_in_dim(_read(order, dx, dy), start, width, -1)
         d_params, d_state = pull_back(d_new)
         return (state, dx + d_state), d_params

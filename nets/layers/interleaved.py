@@ -1,9 +1,9 @@
-"""Interleaved group convolution (arXiv 1707.02725): two grouped convolutions whose
-groups cross, so that every output sees every input.
+"""Interleaved group convolutions (IGCNets, arXiv 1707.02725).
 
-The primary one convolves L partitions of neighbouring channels apart. The secondary
-one is 1x1, and each of its groups takes channels from all L partitions. Nothing lies
-between the two: the pair is one linear map, counted as one layer of depth.
+A pair of grouped convolutions whose groups cross, so that every output depends on every
+input. The primary one convolves L partitions of adjacent channels separately. The
+secondary one is 1x1, and each of its groups reads channels of all L partitions. Nothing
+lies between them: the pair is one linear map and counts as one layer of depth.
 """
 
 import jax
@@ -13,16 +13,17 @@ from flax import nnx
 from nets.layers.conv import Conv, he_fan_in
 from nets.layers.lowerings import convolution
 
-# Forward and backward of 64 maps of 32x32 on two cores, ms, matrix / group by group /
-# literally: 48 channels in 2 groups 10 / 20 / 220, in 24 groups 9 / 61 / 3076. With 512
-# channels in 32 groups (16 maps) the matrix loses: 334 / 138.
+# Forward and backward pass of 64 maps of 32x32 on two cores, ms, `mix_as_matrix` /
+# `mix` / `mix_literally`: 48 channels in 2 groups 10 / 20 / 220, in 24 groups 9 / 61 /
+# 3076. With 512 channels in 32 groups (16 maps) the matrix is slower: 334 / 138.
 MATRIX_CHANNELS = 256
 
 
 def permute(x: jax.Array, branches: int) -> jax.Array:
-    """(..., C): channels as (branches, C / branches), transposed, flat again.
+    """Interleaves the channels of x (..., C).
 
-    connectivity.permutation has the indices. `permute(x, C // branches)` undoes it.
+    Transposes them as (branches, C / branches), by the indices of
+    connectivity.permutation. `permute(y, C // branches)` is the inverse.
     """
     channels = x.reshape(*x.shape[:-1], branches, -1)
     return channels.swapaxes(-1, -2).reshape(x.shape)
@@ -35,9 +36,9 @@ def mix_literally(
     secondary_groups: int,
     lowering: str = "native",
 ) -> jax.Array:
-    """The secondary convolution as the original computes it: both permutations made.
+    """Computes the secondary convolution as the original does, with both permutations.
 
-    x (N, H, W, C), the primary's output; kernel (1, 1, C / secondary_groups, C).
+    x (N, H, W, C) is the primary's output; kernel (1, 1, C / secondary_groups, C).
     """
     x = permute(x, primary_groups)
     y = convolution(x, kernel, groups=secondary_groups, lowering=lowering)
@@ -47,13 +48,13 @@ def mix_literally(
 def mix(
     x: jax.Array, kernel: jax.Array, primary_groups: int, secondary_groups: int
 ) -> jax.Array:
-    """What `mix_literally` returns, as one product per group: nothing is permuted.
+    """Computes `mix_literally` as one product per group, without permutations.
 
     Channel (l, g, c) of the primary's output, c < r, meets row (c, l) of group g, whose
-    k-th output is channel (k, g). r = 1 where the permutations undo each other.
+    k-th output is channel (k, g). r = 1 if the permutations are inverse to each other.
     """
     kernel = _axes(kernel, primary_groups, secondary_groups)
-    # All pixels on one axis: over (N, H, W) XLA:CPU takes up to six times as long.
+    # With three axes (N, H, W) of pixels, XLA:CPU takes up to six times as long.
     channels = x.reshape(-1, primary_groups, secondary_groups, kernel.shape[0])
     return jnp.einsum("plgc,clgk->pkg", channels, kernel).reshape(x.shape)
 
@@ -61,26 +62,26 @@ def mix(
 def mix_as_matrix(
     x: jax.Array, kernel: jax.Array, primary_groups: int, secondary_groups: int
 ) -> jax.Array:
-    """The same as one product, with a (C, C) matrix that is zero between groups."""
+    """Computes `mix_literally` as one product with a block-sparse (C, C) matrix."""
     size = x.shape[-1]
     kernel = _axes(kernel, primary_groups, secondary_groups).transpose(1, 2, 0, 3)
-    # (l, g, c, k) -> (l, g, c, k, g'), zero where g and g' differ
+    # (l, g, c, k) -> (l, g, c, k, g'), zero unless g = g'
     same_group = jnp.eye(secondary_groups, dtype=kernel.dtype)[:, None, None]
     matrix = kernel[..., None] * same_group
     return convolution(x, matrix.reshape(1, 1, size, size))
 
 
 def _axes(kernel: jax.Array, primary_groups: int, secondary_groups: int) -> jax.Array:
-    """(1, 1, q, C) -> (r, L, groups, q); q inputs and as many outputs a group."""
+    """(1, 1, q, C) -> (r, L, groups, q); each group has q inputs and q outputs."""
     return kernel.reshape(-1, primary_groups, secondary_groups, kernel.shape[2])
 
 
 class SecondaryConv(nnx.Module):
-    """1x1 in groups that cross the primary ones; (N, H, W, C) -> the same shape.
+    """1x1 convolution of (N, H, W, C), whose groups cross the primary groups.
 
-    With lowering "auto" without permutations: as one matrix on CPU, if it is small, or
-    group by group. A named lowering computes the grouped convolution between the two
-    permutations.
+    The lowering "auto" avoids the permutations: `mix_as_matrix` on CPU if the matrix is
+    small, else `mix`. A named lowering computes the grouped convolution of
+    `mix_literally`.
     """
 
     def __init__(
@@ -105,12 +106,12 @@ class SecondaryConv(nnx.Module):
 
 
 class InterleavedConv(nnx.Module):
-    """The pair (N, H, W, in) -> (N, H', W', out); stride and padding of the primary.
+    """The pair (N, H, W, in) -> (N, H', W', out); the primary has stride and padding.
 
-    Canonical where primary_groups * secondary_groups = out: each secondary group then
-    has one channel of each partition. Both initialisers are those of the original,
-    N(0, 2 / fan-in of the group): the pair doubles the variance more than it needs
-    to, and batch normalisation makes up for it.
+    Canonical if primary_groups * secondary_groups = out: each secondary group then
+    reads one channel of each partition. Both initialisers are those of the original,
+    N(0, 2 / fan-in of the group): the pair doubles the variance once too often, and
+    batch normalisation compensates.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class InterleavedConv(nnx.Module):
 
 
 def _refuse_clash(in_channels, out_channels, primary, secondary) -> None:
-    # Zero groups follow from more groups than channels, on the other side (Wiring).
+    # Wiring computes 0 groups if the other number exceeds the channels; report that.
     for name, groups, side, channels in (
         ("primary", primary, "input", in_channels),
         ("primary", primary, "output", out_channels),
@@ -156,12 +157,12 @@ def _refuse_clash(in_channels, out_channels, primary, secondary) -> None:
             )
     if primary < 1 or secondary < 1:
         raise ValueError(
-            "an interleaved pair needs at least one group on both sides, got "
-            f"{primary} primary and {secondary} secondary ones"
+            "an interleaved pair needs at least 1 primary and 1 secondary group, got "
+            f"{primary} and {secondary}"
         )
     if out_channels // primary % secondary:
         raise ValueError(
             f"{secondary} secondary groups do not divide the {out_channels // primary} "
             f"output channels of each of {primary} primary groups, so some outputs "
-            "would miss some inputs"
+            "would not depend on all inputs"
         )

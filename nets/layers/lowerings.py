@@ -1,8 +1,8 @@
-"""Ways to compute one convolution. All give the same numbers, in different time.
+"""Lowerings: ways to compute a convolution, with equal results and different speeds.
 
-XLA's own convolution is the choice on accelerators. On CPU its kernel gradient is
-several times slower than a matrix product, and its grouped gradients slower still, so
-`auto` goes other ways there. `python -m benchmarks.layers` measures every way.
+On accelerators `auto` selects XLA's own convolution. On CPU its kernel gradient is
+several times slower than a matrix product, and its grouped gradients are slower still,
+so `auto` selects by shape. `python -m benchmarks.layers` measures all lowerings.
 """
 
 import dataclasses
@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows (pixels) of a chunk's matrix product. Above, the copies leave the cache (at
-# 4,096 DenseNet-40-24 trains a tenth slower); below, a product cannot fill the threads.
+# Rows (pixels) of a chunk's matrix product. More rows exceed the cache (DenseNet-40-24
+# trains 10 % slower with 4,096); fewer rows do not occupy all threads.
 CHUNK_ROWS = 2048
-PIECE_ROWS, PIECES = 8192, 4  # of `separated`: each is compiled on its own
+# Of `separated`. Few pieces, because each is compiled separately.
+PIECE_ROWS, PIECES = 8192, 4
+# Of `block_dense`, likewise.
 BLOCK_CHANNELS, BLOCKS = 64, 4
 
 
@@ -34,13 +36,14 @@ def convolution(
     """Cross-correlates x (N, H, W, in) with kernel (kh, kw, in / groups, out).
 
     Returns (N, H', W', out) in the dtype of x, H' = (H + 2 padding - kh) // stride + 1.
-    `padding` zeros surround the map. Where the named lowering does not exist for a
-    shape (see `applicable`), `native` takes its place, so one name can serve a whole
-    net. Reverse-mode derivatives of any order; on CPU no forward mode.
+    Pads `padding` zeros on every side. If the named lowering does not exist for a shape
+    (see `applicable`), computes `native` instead, so that one name can be set for a
+    whole net. Supports reverse-mode derivatives of any order, but on CPU no forward
+    mode.
     """
     if lowering != "auto" and lowering not in LOWERINGS:
         raise ValueError(
-            f"unknown lowering {lowering!r}: choose from {['auto', *LOWERINGS]}"
+            f"unknown lowering {lowering!r}: choose from auto, {', '.join(LOWERINGS)}"
         )
     shape = Shape.of(x, kernel, stride, padding, groups)
     if lowering == "auto":
@@ -52,7 +55,7 @@ def convolution(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """All that is static about a convolution. `size` and `window` are (rows, cols)."""
+    """The static properties of a convolution. `size` and `window` are (rows, cols)."""
 
     images: int
     size: tuple[int, int]
@@ -65,7 +68,7 @@ class Shape:
 
     @classmethod
     def of(cls, x, kernel, stride: int, padding: int, groups: int) -> "Shape":
-        """Reads the sizes; raises ValueError on those that cannot work."""
+        """Reads the sizes of the arrays; raises ValueError if they do not fit."""
         images, *size, channels = x.shape
         *window, depth, out = kernel.shape
         for side, count in (("input", channels), ("output", out)):
@@ -108,7 +111,7 @@ class Shape:
 
 
 def choose(shape: Shape, platform: str) -> str:
-    """The rule of `auto`. Numbers are from benchmarks/results/layers-*.csv."""
+    """Returns the lowering of `auto`, by the times in benchmarks/results/layers-*."""
     if platform != "cpu":
         return "native"
     if shape.groups > 1:
@@ -119,7 +122,7 @@ def choose(shape: Shape, platform: str) -> str:
         return "block_dense"
     if shape.pointwise:
         return "dot"
-    if shape.stride > 1:  # few input channels make no matrix: the stem
+    if shape.stride > 1:  # `gathered` does not pay for the few channels of a stem
         return "gathered" if shape.in_channels >= 8 else "native"
     if 2 * shape.out_channels <= shape.in_channels:
         return "scattered"
@@ -127,12 +130,12 @@ def choose(shape: Shape, platform: str) -> str:
 
 
 def applicable(shape: Shape) -> list[str]:
-    """Names of the lowerings that exist for this shape."""
+    """Returns the names of the lowerings that exist for this shape."""
     return [name for name, lowering in LOWERINGS.items() if lowering.exists(shape)]
 
 
 def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """XLA's convolution and JAX's derivatives of it."""
+    """XLA's convolution, differentiated by JAX."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -144,15 +147,15 @@ def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def dot(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """1x1: a matrix product over pixels. A stride only drops pixels beforehand."""
+    """1x1: a matrix product over pixels, after subsampling by the stride."""
     x = x[:, :: shape.stride, :: shape.stride]
-    # Flat: over (N, H, W, in) XLA:CPU transposes a whole map for the kernel gradient.
+    # Flattened, since XLA:CPU transposes an (N, H, W, in) map for the kernel gradient.
     y = x.reshape(-1, shape.in_channels) @ kernel[0, 0]
     return y.reshape(*x.shape[:-1], -1)
 
 
 def einsum(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """1x1 in groups: a matrix product over pixels for each group."""
+    """1x1 in groups: one matrix product over pixels per group."""
     x = x[:, :: shape.stride, :: shape.stride]
     y = jnp.einsum(
         "pgi,igo->pgo",
@@ -163,10 +166,10 @@ def einsum(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def block_dense(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Groups side by side in dense kernels that hold them on their diagonals.
+    """Merges groups into dense kernels with the groups on their diagonals.
 
-    More arithmetic, in products that are large enough to be fast. The kernels are as
-    wide as BLOCK_CHANNELS, but no more than BLOCKS: each is compiled on its own.
+    More arithmetic, but in products large enough to be fast. A kernel spans up to
+    BLOCK_CHANNELS inputs, or more if there would be more than BLOCKS kernels.
     """
     widest = max(BLOCK_CHANNELS, shape.in_channels // BLOCKS)
     merged = max(
@@ -175,7 +178,7 @@ def block_dense(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
         if shape.groups % m == 0 and (m * shape.group_inputs <= widest or m == 1)
     )
     blocks = shape.groups // merged
-    # Six axes. A product summed over one of seven crashes XLA:CPU (jax issue 40412).
+    # Six axes: a sum of products over one of seven crashes XLA:CPU (jax issue 40412).
     kernel = kernel.reshape(
         -1, 1, shape.group_inputs, blocks, merged, shape.group_outputs
     )
@@ -195,7 +198,7 @@ def block_dense(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def taps(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Depthwise, and groups of two: sums of shifted maps times one value a channel."""
+    """Depthwise and groups of two: sums of shifted maps times one value per channel."""
     p, dtype = shape.padding, jnp.promote_types(x.dtype, jnp.float32)
     maps = jnp.pad(x.astype(dtype), ((0, 0), (p, p), (p, p), (0, 0)))
     maps = maps.reshape(*maps.shape[:-1], shape.groups, -1)
@@ -214,9 +217,9 @@ def taps(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def gathered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """One matrix product over copies of x, one copy per tap. For strides."""
+    """One matrix product over copies of x, one copy per tap. For strided layers."""
 
-    @jax.checkpoint  # keeps x for the gradient, not its copies
+    @jax.checkpoint  # saves x for the gradient, not its copies
     def product(x, kernel):
         p = shape.padding
         x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
@@ -227,10 +230,10 @@ def gathered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def separated(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Stride 1: columns of the window gathered before one product, rows summed after.
+    """Stride 1: gathers the columns of the window, one product, sums over its rows.
 
-    Copies window + window maps where `gathered` copies window * window. Pieces of the
-    batch share no operation, so that threads need not meet within one.
+    Copies window + window maps, where `gathered` copies window * window. The pieces of
+    a batch share no operation, so threads need not synchronise within one.
     """
     (rows, cols), p = shape.window, shape.padding
     columns = kernel.transpose(1, 2, 0, 3).reshape(cols * shape.in_channels, -1)
@@ -248,16 +251,16 @@ def separated(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Stride 1: native forward; gradients by `_gradients`."""
+    """Stride 1: `native` forward; gradients by `_gradients`."""
     return native(x, kernel, shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scattered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Stride 1: one matrix product for all taps, the results shifted and summed.
+    """Stride 1: one matrix product for all taps, then a sum of the shifted results.
 
-    For layers that narrow, because the product has taps * out columns. Gradients by
-    `_gradients`.
+    The product has taps * out columns, so this suits layers with fewer outputs than
+    inputs. Gradients by `_gradients`.
     """
     p, out = shape.padding, shape.out_channels
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -279,7 +282,7 @@ def _forward(compute, x, kernel, shape):
 
 
 def _gradients(shape: Shape, residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Copies of dy, one per tap, made once for both gradients: a product each."""
+    """Both gradients, each a product with the same copies of dy, one copy per tap."""
     x, kernel = residuals
     # dx[h, w] = sum over taps of dy[h + p - i, w + p - j] kernel[i, j]
     rows, cols = (k - 1 - shape.padding for k in shape.window)
@@ -287,7 +290,7 @@ def _gradients(shape: Shape, residuals, dy: jax.Array) -> tuple[jax.Array, jax.A
     columns = _columns(kernel[::-1, ::-1])
 
     def chunk(x, dy):
-        # lax.pad and not jnp.pad: a padding beyond the window makes edges negative.
+        # lax.pad, because edges are negative if the padding exceeds the window.
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), edges)
         copies = jnp.concatenate([*_slices(dy, shape.window, 1, shape.size)], -1)
         return _flat_product(copies, columns.T), _product_of_transposed(x, copies)
@@ -307,19 +310,19 @@ def _columns(kernel):
 
 
 def _moved(x, axis: int, by: int, size: int):
-    """y[i] = x[i + by] along an axis, for i < size; zero beyond the ends."""
+    """Returns y[i] = x[i + by] for i < size along an axis, zero outside of x."""
     edges = [(0, 0, 0)] * x.ndim
     edges[axis] = (-by, size - x.shape[axis] + by, 0)
     return lax.pad(x, jnp.zeros((), x.dtype), edges)
 
 
 def _flat_product(x, matrix):
-    """(..., a) @ (a, b), over one flat axis of pixels."""
+    """(..., a) @ (a, b) with all leading axes flattened."""
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
 
 
 def _slices(x, window, stride, size):
-    """The pixels that each tap of a window meets, (N, *size, C) per tap."""
+    """Yields the pixels (N, *size, C) that each tap of a window reads."""
     rows, cols = (stride * (n - 1) + 1 for n in size)
     for i in range(window[0]):
         for j in range(window[1]):
@@ -327,21 +330,21 @@ def _slices(x, window, stride, size):
 
 
 def _product_of_transposed(x, y):
-    """(..., a) and (..., b) -> (a, b), summed over pixels in float32 at least."""
+    """(..., a) and (..., b) -> (a, b), summed over pixels in at least float32."""
     x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
 def _over_chunks(chunk: Callable, shape: Shape, *arrays: jax.Array):
-    """Calls chunk(*images of each array) -> (per image, sum) for all."""
+    """Applies chunk(*arrays) -> (values per image, sum over images) to all images."""
     most = max(1, CHUNK_ROWS // math.prod(shape.out_size))
     size = max(n for n in range(1, most + 1) if shape.images % n == 0)
     if size == shape.images:
         return chunk(*arrays)
 
-    # Slices of whole arrays, not lax.scan over reshaped ones: XLA would compute what
-    # feeds the reshape a second time.
+    # Slices of whole arrays, because XLA computes the producer of an array a second
+    # time if lax.scan runs over a reshaped one.
     def body(i, carry):
         whole, total = carry
         pieces = (lax.dynamic_slice_in_dim(x, i * size, size) for x in arrays)

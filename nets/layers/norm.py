@@ -1,4 +1,4 @@
-"""Batch normalisation with every convention that differs between the origins."""
+"""Batch normalisation, with an option for each difference between the origins."""
 
 from typing import Literal
 
@@ -12,18 +12,19 @@ class BatchNorm(nnx.Module):
     """Normalises each channel (last axis) over all other axes.
 
     eps: inside the square root.
-    keep: share of the old running value kept per step (torch momentum 0.1 = 0.9).
-    running_var: torch and cuDNN put the unbiased batch variance (n/(n-1)) into the
-      running average, neon, MXNet's CPU operator and Flax the biased one. The
-      normalisation itself always uses the biased one.
+    keep: share of the old running value that each step keeps (1 - torch's momentum).
+    running_var: "unbiased" in torch and cuDNN, where the running average takes the
+      batch variance times n / (n - 1); "biased" in neon, MXNet on CPU and Flax. The
+      normalisation itself always uses the biased variance.
     initial_var: running variance before the first step (neon and MXNet: 0).
-    affine: whether it has a gain (scale) and a shift (bias) per channel.
+    affine: whether to apply a gain (scale) and a shift (bias) per channel.
 
-    Whose statistics (set by the trainer, not by a net): those of each of `groups`
-    equal runs of images ("ghost" groups, for originals that trained on so many GPUs).
-    The batch is all that the devices of the mesh axis `axis_name` have; without the
-    name it is what this device has. Of groups and devices one divides the other.
-    Statistics are at least float32; the output has the dtype of the input.
+    nets.configure sets how statistics are shared. `groups` divides the batch into equal
+    runs of images with their own statistics ("ghost" groups, for originals trained on
+    that many GPUs). The batch is that of all devices of the mesh axis `axis_name`, or
+    that of this device if the name is None. The groups must divide the devices or the
+    devices the groups. Statistics are at least float32; the output has the dtype of
+    the input.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class BatchNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels)) if affine else None
         self.bias = nnx.Param(jnp.zeros(channels)) if affine else None
         self.mean = nnx.BatchStat(jnp.zeros(channels))
-        # A dtype, as a weakly typed array would have the train step compiled twice.
+        # With a dtype, since a weakly typed array makes the train step compile twice.
         self.var = nnx.BatchStat(jnp.full(channels, initial_var, float))
         self.eps, self.keep, self.running_var = eps, keep, running_var
         self.axis_name: str | None = None
         self.groups = 1
-        self.use_running_average = False  # flipped by net.train() and net.eval()
+        self.use_running_average = False  # set by net.train() and net.eval()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.use_running_average:
@@ -62,10 +63,10 @@ class BatchNorm(nnx.Module):
         return y if self.use_running_average else y.reshape(shape)
 
     def _split_into_groups(self, x: jax.Array) -> jax.Array:
-        """(N, ..., C) -> (groups, N/groups, ..., C), of the images of this device.
+        """(N, ..., C) -> (groups, N / groups, ..., C), for the images of this device.
 
-        A smaller last batch that cannot have as many equal groups has the next number
-        that it can have.
+        If a smaller last batch is not divisible, uses the next larger number of groups
+        that divides it.
         """
         images = x.shape[0]
         groups = min(images, max(1, self.groups // self._devices()))
@@ -74,11 +75,11 @@ class BatchNorm(nnx.Module):
         return x.reshape(groups, images // groups, *x.shape[1:])
 
     def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and biased variance (groups, 1, ..., C); updates the running ones.
+        """Returns mean and biased variance (groups, 1, ..., C), and updates the state.
 
-        One pass over x, 2.5 times faster than two (docs/speed.md). The running mean
-        serves as the shift that keeps E[x^2] - E[x]^2 from cancelling. In float64,
-        which is there for parity and not for speed, the batch mean does.
+        One pass over x is 2.5 times faster than two (docs/speed.md). Shifting x by the
+        running mean limits the cancellation in E[x^2] - E[x]^2. In float64, which
+        serves parity rather than speed, the batch mean is the shift.
         """
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         axes = tuple(range(1, x.ndim - 1))
@@ -105,7 +106,7 @@ class BatchNorm(nnx.Module):
         return jax.lax.axis_size(self.axis_name) if self.axis_name else 1
 
     def _over_devices(self, x: jax.Array) -> jax.Array:
-        """The mean over the devices that have the images of a group together."""
+        """Averages over the devices that share the images of a group."""
         share = self._devices() // self.groups
         if share <= 1:
             return x
@@ -114,21 +115,21 @@ class BatchNorm(nnx.Module):
 
     def _update_running(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         if self.running_var == "unbiased":
-            # One value per channel has no unbiased variance; torch refuses it.
+            # A single value has no unbiased variance; torch raises an error.
             var = var * (count / max(count - 1, 1))
         for running, batch in ((self.mean, mean), (self.var, var)):
-            # With several groups (or devices) the average of theirs is kept.
+            # Several groups (or devices) contribute their average.
             batch = batch.reshape(-1, batch.shape[-1]).mean(0)
             value = self.keep * running[...] + (1 - self.keep) * batch
-            # Not `running[...] = value`, which searches all that was traced so far:
-            # tracing ResNet-101 took 5.5 s of CPU time instead of 0.5 s.
+            # `running[...] = value` searches everything traced so far: it made tracing
+            # ResNet-101 take 5.5 s of CPU time instead of 0.5 s.
             running.set_value(value.astype(running[...].dtype))
 
 
 def torch_batch_norm(channels: int, scale: str, rngs: nnx.Rngs) -> BatchNorm:
-    """BatchNorm whose initial scales are "ones", or "uniform": drawn from U(0, 1).
+    """Returns a BatchNorm with initial scales "ones", or "uniform" from U(0, 1).
 
-    Torch 0.3 drew them, in every net that did not set them itself.
+    Torch 0.3 drew them from U(0, 1) unless a net initialised them itself.
     """
     if scale not in ("ones", "uniform"):
         raise ValueError(f"unknown norm_scale {scale!r}: choose from ones, uniform")

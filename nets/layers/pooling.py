@@ -1,4 +1,4 @@
-"""Pooling with explicit windows."""
+"""Average and max pooling."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from flax import nnx
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Non-overlapping size x size windows of (N, H, W, C); a remainder is dropped."""
+    """Averages disjoint size x size windows of (N, H, W, C); drops a remainder."""
     _refuse_small(x, size)
     n, h, w, c = x.shape
     h, w = h // size, w // size
@@ -16,9 +16,9 @@ def average_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def max_pool(x: jax.Array, size: int, *, stride: int, padding: int = 0) -> jax.Array:
-    """size x size windows of (N, H, W, C). Padding never wins; a rest is dropped.
+    """Takes the maxima of size x size windows of (N, H, W, C); drops a remainder.
 
-    Of equal values, the first has the gradient.
+    Padding is never the maximum. Among equal values, the first receives the gradient.
     """
     _refuse_small(x, size, padding)
     by = max_of_slices if jax.default_backend() == "cpu" else max_of_windows
@@ -26,16 +26,16 @@ def max_pool(x: jax.Array, size: int, *, stride: int, padding: int = 0) -> jax.A
 
 
 def max_of_windows(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
-    """XLA's own pooling."""
+    """Computes `max_pool` by XLA's window operation."""
     edges = ((padding, padding), (padding, padding))
     return nnx.max_pool(x, (size, size), strides=(stride, stride), padding=edges)
 
 
 def max_of_slices(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
-    """The same, one strided slice per pixel of the window.
+    """Computes `max_pool` from one strided slice per pixel of the window.
 
-    On CPU the gradient of `max_of_windows` takes 16 times longer for 2x2 windows
-    (74 against 4.7 ms for 64 maps of 32x32x64), 7 times for overlapping 3x3 ones.
+    On CPU the gradient of `max_of_windows` takes 16 times longer for 2x2 windows (74
+    instead of 4.7 ms for 64 maps of 32x32x64), 7 times for overlapping 3x3 windows.
     """
     edges = (padding, padding, 0)
     x = jax.lax.pad(
@@ -50,12 +50,12 @@ def max_of_slices(x: jax.Array, size: int, stride: int, padding: int) -> jax.Arr
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """(N, H, W, C) -> (N, C) in at least float32, so that the head is exact too."""
+    """Averages (N, H, W, C) to (N, C), which is at least float32 for an exact head."""
     return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _refuse_small(x: jax.Array, size: int, padding: int = 0) -> None:
-    """No window would be left, and the mean of no pixels is nan."""
+    # Otherwise the output is empty, and its mean nan.
     if min(x.shape[1:3]) + 2 * padding < size:
         raise ValueError(
             f"a map of {x.shape[1:3]} with padding {padding} is smaller than a "

@@ -1,11 +1,12 @@
-"""What a backbone gets when it asks for a convolution: network = backbone x wiring."""
+"""The wiring of a backbone: which layer it gets when it requests a convolution."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from flax import nnx
 
 from nets import connectivity
-from nets.layers.conv import Conv, Linear, he_fan_out, torch_uniform
+from nets.layers.conv import Conv, Linear
 from nets.layers.expander import ExpanderConv, ExpanderLinear
 from nets.layers.interleaved import InterleavedConv
 
@@ -17,16 +18,15 @@ class Wiring:
     """How the channels of a backbone's wired convolutions are connected.
 
     kind: one of KINDS.
-    compress: expander only; each sampling channel keeps in // compress partners (the
-      published command line's `expandSize`, a divisor; a layer may state an absolute
-      degree instead). Under `smaller_side` sampling and in < out this keeps a share
-      of in / (compress out), less than 1/compress.
-    sampling: expander only; nets/connectivity.py.
-    groups: grouped only.
-    primary_groups, secondary_groups: interleaved only (nets/layers/interleaved.py). One
-      of them may be 0: it follows from a layer's width, primary * secondary = outputs,
-      so that one stays and the other grows as a net widens. An interleaved pair has
-      the initialiser of its origin.
+    compress: of expanders; each sampling channel keeps in // compress partners (the
+      published command line's `expandSize`, a divisor). If in < out and `sampling` is
+      "smaller_side", the share of connections is in / (compress out), which is less
+      than 1 / compress.
+    sampling: of expanders; see nets/connectivity.py.
+    groups: of grouped convolutions.
+    primary_groups, secondary_groups: of interleaved pairs (nets/layers/interleaved.py).
+      One of them may be 0; primary * secondary = output channels then determines it in
+      each layer, so that it grows as a net widens.
     """
 
     kind: str = "dense"
@@ -38,7 +38,9 @@ class Wiring:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"unknown wiring {self.kind!r}: choose from {KINDS}")
+            raise ValueError(
+                f"unknown wiring {self.kind!r}: choose from {', '.join(KINDS)}"
+            )
         if self.compress < 1 or self.groups < 1:
             raise ValueError(
                 "compress and groups must be at least 1, got "
@@ -52,7 +54,7 @@ class Wiring:
             )
 
     def partitions(self, out_channels: int) -> tuple[int, int]:
-        """Primary and secondary groups of an interleaved pair with so many outputs."""
+        """Returns the primary and secondary groups of an interleaved pair."""
         primary = self.primary_groups or out_channels // self.secondary_groups
         return primary, self.secondary_groups or out_channels // primary
 
@@ -64,18 +66,20 @@ class Wiring:
         *,
         stride: int = 1,
         padding: int = 0,
+        dense: Mapping = {},
         degree: int | None = None,
         secondary_groups: int | None = None,
-        bias: bool = False,
-        init=he_fan_out,
-        bias_init=None,
         rngs: nnx.Rngs,
     ) -> nnx.Module:
-        """A convolution. An expander and an interleaved pair have an initialiser of
-        their own and no bias; a layer may state their degree and secondary groups.
+        """Returns a convolution of this kind.
+
+        Three arguments apply to some kinds only. dense: initialiser and bias (`init`,
+        `bias`, `bias_init` of Conv) of the kinds "dense" and "grouped"; the others have
+        their own initialiser and no bias. degree: of an expander, instead of
+        in // compress. secondary_groups: of an interleaved pair, instead of its own.
         """
-        geometry = dict(stride=stride, padding=padding, rngs=rngs)
         shape = (in_channels, out_channels, kernel_size)
+        geometry = dict(stride=stride, padding=padding, rngs=rngs)
         if self.kind == "expander":
             degree = self._degree(in_channels) if degree is None else degree
             sampling = self.sampling
@@ -86,29 +90,31 @@ class Wiring:
             groups = dict(primary_groups=primary, secondary_groups=secondary)
             return InterleavedConv(*shape, **groups, **geometry)
         groups = self.groups if self.kind == "grouped" else 1
-        biases = dict(bias=bias, bias_init=bias_init)
-        return Conv(*shape, groups=groups, init=init, **biases, **geometry)
+        return Conv(*shape, groups=groups, **dense, **geometry)
 
     def linear(
         self,
         in_features: int,
         out_features: int,
         *,
+        dense: Mapping = {},
         degree: int | None = None,
-        init=torch_uniform,
-        bias_init=None,
         rngs: nnx.Rngs,
     ) -> nnx.Module:
-        """An expander without bias, or for the other kinds a dense layer with one."""
+        """Returns an expander without bias, or for the other kinds a dense layer.
+
+        dense: arguments of that dense layer (Linear). degree: of the expander, instead
+        of in // compress.
+        """
         shape = (in_features, out_features)
         if self.kind == "expander":
             degree = self._degree(in_features) if degree is None else degree
             options = dict(degree=degree, sampling=self.sampling, rngs=rngs)
             return ExpanderLinear(*shape, **options)
-        return Linear(*shape, init=init, bias_init=bias_init, rngs=rngs)
+        return Linear(*shape, **dense, rngs=rngs)
 
     def partners(self, in_channels: int, out_channels: int) -> int:
-        """How many channels each sampling channel of an expander draws from."""
+        """Returns the number of channels that each sampling channel chooses from."""
         side = connectivity.sampled_side(in_channels, out_channels, self.sampling)
         return in_channels if side == "output" else out_channels
 
@@ -116,6 +122,6 @@ class Wiring:
         if degree := in_channels // self.compress:
             return degree
         raise ValueError(
-            f"compress {self.compress} leaves no connection to a layer "
-            f"of {in_channels} input channels: choose at most {in_channels}"
+            f"compress={self.compress} leaves no connection in a layer with "
+            f"{in_channels} input channels: choose at most {in_channels}"
         )

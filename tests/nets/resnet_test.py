@@ -9,7 +9,7 @@ from flax import nnx
 import nets
 from nets import cost
 from nets.layers.wiring import Wiring
-from nets.resnet import PreactBlock
+from nets.resnet import PreactBasicBlock
 from tests.support.compiling import run_once
 
 
@@ -80,8 +80,10 @@ def test_what_cannot_be_built_is_refused(fields, message):
 @pytest.mark.parametrize("activation", ["both", "branch", "none"])
 def test_what_the_shortcut_of_a_preactivation_block_sees(activation):
     """With a silent branch the block is its shortcut: of the input, or activated."""
-    options = dict(bottleneck=False, shortcut="A", wiring=Wiring())
-    block = PreactBlock(4, 4, 1, activation=activation, **options, rngs=nnx.Rngs(0))
+    options = dict(shortcut="A", wiring=Wiring())
+    block = PreactBasicBlock(
+        4, 4, 1, activation=activation, **options, rngs=nnx.Rngs(0)
+    )
     block.conv2.kernel.set_value(jnp.zeros_like(block.conv2.kernel[...]))
     block.eval()
     x = np.random.default_rng(0).standard_normal((2, 5, 5, 4)).astype(np.float32)

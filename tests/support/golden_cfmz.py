@@ -16,7 +16,7 @@ from convert.sources import assign, by_layer, empty, tensor_shapes, to_reference
 from nets.layers.conv import Linear, he_fan_in
 from nets.layers.pooling import global_average_pool
 from nets.layers.wiring import Wiring
-from nets.resnet import Block, NeonBatchNorm
+from nets.resnet import BasicBlock, NeonBatchNorm
 from runtime.clock import step_of_epoch
 from tests.support.golden_checks import (
     ROUNDED,
@@ -77,7 +77,7 @@ def layers(path: pathlib.Path) -> Comparison:
 def _block(facts):
     channels, stride = (facts["cin"], facts["cout"]), facts["stride"]
     options = dict(wiring=Wiring(), norm=NeonBatchNorm, init=he_fan_in)
-    layer = empty(lambda: Block(*channels, stride, **options, rngs=nnx.Rngs(0)))
+    layer = empty(lambda: BasicBlock(*channels, stride, **options, rngs=nnx.Rngs(0)))
     upstream = channels_last(normal(facts["dout_key"], facts["out_shape"]))
     outputs = lambda y: {"out": channels_first(y)}
     return layer, ("stages", 0, 0), lambda y: (y * upstream).sum(), outputs

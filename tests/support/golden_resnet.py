@@ -7,8 +7,8 @@ from flax import nnx
 
 from convert import fb_resnet
 from convert.sources import assign, by_layer, empty, tensor_shapes
+from nets import resnet
 from nets.layers.wiring import Wiring
-from nets.resnet import Block, PreactBlock
 from tests.support.golden_checks import Comparison, evaluate, train
 from tests.support.golden_files import (
     channels_first,
@@ -60,18 +60,16 @@ def _block(model: str, facts: dict) -> dict:
 def _build(facts: dict) -> nnx.Module:
     channels = facts["input_shape"][1], facts["out_shape"][1]
     kind = facts["shortcut"][0] if facts["shortcut"][0] in "ABC" else "A"
-    options = dict(
-        bottleneck="bottleneck" in facts["block"],
-        shortcut=kind,
-        wiring=Wiring(),
-        rngs=nnx.Rngs(0),
-    )
+    options = dict(shortcut=kind, wiring=Wiring(), rngs=nnx.Rngs(0))
+    bottleneck = "bottleneck" in facts["block"]
     if "preresnet" not in facts["block"]:
-        return Block(*channels, facts["stride"], **options)
+        block = resnet.BottleneckBlock if bottleneck else resnet.BasicBlock
+        return block(*channels, facts["stride"], **options)
     activation = "both" if "both" in facts["block"] else "branch"
     if "bn0.weight" not in facts["params"]:  # ImageNet's first block
         activation = "none"
-    return PreactBlock(*channels, facts["stride"], activation=activation, **options)
+    block = resnet.PreactBottleneckBlock if bottleneck else resnet.PreactBasicBlock
+    return block(*channels, facts["stride"], activation=activation, **options)
 
 
 def _draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
