@@ -70,16 +70,6 @@ def layers(net: nnx.Module, input_shape: tuple[int, ...]) -> list[LayerCost]:
     ]
 
 
-def build(net_config: Mapping) -> nnx.Module:
-    """Returns the abstract net of a configuration: shapes, no arrays."""
-    return nnx.eval_shape(lambda: nets.create(net_config, nnx.Rngs(0)))
-
-
-def of(net_config: Mapping, image_shape: tuple[int, int, int]) -> list[LayerCost]:
-    """Returns the costs of a configuration's layers for one image (H, W, 3)."""
-    return layers(build(net_config), (1, *image_shape))
-
-
 def total(layers: list[LayerCost]) -> Cost:
     """Returns the sum over layers."""
     fields = [field.name for field in dataclasses.fields(Cost)]

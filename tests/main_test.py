@@ -74,7 +74,7 @@ REFUSED = {
     "group": (DIGITS, {"train.batch_norm_groups": 5}, "5 16"),
     "depth": (DIGITS, {"net.depth": 23}, "23 6 n + 4"),
     "cfmz depth": ("configs/cfmz.py:20,digits", {"net.depth": 21}, "21 6 n + 2"),
-    "growth": (DIGITS, {"net.growth": 0}, "0 output channels"),
+    "growth": (DIGITS, {"net.growth": 0}, "1 output channel 0"),
     "compress": (DIGITS, {"net.wiring.compress": 99}, "compress 99 16"),
     "groups": (
         DIGITS,

@@ -64,9 +64,9 @@ def test_linear_layers_read_channels_then_rows_then_columns():
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="63 pixels, image_size=62"):
+    with pytest.raises(ValueError, match="image_size of at least 63, got 62"):
         build(image_size=62)
     definition, variables = nets.split(build())
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
-    with pytest.raises(ValueError, match=r"image_size 63 has 256 features.* give 9216"):
+    with pytest.raises(ValueError, match=r"63 reads 256 features.* yield 9216"):
         jax.eval_shape(definition.apply, variables, x)

@@ -107,7 +107,7 @@ def test_biases_and_lengths_of_weights_are_dead_before_a_normalisation():
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_sources_are_refused(count):
-    with pytest.raises(ValueError, match=f"over {count} sources of 6 channels.* 2"):
+    with pytest.raises(ValueError, match=f"2 sources, got {count} of 6 channels"):
         CrossLayer(6, count)
 
 
@@ -268,12 +268,15 @@ def test_the_wiring_is_that_of_the_composite_layers():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(layers=(1, 2, 3)), r"block 1 has 1 composite .* 2.*\(1, 2, 3\)"),
-        (dict(layers=(2, 0)), r"block 2 has 0 composite .* at least 1"),
-        (dict(layers=(0, 1), form="imagenet"), "block 1 has 0 composite"),
+        (
+            dict(layers=(1, 2, 3)),
+            r"block 1 needs at least 2 .* got 1: .*\(1, 2, 3\)",
+        ),
+        (dict(layers=(2, 0)), r"block 2 needs at least 1 .* got 0"),
+        (dict(layers=(0, 1), form="imagenet"), "block 1 needs at least 1 .* got 0"),
         (dict(layers=()), "at least one block"),
-        (dict(width=0.3), r"width 0.3 times 32 channels is 9\.6"),
-        (dict(width=0.0), r"width 0.0 times 32"),
+        (dict(width=0.3), r"whole number of channels, got 0.3 \* 32 = 9\.6"),
+        (dict(width=0.0), r"got 0.0 \* 32"),
         (dict(form="svhn"), "unknown form 'svhn': choose from cifar, imagenet"),
         (dict(wiring=dict(kind="grouped", groups=3)), "3 groups do not divide 8 input"),
     ],

@@ -32,7 +32,7 @@ def test_a_depth_stands_for_growth_and_blocks():
     assert [len(layers) for layers in net.blocks] == [6, 12, 36, 24]
     assert net.stem.kernel.shape == (7, 7, 3, 96)
     assert net.classifier.kernel.shape == (2208, 10)
-    with pytest.raises(ValueError, match="depth 121, 161, 169, 201, not 100"):
+    with pytest.raises(ValueError, match="depth 121, 161, 169, 201, got 100"):
         build(depth=100)
 
 

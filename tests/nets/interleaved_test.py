@@ -150,7 +150,7 @@ def test_partitions_of_one_channel_are_depthwise_then_pointwise():
         ((8, 6), 4, 2, "4 primary groups do not divide 6 output"),
         ((8, 8), 4, 3, "3 secondary groups do not divide 8 output"),
         ((8, 8), 4, 4, "4 secondary groups do not divide the 2 .* each of 4 primary"),
-        ((8, 8), 0, 4, "0 primary and 4 secondary"),
+        ((8, 8), 0, 4, "1 primary and 1 secondary group, got 0 and 4"),
     ],
 )
 def test_groups_that_clash_are_refused_with_both_numbers(

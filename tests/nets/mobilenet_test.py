@@ -107,7 +107,7 @@ def test_missing_inputs_of_the_classifier_are_zeros():
     for rows, matter in ((slice(256, 300), False), (slice(0, 256), True)):
         variables["params"]["classifier"]["kernel"] = kernel.at[rows].add(1)
         assert (forward(variables) != logits).any() == matter
-    with pytest.raises(ValueError, match="classifier_inputs 100 is fewer than the 256"):
+    with pytest.raises(ValueError, match=r"at least the 256 maps .*got 100"):
         build(**TEXTBOOK | dict(width=0.25, classifier_inputs=100))
 
 

@@ -220,17 +220,20 @@ def test_normalisation_is_set_for_the_whole_net_at_once(name):
             dict(name="densenet", grwth=8),
             "no field 'grwth': choose from.*did you mean 'growth'",
         ),
-        (dict(name="densenet", depth=41), r"depth 6 n \+ 4, which 41 is not"),
-        (dict(name="densenet", depth=4), r"depth 6 n \+ 4, which 4 is not"),
-        (dict(name="densenet", depth=21, bottleneck=False), r"3 n \+ 4, which 21"),
-        (dict(name="cfmz_resnet", depth=21), r"depth 6 n \+ 2, which 21 is not"),
+        (dict(name="densenet", depth=41), r"depth 6 n \+ 4 with n > 0, got 41"),
+        (dict(name="densenet", depth=4), r"depth 6 n \+ 4 with n > 0, got 4"),
+        (
+            dict(name="densenet", depth=21, bottleneck=False),
+            r"without .* 3 n \+ 4 .*got 21",
+        ),
+        (dict(name="cfmz_resnet", depth=21), r"depth 6 n \+ 2 with n > 0, got 21"),
         (
             dict(name="densenet", wiring=dict(kind="sparse")),
             r"'sparse'.*dense.*expander.*grouped",
         ),
         (
             dict(name="densenet", wiring=dict(kind="expander", compress=1000)),
-            r"compress 1000 leaves no connection .* 48 input",
+            r"compress=1000 leaves no connection .* 48 input",
         ),
         (
             dict(name="densenet", wiring=dict(kind="grouped", groups=5)),

@@ -188,10 +188,10 @@ def test_initial_weights_have_the_variance_of_the_group():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(name="plain", depth=21), r"depth 3 n \+ 2, which 21 is not"),
-        (dict(name="plain", depth=2), r"which 2 is not"),
-        (dict(name="igc_resnet", depth=7), "at least depth 8.*not 7"),
-        (dict(name="igc_resnet_imagenet", depth=20), r"8 n \+ 2, which 20 is not"),
+        (dict(name="plain", depth=21), r"depth 3 n \+ 2 with n > 0, got 21"),
+        (dict(name="plain", depth=2), r"n > 0, got 2"),
+        (dict(name="igc_resnet", depth=7), "depth is at least 8, got 7"),
+        (dict(name="igc_resnet_imagenet", depth=20), r"8 n \+ 2 with n > 0, got 20"),
         (dict(name="igc_resnet", transition_secondary="odd"), "'odd': choose from old"),
         (
             dict(name="plain", width=18, wiring=interleaved(4)),

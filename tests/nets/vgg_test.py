@@ -55,7 +55,7 @@ def test_the_expander_keeps_one_normalisation_without_batch_norm():
 
 
 def test_another_depth_is_refused():
-    with pytest.raises(ValueError, match="depth 11, 13, 16, 19, which 12 is not"):
+    with pytest.raises(ValueError, match="depth 11, 13, 16, 19, got 12"):
         build(depth=12)
 
 
