@@ -1,8 +1,8 @@
-"""Augmentation inside the train step, after crop and flip: the order of config.augment.
+"""Augmentation inside the train step, after crop and flip (config.augment).
 
-Everything here is JAX, one implementation for every input pipeline. Images live in
-geometry.py and color.py, policies that are sequences of operations in policies.py, and
-transformations of whole batches in mixing.py.
+All of it is JAX, one implementation for every input pipeline. geometry.py and color.py
+transform single images, policies.py applies random sequences of operations, mixing.py
+mixes the images of a batch. This file defines their order.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from augment import color, mixing, policies
 from augment.geometry import cutout, jigsaw, normalize
 
-# An independent random stream each: enabling one augmentation does not change others.
+# Independent random streams: enabling one augmentation does not change the others.
 _JIGSAW, _POLICY, _HLS, _JITTER, _LIGHTING, _CUTOUT = range(6)
 
 

@@ -76,7 +76,10 @@ def autoaugment(keys: jax.Array, images: jax.Array, mean: Sequence[float]) -> ja
     """
     size = images.shape[1:3]
     operations = [
-        (name, _magnitude(name, level / 10, sign, size, 4, 0.1 + 0.18 * level))
+        (
+            name,
+            _magnitude(name, level / 10, sign, size, bits=4, factor=0.1 + 0.18 * level),
+        )
         for pair in CIFAR10
         for name, _, level in pair
         for sign in (-1, 1)
@@ -112,7 +115,12 @@ def randaugment(
     """
     size, strength = images.shape[1:3], magnitude / MAX_MAGNITUDE
     operations = [
-        (name, _magnitude(name, strength, sign, size, 8, 1 + sign * 0.9 * strength))
+        (
+            name,
+            _magnitude(
+                name, strength, sign, size, bits=8, factor=1 + sign * 0.9 * strength
+            ),
+        )
         for name in RANDAUGMENT
         for sign in (-1, 1)
     ]
@@ -130,12 +138,13 @@ def _magnitude(
     strength: float,
     sign: int,
     size: tuple[int, int],
+    *,
     bits: int,
     factor: float,
 ) -> float:
     """Returns the magnitude of an operation for `apply`.
 
-    strength: 0 to 1; size: (H, W) of the images; bits: what posterize leaves at
+    strength: 0 to 1; size: (H, W) of the images; bits: those that posterize leaves at
     strength 0; factor: the magnitude of enhancements.
     """
     if name in _GEOMETRIC:
