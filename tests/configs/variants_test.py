@@ -39,7 +39,7 @@ def _count(net: str) -> tuple[int, int]:
     parameters = nnx.state(cost.build(json.loads(net)), nnx.Param)
     total, classifier = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (parameters, parameters["classifier"])
+        for tree in (parameters, parameters.get("classifier", {}))
     )
     return total, classifier
 
