@@ -60,7 +60,7 @@ class Checkpoints:
         self._keep = keep
         self._damaged: set[int] = set()  # found by restore(); do not count as retained
         self._pending: int | None = None  # the step being written in the background
-        self._orbax = _checkpointer()
+        self._orbax = _create_checkpointer()
 
     def __enter__(self):
         return self
@@ -106,7 +106,7 @@ class Checkpoints:
             self._pending = step
             self._orbax.save(self.directory / str(step), args=items)
         except Exception as error:
-            raise self._write_failed(step, error) from error
+            raise self._abandon_write(step, error) from error
 
     def wait(self) -> None:
         """Waits for the background write; raises CheckpointError if it failed."""
@@ -115,7 +115,7 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
         except Exception as error:
-            raise self._write_failed(self._pending, error) from error
+            raise self._abandon_write(self._pending, error) from error
         self._damaged.discard(self._pending)
         self._pending = None
         if jax.process_index() == 0:
@@ -164,7 +164,7 @@ class Checkpoints:
     def _candidates(self, which: str | int) -> list[int]:
         """Returns the steps to try, in order. Raises CheckpointError if none exist."""
         steps = self.steps()
-        orders = {"last": steps[::-1], "best": self._ranked()}
+        orders = {"last": steps[::-1], "best": self._rank_steps()}
         orders = {name: order for name, order in orders.items() if order}
         orders |= {str(step): [step] for step in steps}
         if str(which) not in orders:
@@ -178,7 +178,7 @@ class Checkpoints:
         self, step: int, wanted: dict[str, Any], partial: bool
     ) -> dict[str, np.ndarray]:
         """Reads the wanted arrays of a step and verifies their digests."""
-        stored = _agreed(lambda: self._table(step))["arrays"]
+        stored = _agree(lambda: self._table(step))["arrays"]
         if partial:
             stored = {path: stored[path] for path in stored if path in wanted}
         _check_fit(stored, wanted, self._path(step))
@@ -193,12 +193,12 @@ class Checkpoints:
                 arrays = self._orbax.restore(self._path(step), args=items)["arrays"]
                 wrong = [p for p in stored if _digest(arrays[p]) != stored[p]]
             except Exception as error:
-                raise _DamageError(_one_line(error)) from error
+                raise _DamageError(_summarize(error)) from error
             if wrong:
                 raise _DamageError(f"{len(wrong)} digests differ, first {wrong[0]}")
             return arrays
 
-        return _agreed(read)
+        return _agree(read)
 
     def _table(self, step: int) -> dict[str, Any]:
         """Reads the table without orbax, which would wait for the other processes."""
@@ -208,10 +208,10 @@ class Checkpoints:
             if seal != _seal(table) or step != table["step"]:
                 raise ValueError("the digest differs")
         except Exception as error:
-            raise _DamageError(f"{_TABLE_FILE}: {_one_line(error)}") from error
+            raise _DamageError(f"{_TABLE_FILE}: {_summarize(error)}") from error
         return table
 
-    def _ranked(self) -> list[int]:
+    def _rank_steps(self) -> list[int]:
         """Returns the steps with the metric, best first and earliest first if equal."""
         scores = {}
         for step in self.steps():
@@ -252,7 +252,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Deletes the checkpoints that are neither among the last nor the best."""
         good = [step for step in self.steps() if step not in self._damaged]
-        retained = {*good[-self._keep :], *self._ranked()[:1]}
+        retained = {*good[-self._keep :], *self._rank_steps()[:1]}
         for step in self.steps():
             # A damaged checkpoint stays until the run has passed its step.
             if step not in retained and step < good[-1]:
@@ -260,18 +260,18 @@ class Checkpoints:
                 self._path(step).rename(self.directory / f"{step}{DELETED}")
         self._clean_up()
 
-    def _write_failed(self, step: int, error: Exception) -> CheckpointError:
+    def _abandon_write(self, step: int, error: Exception) -> CheckpointError:
         """Cleans up after a failed write and returns the error to raise."""
         self._pending = None
         # The old checkpointer would raise further errors of this write later, even from
         # restore(), where they would look like a damaged checkpoint.
-        self._orbax = _checkpointer()
+        self._orbax = _create_checkpointer()
         if jax.process_index() == 0 and self.directory.is_dir():
             self._clean_up()
         good = [known for known in self.steps() if known not in self._damaged]
         return CheckpointError(
             f"checkpoint {self.directory / str(step)} could not be written: "
-            f"{_one_line(error)}; still good: {', '.join(map(str, good)) or 'none'}"
+            f"{_summarize(error)}; still good: {', '.join(map(str, good)) or 'none'}"
         )
 
 
@@ -292,14 +292,14 @@ def _host_copy(tree: Any) -> dict[str, np.ndarray]:
         number = jax.dtypes.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool
         if not number or not leaf.size:  # orbax refuses empty arrays
             raise CheckpointError(
-                f"{path} is {_form(leaf)}: only non-empty arrays of numbers can be "
+                f"{path} is {_describe(leaf)}: only non-empty arrays of numbers can be "
                 "saved; save jax.random.key_data of a key"
             )
     host = jax.device_get(flat)  # starts all transfers before it waits for the first
     return {path: np.array(leaf, order="C") for path, leaf in host.items()}
 
 
-def _form(array: Any) -> str:
+def _describe(array: Any) -> str:
     """Returns dtype and shape as in the table and in messages: float32[3,3,16,64]."""
     return f"{array.dtype}{list(array.shape)}".replace(" ", "")
 
@@ -307,7 +307,7 @@ def _form(array: Any) -> str:
 def _digest(array: np.ndarray) -> list:
     """Returns the array's entry in the table: its form and the CRC-32 of its bytes."""
     flat = np.ascontiguousarray(array).reshape(-1)
-    return [_form(array), zlib.crc32(flat.view(np.uint8))]
+    return [_describe(array), zlib.crc32(flat.view(np.uint8))]
 
 
 def _seal(table: dict[str, Any]) -> int:
@@ -328,7 +328,7 @@ def _check_fit(
     stored: dict[str, list], wanted: dict[str, Any], path: pathlib.Path
 ) -> None:
     """Raises CheckpointError with the first differences between the two tables."""
-    ours = {name: _form(leaf) for name, leaf in wanted.items()}
+    ours = {name: _describe(leaf) for name, leaf in wanted.items()}
     theirs = {name: form for name, (form, _) in stored.items()}
     differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if not differing:
@@ -346,7 +346,7 @@ def _check_fit(
     )
 
 
-def _agreed(read: Callable[[], Any]) -> Any:
+def _agree(read: Callable[[], Any]) -> Any:
     """Returns read(); raises _DamageError on all processes if any of them does."""
     result = damage = None
     try:
@@ -358,7 +358,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
     return result
 
 
-def _one_line(error: Exception) -> str:
+def _summarize(error: Exception) -> str:
     """Returns cause, type and shortened text: orbax's messages can hold whole trees."""
     text = " ".join(str(error).split())
     code = re.search(r"os_error_code='(\d+)'", text)  # tensorstore: at the very end
@@ -367,7 +367,7 @@ def _one_line(error: Exception) -> str:
     return f"{cause}{type(error).__name__}: {text}"
 
 
-def _checkpointer() -> ocp.AsyncCheckpointer:
+def _create_checkpointer() -> ocp.AsyncCheckpointer:
     table = ocp.JsonCheckpointHandler(filename=_TABLE_FILE)
     handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "table": table}
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))

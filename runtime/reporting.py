@@ -63,7 +63,7 @@ class Reporter:
             self._profile = _Profile(workdir, config, step)
             self._events = TensorBoard(workdir) if config.train.tensorboard else None
         if step == 0:
-            self._write("hparams", _hparams(config))
+            self._write("hparams", _to_hparams(config))
 
     def trained(self, step: int, totals: dict) -> None:
         """Reports progress; call after each dispatch with the sums since the last row.
@@ -110,12 +110,12 @@ class Reporter:
         if confusion is not None:
             write_confusion(self._workdir, confusion, class_names)
             if len(confusion) <= MAX_CLASSES:
-                self._write("images", step, {"confusion": _confusion_image(confusion)})
+                self._write("images", step, {"confusion": _draw_confusion(confusion)})
         self.rows.append(row)
         write_text(self._workdir / "metrics.csv", as_csv(self.rows))
         best = max(self.rows, key=lambda row: row[metrics.BEST_METRIC])
         write_json(self._workdir / "best.json", best)
-        speed = self._speed(row)
+        speed = self._measure_speed(row)
         self._speeds.append(speed)
         write_text(self._workdir / "speed.csv", as_csv(self._speeds))
         logging.info(
@@ -147,7 +147,7 @@ class Reporter:
         if self._pending is None:
             return
         mark, self._pending = self._fetch(*self._pending), None
-        rate = _rate(self._line, mark)
+        rate = _compute_rate(self._line, mark)
         sums = {k: v - self._line.totals.get(k, 0.0) for k, v in mark.totals.items()}
         means = metrics.means(sums, "train")
         remaining = (self._clock.total - mark.step) * self._clock.batch_size / rate
@@ -168,14 +168,14 @@ class Reporter:
         self.finite = math.isfinite(totals.get("loss", 0.0))
         return _Mark(step, totals, self._now() - self._paused_seconds)
 
-    def _speed(self, row: dict[str, float]) -> dict[str, float]:
+    def _measure_speed(self, row: dict[str, float]) -> dict[str, float]:
         """Returns the row of speed.csv about the training since the last row."""
         return {
             "step": row["step"],
             "epoch": row["epoch"],
             "seconds": round(self._end.seconds - self._row.seconds, 3),
-            "images_per_second": round(_rate(self._row, self._end), 1),
-            "peak_memory_mb": _peak_memory_mb(),
+            "images_per_second": round(_compute_rate(self._row, self._end), 1),
+            "peak_memory_mb": _measure_peak_memory(),
         }
 
     def _write(self, kind: str, *arguments) -> None:
@@ -325,7 +325,7 @@ def write_confusion(
         write_text(workdir / f"confusion{suffix}.csv", as_csv(matrix))
 
 
-def _confusion_image(confusion: np.ndarray) -> np.ndarray:
+def _draw_confusion(confusion: np.ndarray) -> np.ndarray:
     """Returns (classes, classes, 1) uint8; black: all examples of the true class."""
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     return np.rint(255 * (1 - share)).astype(np.uint8)[..., None]
@@ -341,19 +341,19 @@ def _tile(images: np.ndarray) -> np.ndarray:
     return grid.reshape(side * height, side * width, channels)
 
 
-def _hparams(config: ConfigDict) -> dict[str, bool | int | float | str]:
+def _to_hparams(config: ConfigDict) -> dict[str, bool | int | float | str]:
     """Returns the flat configuration; TensorBoard accepts no tuples."""
     fields, kinds = flatten(config), (bool, int, float, str)
     return {k: v if isinstance(v, kinds) else str(v) for k, v in fields.items()}
 
 
-def _rate(start: _Mark, end: _Mark) -> float:
+def _compute_rate(start: _Mark, end: _Mark) -> float:
     """Returns the images trained per second between two marks."""
     images = end.totals.get("examples", 0.0) - start.totals.get("examples", 0.0)
     return images / max(end.seconds - start.seconds, 1e-9)
 
 
-def _peak_memory_mb() -> float:
+def _measure_peak_memory() -> float:
     """Returns the peak memory of the fullest device, or of the process on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if peak := max(x.get("peak_bytes_in_use", 0) for x in stats):

@@ -54,7 +54,7 @@ def load_facts(workdir: str | os.PathLike) -> input_pipeline.Facts:
 def _read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(workdir) / "config.json"
     try:
-        fields = _tuples(json.loads(path.read_text()))
+        fields = _to_tuples(json.loads(path.read_text()))
         written = fields.get("format", 1)
         age = "an older" if written < FORMAT else "a newer"
         if written == FORMAT:
@@ -74,17 +74,17 @@ def _read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     return fields
 
 
-def _tuples(value: Any) -> Any:
+def _to_tuples(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {key: _to_tuples(item) for key, item in value.items()}
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
 def changes(config: ConfigDict, workdir: str | os.PathLike) -> list[str]:
     """Describes each field that differs from the workdir's config.json, if any."""
     return [
         f"resuming with {field}={new} (the run was started with {old})"
-        for field, old, new in _differences(config, workdir)
+        for field, old, new in _compare(config, workdir)
     ]
 
 
@@ -92,13 +92,13 @@ def evaluation_changes(config: ConfigDict, workdir: str | os.PathLike) -> list[s
     """Describes the changes that affect evaluation."""
     return [
         f"evaluating with {field}={new} (the run was trained with {old})"
-        for field, old, new in _differences(config, workdir)
+        for field, old, new in _compare(config, workdir)
         if field.startswith(("net.", "data.", "train.dtype"))
         and field not in TRAINING_ONLY
     ]
 
 
-def _differences(config, workdir) -> Iterator[tuple[str, Any, Any]]:
+def _compare(config, workdir) -> Iterator[tuple[str, Any, Any]]:
     if not (pathlib.Path(workdir) / "config.json").exists():
         return
     old, new = flatten(load_config(workdir)), flatten(config)
