@@ -1,7 +1,7 @@
-"""Evaluation: every example exactly once, on any batch size and device count."""
+"""Evaluation: every example exactly once, for any batch size and number of devices."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,35 @@ import nets
 from runtime.devices import REPLICATED, SHARDED, place, shard
 
 
+def make_evaluator(
+    config: ConfigDict,
+    definition: nets.Definition,
+    normalization: Mapping,
+    mesh: Mesh,
+    split: input_pipeline.Split,
+) -> Callable[[dict], tuple[dict[str, float], np.ndarray]]:
+    """Returns the evaluator of a split: variables -> (means, confusion matrix).
+
+    See `evaluate`. Its program is compiled in the first call.
+    """
+    eval_step = make_eval_step(definition, mesh, normalization)
+    batch_size = padded_batch_size(config.eval.batch_size, mesh.size)
+
+    def evaluator(variables):
+        batches = input_pipeline.batches(
+            config, "test", examples=split, batch_size=batch_size
+        )
+        return evaluate(eval_step, variables, batches, mesh, config.net.num_classes)
+
+    return evaluator
+
+
 def make_eval_step(
     definition: nets.Definition, mesh: Mesh, normalization: Mapping
 ) -> Callable:
-    """A compiled (variables, totals, batch) -> totals; batches as shard() makes them.
+    """Returns a jitted (variables, totals, batch) -> totals; batches come from shard().
 
-    `normalization`: mean, std and dtype of augment.normalize.
+    normalization: mean, std and dtype of augment.normalize.
     """
 
     def eval_step(variables, totals, batch):
@@ -45,14 +68,14 @@ def make_eval_step(
 def evaluate(
     eval_step: Callable,
     variables: dict,
-    batches: Iterator[dict],
+    batches: Iterable[dict],
     mesh: Mesh,
     num_classes: int,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """One pass: means over its examples, and the confusion matrix.
+    """Runs one pass and returns the means over its examples and the confusion matrix.
 
-    The means are named test_loss, test_accuracy, ...; the matrix counts examples for
-    each (true class, predicted class).
+    The means are named test_loss, test_accuracy, ...; the matrix (classes, classes)
+    int64 counts the examples of each true class (row) and predicted class (column).
     """
     totals = place(metrics.zeros(num_classes, confusion=True), mesh)
     for batch in batches:  # nothing is fetched before the end
@@ -61,29 +84,6 @@ def evaluate(
     return metrics.means(totals, "test"), confusion
 
 
-def make_test(
-    config: ConfigDict,
-    definition: nets.Definition,
-    normalization: Mapping,
-    mesh: Mesh,
-    examples: input_pipeline.Split,
-) -> Callable:
-    """variables -> evaluate() over all examples; compiled with its first call."""
-    eval_step = make_eval_step(definition, mesh, normalization)
-    classes = config.net.num_classes
-    return lambda variables: evaluate(
-        eval_step, variables, test_batches(config, mesh, examples), mesh, classes
-    )
-
-
-def test_batches(
-    config: ConfigDict, mesh: Mesh, examples: input_pipeline.Split
-) -> Iterator[dict]:
-    """One pass over the test images; batches are rounded up to the device count."""
-    size = padded_batch_size(config.eval.batch_size, mesh.size)
-    return input_pipeline.batches(config, "test", examples=examples, batch_size=size)
-
-
 def padded_batch_size(batch_size: int, num_devices: int) -> int:
-    """The next multiple of the device count; the masks cover what is added."""
+    """Rounds up to a multiple of the device count; masks cover the added rows."""
     return math.ceil(batch_size / num_devices) * num_devices

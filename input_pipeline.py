@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 import data_sources
 from augment import geometry
 from data_sources import BORDERS, DataError, InMemory, OnDisk, crops, tensorflow
+from data_sources.cache import directory as cache_directory
 
-__all__ = ["DataError", "InMemory", "OnDisk", "tensorflow"]
+__all__ = ["DataError", "InMemory", "OnDisk", "cache_directory", "tensorflow"]
 
 Split = InMemory | OnDisk
 IN_MEMORY, ON_DISK = ("tf.data", "device"), ("threads",)  # the defaults first
@@ -286,6 +287,21 @@ def batches(
         return _device_batches(padded, examples.labels, draw, start_step)
     options = _border(config.data, examples, mean)
     return examples.train_batches(draw, start_step, **options)
+
+
+def preview(
+    config: ConfigDict, examples: Split, mean: Sequence[float], count: int
+) -> dict[str, np.ndarray]:
+    """Returns the first `count` rows of the first training batch, without tf.data."""
+    rows = plan(config, len(examples), 0)
+    count = min(count, len(rows.index))
+    count = count - count % 4 or count  # some augmentations mix groups of four
+    rows = jax.tree.map(lambda x: x[:count], rows)
+    if pipeline(config.data) == "threads":
+        return next(examples.train_batches(lambda _: rows, 0))
+    chosen = examples.take(rows.index)
+    rows = dataclasses.replace(rows, index=np.arange(len(chosen)))
+    return apply_plan(pad(config.data, chosen, mean), chosen.labels, rows)
 
 
 def pad(

@@ -1,28 +1,27 @@
 """Trains or evaluates: python main.py --config=configs/xdensenet.py --workdir=/tmp/run
 
-Flags only; the work is in train.py, which a notebook can call.
+Only the flags are here; the work is in train.py, which a notebook can call.
 """
 
 import os
 import sys
 
-from runtime import environment
+from runtime import processes
 
 if __name__ == "__main__":
-    environment.settle()  # before jax is imported
+    processes.set_environment()  # before jax is imported
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 import train
-from runtime import preflight, reporting
+from runtime import command_line, dispatch, reporting
 
 config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py:VARIANT,DATA,RECIPE")
-flags.DEFINE_string("workdir", None, "where the run lives; an existing one resumes")
+flags.DEFINE_string("workdir", None, "directory of the run; an existing run resumes")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint")
-flags.DEFINE_bool("distributed", False, "this is one of several processes of a run")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.DEFINE_bool("distributed", False, "whether this is one of several processes")
 FLAGS = flags.FLAGS
 
 
@@ -31,11 +30,12 @@ def main(_):
     work = dict(train=train.train_and_evaluate, eval=train.evaluate_checkpoint)
     try:
         if FLAGS.distributed:
-            preflight.join_processes()
-        preflight.use_compilation_cache(FLAGS.config)
-        for config, workdir in preflight.runs(FLAGS.config, FLAGS.workdir):
+            processes.join()
+        if FLAGS.config.train.compilation_cache:
+            dispatch.use_compilation_cache()
+        for config, workdir in command_line.runs(FLAGS.config, FLAGS.workdir):
             result = work[FLAGS.mode](config, workdir)
-            if logging.level_info():  # not in the other processes of several
+            if logging.level_info():  # process 0 alone prints
                 print(reporting.final_summary(result, workdir))
     except (ValueError, FloatingPointError, OverflowError, OSError) as error:
         logging.debug("traceback", exc_info=True)
@@ -48,21 +48,22 @@ def main(_):
             "error: out of memory; choose a smaller --config.train.batch_size or "
             f".eval.batch_size, or --config.train.dtype=bfloat16 ({reason})"
         )
-    except train.Preempted as message:
+    except processes.Preempted as message:
         print(message, file=sys.stderr)
         sys.exit(128 + 15)  # as a shell reports SIGTERM
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit("interrupted; run the same command to resume")
 
 
 def _log_plainly():
-    """Our progress lines and everybody's warnings, without absl's prefix."""
+    """Shows our progress lines and all warnings, without absl's prefix."""
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     here, handler = os.path.dirname(train.__file__), logging.get_absl_handler()
 
     def wanted(record):
-        ours = record.pathname.startswith(here)
+        path = record.pathname
+        ours = path.startswith(here) and "site-packages" not in path
         return ours or record.levelno >= logging.logging.WARNING
 
     handler.addFilter(wanted)
@@ -70,4 +71,4 @@ def _log_plainly():
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=preflight.parsed)
+    app.run(main, flags_parser=command_line.parse)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 BEST_METRIC = "test_accuracy"  # chooses the best checkpoint
-SELECTION = BEST_METRIC
 
 
 def cross_entropy(

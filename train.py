@@ -1,15 +1,15 @@
-"""Training: the step is a pure function, the run can die at any moment and go on."""
+"""Training: a pure step, and a loop that can be killed at any moment and resumed."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from flax import nnx
@@ -21,38 +21,40 @@ import input_pipeline
 import metrics
 import nets
 import optimizers
-from runtime import preflight
+from runtime import checks
 from runtime.checkpoints import Checkpoints
 from runtime.clock import Clock
-from runtime.devices import make_advance, make_mesh, place
-from runtime.preemption import Preempted, sigterm
-from runtime.reporting import Reporter, write_confusion
+from runtime.devices import make_mesh, place
+from runtime.dispatch import make_advance
+from runtime.processes import Preempted, check_agreement, sigterm
+from runtime.reporting import Reporter, log_run, write_confusion
 from runtime.workdir import (
+    PATHS,
     WorkdirError,
     changes,
     evaluation_changes,
+    flatten,
+    load_config,
+    load_facts,
     lock,
     read_rows,
     save_config,
 )
 
-# Numbers that random keys are folded with. A step's: its devices take 0, 1, ...
+# Constants folded into random keys. Of a step's key: its devices take 0, 1, ...
 AUGMENTATION = 2**31 - 1
-# A seed's: the layers of the net take 0, 1, ...
+# Of a seed's key: the layers of the net take 0, 1, ...
 STEPS = 2**31 - 2
-# Dispatches that wait while one is computed: they keep the devices busy, but a SIGTERM
-# has to see them through, and their batches take memory.
-AHEAD = 4
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run is; a checkpoint holds exactly this.
+    """The complete state of a run; a checkpoint holds exactly this.
 
-    ema: averages of params and stats, which are evaluated; empty without train.ema.
-    totals: sums of metrics since the last row of metrics.csv.
-    bad_step: the first step whose loss or new weights were not finite, or -1.
+    ema: moving averages of params and stats, used for evaluation; empty if train.ema=0.
+    totals: sums of the training metrics since the last row of metrics.csv.
+    bad_step: the first step with a loss or new weights that were not finite, or -1.
     """
 
     step: jax.Array
@@ -65,17 +67,17 @@ class TrainState:
     bad_step: jax.Array
 
     def variables(self) -> dict:
-        """What nets.Definition.apply takes."""
+        """Returns the variables that nets.Definition.apply takes."""
         return {"params": self.params, "stats": self.stats, "wiring": self.wiring}
 
-    def evaluated(self) -> dict:
-        """The variables that a test sees."""
+    def eval_variables(self) -> dict:
+        """Returns the variables to evaluate: the moving averages, if there are any."""
         return self.variables() | self.ema
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What stays fixed during a run, made once from the configuration."""
+    """The fixed part of a run, derived once from its configuration."""
 
     definition: nets.Definition
     optimizer: optax.GradientTransformation
@@ -89,18 +91,13 @@ class Program:
 
 
 def create_train_state(
-    config: ConfigDict,
-    facts: input_pipeline.Facts,
-    rate: optax.Schedule | None = None,
+    config: ConfigDict, facts: input_pipeline.Facts
 ) -> tuple[Program, TrainState]:
-    """Returns the program of a configuration and its state before the first step.
-
-    rate: None for the schedule of config.optimizer.
-    """
+    """Returns the program of a configuration and its state before the first step."""
     net = nets.create(config.net, nnx.Rngs(config.seed))
     nets.configure(net, batch_norm_groups=config.train.batch_norm_groups)
     definition, variables = nets.split(net)
-    rate = rate or optimizers.schedule(config, facts.num_train)
+    rate = optimizers.schedule(config, facts.num_train)
     optimizer = optimizers.create(config.optimizer, rate)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -110,16 +107,11 @@ def create_train_state(
         totals=metrics.zeros(config.net.num_classes),
         bad_step=jnp.full((), -1, jnp.int32),
     )
-    normalization = dict(
-        mean=facts.mean,
-        std=facts.std,
-        dtype=jnp.dtype(config.train.dtype),
-    )
     program = Program(
         definition=definition,
         optimizer=optimizer,
         rate=rate,
-        normalization=normalization,
+        normalization=_normalization(config, facts),
         augmentation=config.augment.to_dict(),
         label_smoothing=config.train.label_smoothing,
         ema=config.train.ema,
@@ -129,11 +121,17 @@ def create_train_state(
     return program, state
 
 
-def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
-    """One step on this device's share of a batch: image (b, H, W, C) uint8, label (b,).
+def _normalization(config: ConfigDict, facts: input_pipeline.Facts) -> dict:
+    dtype = jnp.dtype(config.train.dtype)
+    return {"mean": facts.mean, "std": facts.std, "dtype": dtype}
 
-    Runs inside a shard_map over the mesh axis 'data'; the result is the same on all
-    devices. Running statistics of devices that keep their own are averaged.
+
+def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
+    """Takes one step on this device's share of a batch.
+
+    batch: image (b, H, W, 3) uint8 and label (b,) int32. Runs inside a shard_map over
+    the mesh axis 'data' and returns the same state on all devices; running statistics
+    that differ between devices are averaged.
     """
     device = jax.lax.axis_index("data")
     keys = jax.random.fold_in(jax.random.key(program.seed), STEPS)
@@ -157,19 +155,19 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
         return sums["loss"] / sums["examples"], (stats, sums)
 
     grads, (stats, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
-    # One call, so that XLA fuses it into one all-reduce.
+    # In one call, so that XLA fuses them into one all-reduce.
     grads, stats, sums = jax.lax.pmean((grads, stats, sums), "data")
     sums = jax.tree.map(lambda x: x * jax.lax.axis_size("data"), sums)
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if program.ema:
-        # Young averages follow faster (TensorFlow's ExponentialMovingAverage).
+        # Faster at the start, as in TensorFlow's ExponentialMovingAverage.
         decay = jnp.minimum(program.ema, (1 + state.step) / (10 + state.step))
         new = _averaged({"params": params, "stats": stats})
         ema = optax.incremental_update(new, ema, 1 - decay)
-    # An update can explode after a sound loss, and must not be saved as sound. Of the
-    # totals, since the loop stops for theirs and would wait for a bad step for ever.
+    # The weights are checked too, because an update can overflow after a finite loss.
+    # The loss is that of the totals, because these stop the loop (reporter.finite).
     totals = jax.tree.map(jnp.add, state.totals, sums)
     sound = jnp.isfinite(totals["loss"]) & jnp.isfinite(optax.global_norm(params))
     bad = (state.bad_step < 0) & ~sound
@@ -186,34 +184,35 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
 
 
 def _averaged(variables: dict) -> dict:
-    """What config.train.ema averages: copies, since the originals are donated."""
+    """Copies the variables that are averaged, because the originals are donated."""
     return {k: jax.tree.map(jnp.copy, variables[k]) for k in ("params", "stats")}
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
-    """Trains to config.train.epochs, resuming what the workdir holds.
+    """Trains for config.train.epochs, resuming from the newest checkpoint in workdir.
 
     Returns the last row of metrics.csv (`step`, `epoch`, `learning_rate`, `train_*`,
-    `test_*`) and the best one's `step` and `test_*` as `best_*`. A complete run is
-    not repeated. Raises ValueError (DataError and CheckpointError among them) for
-    what cannot be run, FloatingPointError for what is no longer finite, and
-    Preempted after SIGTERM.
+    `test_*`), and `step` and `test_*` of the best row as `best_*`. Returns at once if
+    the run is complete. Raises ValueError (DataError and CheckpointError are
+    subclasses) for a run that cannot work, FloatingPointError if the loss or the
+    weights are not finite, and Preempted after SIGTERM.
     """
-    workdir, mesh, started = pathlib.Path(workdir), make_mesh(), time.perf_counter()
-    preflight.check_agreement(config, workdir)
-    examples, test_examples = input_pipeline.load_both(config.data)
-    preflight.check(config, examples, test_examples, mesh)
-    clock = Clock.of(config, len(examples.labels))
-    if preflight.is_complete(config, workdir, clock.total):
-        logging.info("%s holds this run, complete", workdir)
+    workdir, mesh = pathlib.Path(workdir), make_mesh()
+    _check_agreement(config, workdir)
+    net = checks.check_config(config, mesh)
+    train, test = input_pipeline.load_both(config.data)
+    facts = input_pipeline.facts(config.data, train)
+    checks.check_data(config, mesh, facts, test)
+    clock = Clock.of(config, facts.num_train)
+    if _is_complete(config, workdir, clock.total):
+        logging.info("%s already holds this run, complete", workdir)
         return summary(read_rows(workdir / "metrics.csv"))
     with (
         lock(workdir),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
     ):
-        facts = input_pipeline.facts(config.data, examples)
         program, state = create_train_state(config, facts)
-        preflight.describe(config, examples, mesh)
+        log_run(config, facts, net, mesh)
         state = place(state, mesh)
         state, step = _resume(config, workdir, checkpoints, state, clock.total)
         if step == clock.total:
@@ -221,46 +220,54 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
         save_config(workdir, config, facts)
         reporter = Reporter(workdir, clock, step, config)
         step_fn = functools.partial(train_step, program)
-        advance = make_advance(config, step_fn, mesh, examples, state, step)
-        advance = _first_step_told(advance, started)
-        test = evaluate.make_test(
-            config, program.definition, program.normalization, mesh, test_examples
+        advance = make_advance(config, step_fn, mesh, train, facts, state, step)
+        evaluator = evaluate.make_evaluator(
+            config, program.definition, program.normalization, mesh, test
         )
-        with contextlib.closing(reporter), sigterm() as terminated:
-            saved, bad_step, in_flight = step, state.bad_step, collections.deque()
-            while step < clock.total and not terminated():
-                next_eval = clock.next_eval(step)
-                stop = min(next_eval, clock.next_save(step))
-                while step < stop and reporter.finite and not terminated():
-                    count = clock.dispatch(step, stop)
-                    state, totals, bad_step = advance(state, count)
-                    step += count
-                    reporter.trained(step, totals)
-                    in_flight.append(bad_step)
-                    if len(in_flight) > AHEAD:
-                        jax.block_until_ready(in_flight.popleft())
-                with reporter.pause():
-                    _refuse(bad_step, checkpoints)
-                    row = None
-                    if step == next_eval:
-                        row = _progress(program, clock, step, totals)
-                        means, confusion = test(state.evaluated())
-                        row |= means
-                        names = test_examples.class_names
-                        reporter.evaluated(row, confusion, names)
-                        zeros = jax.tree.map(jnp.zeros_like, state.totals)
-                        state = dataclasses.replace(state, totals=zeros)
-                    # The row is on disk before the checkpoint that counts on it.
-                    if step > saved:
-                        checkpoints.save(step, state, row)
-                        saved = step
+        if step == 0:
+            reporter.sheet(lambda: _augmented_images(config, program, train, facts))
+        with contextlib.closing(reporter), sigterm() as stopped:
+            for chunk in clock.chunks(step):
+                state, totals, bad_step = advance(state, chunk.steps)
+                reporter.trained(chunk.end, totals)
+                stop = stopped() or not reporter.finite
+                if chunk.evaluate or chunk.save or stop:
+                    with reporter.pause():
+                        _refuse(bad_step, checkpoints)
+                        row = None
+                        if chunk.evaluate:
+                            means, confusion = evaluator(state.eval_variables())
+                            row = _train_row(program, clock, chunk.end, totals) | means
+                            # On disk before the checkpoint that refers to it.
+                            reporter.evaluated(row, confusion, facts.class_names)
+                            zeros = jax.tree.map(jnp.zeros_like, state.totals)
+                            state = dataclasses.replace(state, totals=zeros)
+                        checkpoints.save(chunk.end, state, row)
+                if stop:
+                    break
             checkpoints.wait()
-            if terminated():
+            if stopped():
                 raise Preempted(
-                    f"SIGTERM: saved up to step {saved} in {workdir}; the same command "
-                    "goes on from there"
+                    f"SIGTERM: saved step {checkpoints.steps()[-1]} in {workdir}; run "
+                    "the same command to resume"
                 )
         return summary(reporter.rows)
+
+
+def _check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
+    with Checkpoints(workdir) as checkpoints:
+        last = max(checkpoints.steps(), default=-1)
+    fields = {k: v for k, v in flatten(config).items() if k not in PATHS}
+    check_agreement(fields, last, workdir)
+
+
+def _is_complete(config: ConfigDict, workdir: pathlib.Path, total: int) -> bool:
+    """Returns whether workdir holds exactly this run, up to its last step."""
+    with Checkpoints(workdir) as checkpoints:
+        if total not in checkpoints.steps() or changes(config, workdir):
+            return False
+    rows = read_rows(workdir / "metrics.csv")
+    return bool(rows) and rows[-1]["step"] == total
 
 
 def _resume(
@@ -270,13 +277,13 @@ def _resume(
     state: TrainState,
     total: int,
 ) -> tuple[TrainState, int]:
-    """The state that the workdir holds, else the given one, and its step."""
+    """Returns the newest state in workdir and its step, or the given state and 0."""
     if not checkpoints.steps():
         return state, 0
     state, step = checkpoints.restore(state, "last")
     if step > total:
         raise ValueError(
-            f"{workdir} holds step {step} already, this run ends at step {total} "
+            f"{workdir} already holds step {step}, but this run ends at step {total} "
             f"(train.epochs={config.train.epochs:g}): use another --workdir"
         )
     for change in changes(config, workdir):
@@ -285,80 +292,130 @@ def _resume(
     return state, step
 
 
-def _first_step_told(advance: Callable, started: float) -> Callable:
-    """`advance`, which waits for its first result and logs the time since `started`."""
-    first = True
+def _augmented_images(
+    config: ConfigDict,
+    program: Program,
+    train: input_pipeline.Split,
+    facts: input_pipeline.Facts,
+) -> np.ndarray:
+    """Returns up to 64 images of the first batch, as trained on, (N, H, W, 3) uint8."""
+    batch = input_pipeline.preview(config, train, facts.mean, count=64)
+    x, _ = augment.augment(
+        batch["image"],
+        batch["label"],
+        options=program.augmentation,
+        normalization=program.normalization | {"dtype": jnp.float32},
+        num_classes=program.num_classes,
+        key=jax.random.key(program.seed),
+        first_row=0,
+    )
+    images = np.asarray(x) * np.asarray(facts.std) + np.asarray(facts.mean)
+    return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
-    def told(state, most):
-        nonlocal first
-        outcome = advance(state, most)
-        if first:
-            jax.block_until_ready(outcome)
-            logging.info("first step after %.1f s", time.perf_counter() - started)
-            first = False
-        return outcome
 
-    return told
-
-
-def _progress(program: Program, clock: Clock, step: int, totals: dict) -> dict:
-    """The training half of a row of metrics.csv."""
+def _train_row(program: Program, clock: Clock, step: int, totals: dict) -> dict:
+    """Returns the training half of a row of metrics.csv."""
     rate = float(f"{program.rate(step - 1):.6g}")
     row = {"step": step, "epoch": clock.epoch(step), "learning_rate": rate}
     return row | metrics.means(totals, "train")
 
 
-def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
-    """Evaluates config.eval.checkpoint of a workdir: `step` and `test_*`."""
-    mesh, workdir = make_mesh(), pathlib.Path(workdir)
-    preflight.check_agreement(config, workdir)
-    examples = input_pipeline.load(config.data, "test")
-    preflight.check_evaluation(config, examples)
-    no_rate = optax.constant_schedule(0.0)  # nothing is trained
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        train_examples = input_pipeline.load(config.data, "train")
-        facts = input_pipeline.facts(config.data, train_examples)
-        program, state = create_train_state(config, facts, no_rate)
-        state = place(state, mesh)
-        state, step = checkpoints.restore(state, config.eval.checkpoint)
-    for change in evaluation_changes(config, workdir):
-        logging.warning(change)
-    test = evaluate.make_test(
-        config, program.definition, program.normalization, mesh, examples
-    )
-    means, confusion = test(state.evaluated())
-    names = examples.class_names
-    try:
-        write_confusion(workdir, confusion, names, f"-{step}")
-    except WorkdirError as error:  # somebody else's workdir, to be read only
-        logging.warning(error)
-    return {"step": step} | means
-
-
-def summary(rows: list[dict]) -> dict:
-    """The last row, and beside it the best: its step and its test metrics."""
-    if not rows:
-        raise ValueError(
-            "all steps are done, but metrics.csv has lost its rows; "
-            "--mode=eval evaluates the checkpoints"
-        )
-    best = max(rows, key=lambda row: row[metrics.SELECTION])
-    kept = {k: v for k, v in best.items() if k == "step" or k.startswith("test_")}
-    return rows[-1] | {f"best_{k}": v for k, v in kept.items()}
-
-
 def _refuse(bad_step: jax.Array, checkpoints: Checkpoints) -> None:
-    """Ends the run, before anything is saved, if a step was not sound."""
+    """Raises FloatingPointError, before anything is saved, if a step was not finite."""
     if (bad := int(bad_step)) < 0:
         return
     checkpoints.wait()
     good = checkpoints.steps()
     raise FloatingPointError(
-        f"the loss of step {bad}, or what it made of the weights, is not finite; "
+        f"the loss of step {bad}, or the weights after it, are not finite; "
         + (
             f"the last good checkpoint is step {good[-1]} in {checkpoints.directory}"
             if good
             else "there is no checkpoint yet"
         )
-        + "; a lower --config.optimizer.learning_rate may help"
+        + "; try a lower --config.optimizer.learning_rate"
     )
+
+
+def summary(rows: list[dict]) -> dict:
+    """Returns the last row, and `step` and `test_*` of the best row as `best_*`."""
+    if not rows:
+        raise ValueError(
+            "training is complete, but metrics.csv is missing rows; evaluate the "
+            "checkpoints with --mode=eval"
+        )
+    best = max(rows, key=lambda row: row[metrics.BEST_METRIC])
+    best = {k: v for k, v in best.items() if k == "step" or k.startswith("test_")}
+    return rows[-1] | {f"best_{k}": v for k, v in best.items()}
+
+
+def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+    """Evaluates checkpoint config.eval.checkpoint of a workdir on the test images.
+
+    Returns its `step` and `test_*`. Normalises images as in training.
+    """
+    workdir, mesh = pathlib.Path(workdir), make_mesh()
+    _check_agreement(config, workdir)
+    checks.check_config(config, mesh, training=False)
+    facts = load_facts(workdir)
+    test = input_pipeline.load(config.data, "test")
+    checks.check_test_data(config, test)
+    definition, variables, step = _load(
+        config, workdir, config.eval.checkpoint, lambda x: place(x, mesh)
+    )
+    for change in evaluation_changes(config, workdir):
+        logging.warning(change)
+    normalization = _normalization(config, facts)
+    evaluator = evaluate.make_evaluator(config, definition, normalization, mesh, test)
+    means, confusion = evaluator(variables)
+    try:
+        write_confusion(workdir, confusion, test.class_names, f"-{step}")
+    except WorkdirError as error:  # the result is printed even if it cannot be saved
+        logging.warning(error)
+    return {"step": step} | means
+
+
+def restore(
+    workdir: str | pathlib.Path, which: str | int = "best"
+) -> tuple[nnx.Module, Callable[[np.ndarray], jax.Array]]:
+    """Loads a trained net and its preprocessing; needs nothing but the workdir.
+
+    which: 'best', 'last', or the step of a checkpoint. Returns the net in eval mode and
+    preprocess(images): (N, H, W, 3) uint8 -> the input of the net, normalised as in
+    training, so that net(preprocess(images)) are the logits that --mode=eval sees.
+    Raises ValueError (CheckpointError is a subclass) if the workdir cannot be read.
+    """
+    workdir = pathlib.Path(os.path.expanduser(workdir))
+    config, facts = load_config(workdir), load_facts(workdir)
+    definition, variables, _ = _load(config, workdir, which)
+    net = definition.merge(variables)
+    net.eval()
+    normalization = _normalization(config, facts)
+
+    def preprocess(images: np.ndarray) -> jax.Array:
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != facts.image_shape:
+            height, width, channels = facts.image_shape
+            raise ValueError(
+                f"this net takes uint8 images (N, {height}, {width}, {channels}), got "
+                f"{images.dtype} {images.shape}"
+            )
+        return augment.normalize(images, **normalization)
+
+    return net, preprocess
+
+
+def _load(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    which: str | int,
+    place: Callable[[dict], dict] = lambda variables: variables,
+) -> tuple[nets.Definition, dict, int]:
+    """Returns the net of a checkpoint, its variables for evaluation, and its step."""
+    definition, variables = nets.split(nets.create(config.net, nnx.Rngs(config.seed)))
+    ema = _averaged(variables) if config.train.ema else {}
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        template = place(variables | {"ema": ema})
+        variables, step = checkpoints.restore(template, which, partial=True)
+    averages = variables.pop("ema")
+    return definition, variables | averages, step

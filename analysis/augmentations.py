@@ -12,10 +12,10 @@ import dataclasses
 import pathlib
 import sys
 
-from runtime import environment
+from runtime import processes
 
 if __name__ == "__main__":
-    environment.settle()  # before jax is imported
+    processes.set_environment()  # before jax is imported
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 import augment
 import input_pipeline
 from augment.check import check
-from runtime import preflight
+from runtime import command_line
 
 CELL, GAP, CAPTION = 96, 4, 12  # pixels; images larger than a cell are not scaled
 
@@ -145,4 +145,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("images", 8, "number of images", lower_bound=1)
     flags.DEFINE_integer("versions", 10, "number of training steps", lower_bound=1)
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main, flags_parser=preflight.parsed)
+    app.run(main, flags_parser=command_line.parse)

@@ -15,7 +15,7 @@ import numpy as np
 
 import benchmarks
 from nets.layers.lowerings import Shape, applicable, choose, convolution
-from runtime import environment
+from runtime import processes
 
 # net, size, in, out, window, stride, groups
 LAYERS = (
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    environment.settle()  # as main.py: page faults would double the times on CPU
+    processes.set_environment()  # as main.py: page faults would double the times on CPU
     rows = [row for layer in LAYERS for row in measure(layer, **vars(options))]
     name = benchmarks.machine(jax.devices()[0].device_kind)
     benchmarks.write(f"layers-{name}-jax{jax.__version__}", rows)

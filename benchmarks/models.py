@@ -24,7 +24,7 @@ import sys
 import time
 
 import benchmarks
-from runtime import environment
+from runtime import processes
 
 CHECKOUT = pathlib.Path(__file__).parents[1]
 PEERS = {  # pytorchcv's names
@@ -123,7 +123,7 @@ class Player:
             text=True,
             cwd=checkout,
             # The environment that main.py gives a run; PyTorch gets the same.
-            env={"GLIBC_TUNABLES": environment.HUGE_PAGES}
+            env={"GLIBC_TUNABLES": processes.HUGE_PAGES}
             | os.environ
             | {"PYTHONPATH": str(checkout.absolute())},
         )
@@ -180,7 +180,7 @@ def ours(variant: str, lowering: str, options):
 
     import input_pipeline
     import train
-    from runtime import devices
+    from runtime import devices, dispatch
 
     family, _, row = variant.partition(":")
     config = importlib.import_module(f"configs.{family}").get_config(row)
@@ -199,7 +199,7 @@ def ours(variant: str, lowering: str, options):
     batch = devices.shard({"image": image, "label": label}, mesh)
     start = time.perf_counter()
     train_step = functools.partial(train.train_step, program)
-    step_fn = devices.make_train_step(train_step, mesh)
+    step_fn = dispatch.make_train_step(train_step, mesh)
     compiled = step_fn.lower(state, batch).compile()
     seconds = time.perf_counter() - start
 

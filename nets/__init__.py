@@ -14,6 +14,7 @@ from nets.alexnet import AlexNet
 from nets.delugenet import DelugeNet
 from nets.densenet import DenseNet, ImageNetDenseNet
 from nets.gunn import Gunn
+from nets.layers import lowerings
 from nets.layers.expander import Connectivity, Expander
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
@@ -100,6 +101,7 @@ def configure(
       across the devices of the mesh axis "data"; 0: each device has its own.
     None leaves a setting unchanged.
     """
+    lowerings.check(lowering or "auto")
     for path, module in nnx.iter_modules(net):
         if lowering is not None and hasattr(module, "lowering"):
             module.lowering = lowering
@@ -176,13 +178,17 @@ class Definition:
 
         key: seed of the dropout, which only nets in training use.
         """
-        kinds = (variables["params"], variables["stats"], variables["wiring"])
-        # Without copy=True, updating batch statistics under jax.grad is an error.
-        net = nnx.merge(self.graphdef, *kinds, self.constants, copy=True)
+        net = self.merge(variables)
         net.train() if train else net.eval()
         if key is not None:
             nnx.reseed(net, dropout=key)
         return net(x), nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
+
+    def merge(self, variables: dict) -> nnx.Module:
+        """Returns the net with these variables; the inverse of `split`."""
+        kinds = (variables["params"], variables["stats"], variables["wiring"])
+        # Without copy=True, updating batch statistics under jax.grad is an error.
+        return nnx.merge(self.graphdef, *kinds, self.constants, copy=True)
 
 
 def split(net: nnx.Module) -> tuple[Definition, dict]:

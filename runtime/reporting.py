@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import math
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import input_pipeline
 import metrics
+from nets import cost
 from runtime.clock import Clock
 from runtime.workdir import as_csv, flatten, read_rows, write_json, write_text
 
@@ -130,9 +134,13 @@ class Reporter:
         # The sums start over.
         self._line = self._row = _Mark(step, {}, self._end.seconds)
 
-    def sheet(self, images: np.ndarray) -> None:
-        """Shows augmented training images (N, H, W, 3) uint8 in TensorBoard."""
-        self._write("images", self._line.step, {"training_images": _tile(images)})
+    def sheet(self, make: Callable[[], np.ndarray]) -> None:
+        """Shows augmented training images in TensorBoard.
+
+        make: returns (N, H, W, 3) uint8; called in TensorBoard's thread, if there is one.
+        """
+        sheet = lambda: {"training_images": _tile(make())}
+        self._write("images", self._line.step, sheet)
 
     def close(self) -> None:
         """Reports what is pending and waits for TensorBoard."""
@@ -197,7 +205,10 @@ class TensorBoard:
         self._thread.submit(self._open, workdir)
 
     def write(self, kind: str, *arguments) -> None:
-        """Calls a write_... method of clu.metric_writers: 'scalars', 'images', ..."""
+        """Calls a write_... method of clu.metric_writers: 'scalars', 'images', ...
+
+        Arguments that are functions are replaced by their results, in the thread.
+        """
         self._thread.submit(self._call, f"write_{kind}", *arguments)
 
     def close(self) -> None:
@@ -218,6 +229,7 @@ class TensorBoard:
         if self._writer is None:
             return
         try:
+            arguments = [x() if callable(x) else x for x in arguments]
             getattr(self._writer, method)(*arguments)
         except Exception as error:
             logging.warning("no more TensorBoard events are written: %s", error)
@@ -364,3 +376,48 @@ def _measure_peak_memory() -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+def log_run(
+    config: ConfigDict, facts: input_pipeline.Facts, net: nnx.Module, mesh: Mesh
+) -> None:
+    """Logs what is about to be trained; `net` may be abstract."""
+    total = cost.total(cost.layers(net, (1, *facts.image_shape)))
+    logging.info(
+        "net      %s %s: %s parameters (dense twin %s), %s multiply-adds per image",
+        config.net.name,
+        config.variant,
+        f"{total.parameters:,}",
+        f"{total.dense_parameters:,}",
+        f"{total.macs:,}",
+    )
+    logging.info(
+        "data     %s: %s training images %s, %d classes, pipeline %s",
+        config.data.name,
+        f"{facts.num_train:,}",
+        "x".join(map(str, facts.image_shape)),
+        len(facts.class_names),
+        config.data.pipeline,
+    )
+    recipe = config.data.recipe.name
+    if recipe not in (re.split("[:/]", config.data.name)[0], ""):
+        logging.warning(
+            "the recipe (flip, crop, border, schedule) is the one for %s; to use that "
+            "of another set, pass --config=FILE:%s,SET",
+            recipe,
+            config.variant,
+        )
+    if jax.default_backend() == "cpu" and config.train.steps_per_dispatch > 1:
+        logging.warning(
+            "train.steps_per_dispatch=%d: XLA:CPU runs a loop of steps on one thread, "
+            "about 10 times slower; use 1 on CPUs",
+            config.train.steps_per_dispatch,
+        )
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    logging.info(
+        "devices  %d x %s in %d process(es), %s",
+        mesh.size,
+        "/".join(kinds),
+        jax.process_count(),
+        config.train.dtype,
+    )

@@ -25,6 +25,7 @@ PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
 TRAINING_ONLY = (
     *(*PATHS, "data.download", "data.pipeline", "data.flip", "data.pad"),
     *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
+    *("data.mean", "data.std"),  # the normalisation is in config.json
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 import evaluate
+import input_pipeline
 import nets
 from configs import xdensenet
 from data_sources import InMemory
@@ -50,8 +51,8 @@ def evaluated(net, examples, batch_size, devices, spoil=False):
     definition, variables = net
     mesh = make_mesh(jax.devices()[:devices])
     config = xdensenet.get_config("22-8-2,digits")
-    config.eval.batch_size = batch_size
-    batches = evaluate.test_batches(config, mesh, examples)
+    size = evaluate.padded_batch_size(batch_size, mesh.size)
+    batches = input_pipeline.batches(config, "test", examples=examples, batch_size=size)
     if spoil:
         batches = map(spoiled, batches)
     counted = []

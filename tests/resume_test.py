@@ -145,7 +145,7 @@ def test_sigterm_saves_first(tmp_path, cache, reference):
     assert code == 128 + signal.SIGTERM
     *_, message = err.strip().splitlines()
     step = last(workdir)
-    assert message.startswith(f"SIGTERM: saved up to step {step} in {workdir}")
+    assert message.startswith(f"SIGTERM: saved step {step} in {workdir}")
     assert "AsyncError" not in err
     assert 0 < step < TOTAL
     complete(arguments(workdir), cache)
@@ -156,7 +156,7 @@ def test_complete_run_is_not_repeated(cache, reference):
     before = {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
     code, out, err = launch.finish(start(arguments(reference), cache))
     assert code == 0, err
-    assert f"{reference} holds this run, complete" in err
+    assert f"{reference} already holds this run, complete" in err
     assert f"(step {TOTAL})" in out
     assert {p: p.stat().st_mtime_ns for p in reference.rglob("*")} == before
 

@@ -16,7 +16,8 @@ import input_pipeline
 import nets
 import train
 from nets.layers.wiring import KINDS
-from runtime.devices import make_device_steps, make_mesh
+from runtime.devices import make_mesh
+from runtime.dispatch import MAX_IN_FLIGHT, make_device_steps
 from runtime.workdir import read_rows
 from tests.support import compiling, tiny
 from tests.support.stepping import (
@@ -194,9 +195,9 @@ def test_nothing_is_compiled_again(npz, tmp_path, monkeypatch, compilations, pip
     marks = []
     evaluated = train.Reporter.evaluated
 
-    def mark(reporter, row):
+    def mark(reporter, *arguments):
         marks.append(len(compilations.names))
-        evaluated(reporter, row)
+        evaluated(reporter, *arguments)
 
     monkeypatch.setattr(train.Reporter, "evaluated", mark)
     train.train_and_evaluate(config, tmp_path)
@@ -207,49 +208,56 @@ def test_nothing_is_compiled_again(npz, tmp_path, monkeypatch, compilations, pip
     assert names[marks[1] :] == []
 
 
+class Lazy:
+    """A number on a device that records when the host fetches it."""
+
+    def __init__(self, value, events):
+        self.value, self.events = value, events
+
+    def __array__(self, dtype=None, copy=None):
+        self.events.append("fetch")
+        return np.asarray(self.value, dtype)
+
+    def __int__(self):
+        return int(np.asarray(self))
+
+
 def test_the_host_waits_for_no_step(npz, tmp_path, monkeypatch):
-    """What is fetched comes late and seldom: nothing between two lines of the log."""
+    """Totals are fetched late and seldom: only for the lines of the log."""
     events, dispatched, lags = [], [], []
-    array = type(jnp.zeros(()))
-    fetch, make_advance = array._value, train.make_advance
-    wait = jax.block_until_ready
+    make_advance, wait = train.make_advance, jax.block_until_ready
 
-    def fetching(self):
-        events.append("fetch")
-        return fetch.fget(self)
-
-    def counting(*arguments):
+    def watched(*arguments):
         advance = make_advance(*arguments)
 
-        def counted(*state):
+        def watched_advance(*state):
             events.append("step")
-            dispatched.append(advance(*state))
-            return dispatched[-1]
+            state, totals, bad_step = advance(*state)
+            dispatched.append(bad_step)
+            lazy = {name: Lazy(value, events) for name, value in totals.items()}
+            return state, lazy, Lazy(bad_step, events)
 
-        return counted
+        return watched_advance
 
     def waiting(x):
-        lags.extend(i for i, made in enumerate(reversed(dispatched)) if made[2] is x)
+        lags.extend(i for i, step in enumerate(reversed(dispatched), 1) if step is x)
         return wait(x)
 
     monkeypatch.setattr(jax, "block_until_ready", waiting)
-    monkeypatch.setattr(array, "_value", property(fetching))
-    monkeypatch.setattr(train, "make_advance", counting)
+    monkeypatch.setattr(train, "make_advance", watched)
     config = configured(npz, train__epochs=4.0, train__log_every_steps=10)
     config.eval.every_epochs = 4.0
     train.train_and_evaluate(config, tmp_path)
-    assert "fetch" in events
     assert events.count("step") == 25
-    # The first is waited for anyway; 10 and 20 are told of while 11 and 21 run; the
-    # end fetches at will.
-    told = [number for number, event in numbered(events) if event == "fetch"]
-    assert {n for n in told if 0 < n < 25} == {1, 11, 21}
-    # So that no more than a few are under way.
-    assert lags == [train.AHEAD] * (25 - train.AHEAD)
+    # The first totals begin the first interval. Those of steps 10 and 20 are fetched
+    # while 11 and 21 run. The end may fetch anything.
+    fetches = [number for number, event in numbered(events) if event == "fetch"]
+    assert {n for n in fetches if 0 < n < 25} == {1, 11, 21}
+    assert lags == [MAX_IN_FLIGHT] * (25 - MAX_IN_FLIGHT)
 
 
 def numbered(events):
-    """(how many steps came before, event)."""
+    """Pairs each event with the number of steps before it."""
     counts = itertools.accumulate(event == "step" for event in events)
     return zip(counts, events, strict=True)
 
@@ -331,12 +339,12 @@ def test_stopped_before_its_first_step_it_loses_nothing(npz, tmp_path, monkeypat
     config.train.epochs = 2.0
     with monkeypatch.context() as patch:
         stop_at_once(patch)
-        with pytest.raises(train.Preempted, match="saved up to step 7"):
+        with pytest.raises(train.Preempted, match="saved step 8 in"):
             train.train_and_evaluate(config, tmp_path)
-        with pytest.raises(train.Preempted, match="saved up to step 0"):
+        with pytest.raises(train.Preempted, match="saved step 1 in"):
             train.train_and_evaluate(config, tmp_path / "other")
     best = configured(npz, eval__checkpoint="best")
-    assert train.evaluate_checkpoint(best, tmp_path)["step"] == 7  # its row is there
+    assert train.evaluate_checkpoint(best, tmp_path)["step"] == 7  # 8 has no row
     whole = configured(npz, train__epochs=2.0)
     wanted = train.train_and_evaluate(whole, tmp_path / "whole")
     assert train.train_and_evaluate(config, tmp_path) == wanted
@@ -352,14 +360,9 @@ def test_sigterm_after_the_last_step_is_not_lost(npz, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "sigterm", lambda: contextlib.nullcontext(late))
-        with pytest.raises(train.Preempted, match="saved up to step 7"):
+        with pytest.raises(train.Preempted, match="saved step 7 in"):
             train.train_and_evaluate(config, tmp_path)
     assert train.train_and_evaluate(config, tmp_path)["step"] == 7
-
-
-def test_batches_that_devices_cannot_share_are_refused(npz, tmp_path):
-    with pytest.raises(ValueError, match=r"batch_size 12 .* 8 devices.* multiple of 8"):
-        train.train_and_evaluate(configured(npz, train__batch_size=12), tmp_path)
 
 
 def test_a_run_in_a_thread_of_a_notebook(npz, tmp_path):
@@ -373,7 +376,7 @@ def test_a_run_in_a_thread_of_a_notebook(npz, tmp_path):
     assert train.evaluate_checkpoint(config, tmp_path).items() <= result.items()
 
 
-def test_what_differs_in_a_test_is_told_and_need_not_be_written(
+def test_an_evaluation_warns_of_changes_and_survives_a_full_disk(
     npz, tmp_path, monkeypatch
 ):
     said, config = [], configured(npz, train__epochs=0.5)
@@ -384,11 +387,11 @@ def test_what_differs_in_a_test_is_told_and_need_not_be_written(
 
     monkeypatch.setattr(train, "write_confusion", refuse)
     monkeypatch.setattr(train.logging, "warning", lambda text: said.append(str(text)))
-    config.data.update(std=(500.0, 500.0, 500.0), cache_dir=str(tmp_path))
+    config.data.update(on_error="skip", cache_dir=str(tmp_path))
     config.optimizer.learning_rate = 2.0
     assert train.evaluate_checkpoint(config, tmp_path)["step"] == result["step"]
     assert [text.split()[:6] for text in said] == [
-        ["evaluating", "with", "data.std=(500.0,", "500.0,", "500.0)", "(the"],
+        ["evaluating", "with", "data.on_error=skip", "(the", "run", "was"],
         ["per_class-4.csv", "cannot", "be", "written"],
     ]
 

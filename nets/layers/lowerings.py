@@ -41,16 +41,21 @@ def convolution(
     whole net. Supports reverse-mode derivatives of any order, but on CPU no forward
     mode.
     """
-    if lowering != "auto" and lowering not in LOWERINGS:
-        raise ValueError(
-            f"unknown lowering {lowering!r}: choose from auto, {', '.join(LOWERINGS)}"
-        )
+    check(lowering)
     shape = Shape.of(x, kernel, stride, padding, groups)
     if lowering == "auto":
         lowering = choose(shape, jax.default_backend())
     elif lowering not in applicable(shape):
         lowering = "native"
     return LOWERINGS[lowering].compute(x, kernel.astype(x.dtype), shape)
+
+
+def check(lowering: str) -> None:
+    """Raises ValueError unless `lowering` is 'auto' or one of LOWERINGS."""
+    if lowering != "auto" and lowering not in LOWERINGS:
+        raise ValueError(
+            f"unknown lowering {lowering!r}: choose from auto, {', '.join(LOWERINGS)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import pytest
 
 from analysis import curves
 from configs import cfmz
-from runtime import preflight
 from runtime.workdir import as_csv
 
 
@@ -88,15 +87,3 @@ def test_the_plot_has_a_line_for_each_run(tmp_path):
 def test_a_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}.* is not a workdir"):
         curves.read([tmp_path])
-
-
-def test_seeds_are_runs_of_their_own(tmp_path):
-    config = cfmz.get_config()
-    assert list(preflight.runs(config, tmp_path)) == [(config, tmp_path)]
-    config.update(seed=3, seeds=2)
-    runs = list(preflight.runs(config, tmp_path))
-    assert [path.name for _, path in runs] == ["seed3", "seed4"]
-    assert [(run.seed, run.seeds) for run, _ in runs] == [(3, 1), (4, 1)]
-    config.seeds = 0
-    with pytest.raises(ValueError, match="seeds=0"):
-        list(preflight.runs(config, tmp_path))

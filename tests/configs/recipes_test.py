@@ -14,7 +14,7 @@ import input_pipeline
 import optimizers
 from configs import common
 from configs.data_sets import DATA_SETS
-from runtime import devices, preflight
+from runtime import checks, devices
 from runtime.clock import Clock
 from tests.support.families import FAMILIES
 
@@ -238,11 +238,11 @@ def test_a_recipe_has_the_steps_and_rates_of_its_original(argument):
 def test_a_recipe_can_be_run(argument):
     """On one device: the last batch too, in groups of images that share statistics."""
     config = get_config(argument)
-    labels = np.zeros(DATA_SETS[config.data.name].num_train, np.int32)
-    examples = types.SimpleNamespace(
-        labels=labels, num_classes=config.net.num_classes, image_shape=(32, 32, 3)
-    )
-    preflight.check(config, examples, examples, devices.make_mesh(jax.devices()[:1]))
+    names = tuple(map(str, range(config.net.num_classes)))
+    shape, num_train = (32, 32, 3), DATA_SETS[config.data.name].num_train
+    facts = input_pipeline.Facts(names, shape, (0.0,) * 3, (1.0,) * 3, num_train)
+    test = types.SimpleNamespace(class_names=names, image_shape=shape)
+    checks.check_data(config, devices.make_mesh(jax.devices()[:1]), facts, test)
 
 
 def test_every_family_and_published_data_set_has_a_row():

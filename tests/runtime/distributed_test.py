@@ -86,7 +86,7 @@ def test_sigterm_of_one_stops_both(tmp_path, cache, together, told):
     codes, said = finish_both(processes)
     assert killed, said
     assert codes == [128 + signal.SIGTERM] * 2, said
-    assert f"SIGTERM: saved up to step {max(launch.steps(tmp_path))}" in said[0]
+    assert f"SIGTERM: saved step {max(launch.steps(tmp_path))}" in said[0]
     complete(tmp_path, cache)
     launch.assert_same_end(tmp_path, together)
 
@@ -99,7 +99,7 @@ def test_a_folder_that_is_not_the_same_for_both_is_told(tmp_path, cache, togethe
     for err in said:
         assert "Traceback" not in err
         assert f"last steps [-1, {TOTAL}" in err
-        assert "one folder that all share" in err
+        assert "one shared directory" in err
 
 
 @pytest.mark.slow
@@ -111,7 +111,12 @@ def test_other_flags_for_one_of_them_are_told(tmp_path, cache):
 
 def test_nothing_is_compared_over_processes():
     """jax.device_put compares all values: each step would wait for collectives."""
-    for name in ("devices.py", "train.py", "evaluate.py"):
+    for name in (
+        "runtime/devices.py",
+        "runtime/dispatch.py",
+        "train.py",
+        "evaluate.py",
+    ):
         assert "jax.device_put(" not in (launch.ROOT / name).read_text(), name
 
 

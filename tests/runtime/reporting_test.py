@@ -227,7 +227,7 @@ def test_steps_do_not_wait_for_the_device(tmp_path):
 def test_tensorboard_receives_everything_once(tmp_path, events):
     writer = reporter(tmp_path, tensorboard=True)
     images = np.arange(5 * 2 * 3 * 3, dtype=np.uint8).reshape(5, 2, 3, 3)
-    writer.sheet(images)
+    writer.sheet(lambda: images)
     writer.trained(1, totals(1))
     writer.trained(10, totals(10))
     with writer.pause():
@@ -258,7 +258,7 @@ def test_tensorboard_receives_everything_once(tmp_path, events):
 @pytest.mark.slow
 def test_tensorboard_writes_an_event_file(tmp_path):
     writer = reporter(tmp_path, tensorboard=True)
-    writer.sheet(np.zeros((4, 8, 8, 3), np.uint8))
+    writer.sheet(lambda: np.zeros((4, 8, 8, 3), np.uint8))
     writer.evaluated(row(100, 0.5), np.eye(3, dtype=int))
     writer.close()
     (path,) = tmp_path.glob("events.out.tfevents.*")

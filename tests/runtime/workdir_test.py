@@ -65,7 +65,7 @@ def test_damaged_or_missing_config_is_refused(tmp_path, text):
     [
         ("train.dtype", "bfloat16"),
         ("net.depth", 32),
-        ("data.mean", (1.0, 2.0, 3.0)),
+        ("data.on_error", "skip"),
         ("data.name", "cifar100"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Many short runs of main.py: everything is imported once, each run is a fork."""
+"""Many short runs of main.py: imports everything once and forks for each run."""
 
 import json
 import os
@@ -6,15 +6,13 @@ import runpy
 import signal
 import sys
 import tempfile
-import time
 import traceback
 
 RUN_SECONDS = 60
 
 
 def run(arguments: list[str]) -> dict:
-    """Exit code, standard output, standard error and seconds of one run."""
-    started = time.monotonic()
+    """Returns the exit code, standard output and standard error of one run."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
         if not child:
@@ -23,15 +21,14 @@ def run(arguments: list[str]) -> dict:
             os._exit(main(arguments))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = [file.seek(0) or file.read() for file in (out, err)]
-    seconds = time.monotonic() - started
-    return {"code": code, "out": texts[0], "err": texts[1], "seconds": seconds}
+    return {"code": code, "out": texts[0], "err": texts[1]}
 
 
 def main(arguments: list[str]) -> int:
-    """What the interpreter does with main.py, down to the exit code."""
+    """Runs main.py as the interpreter does and returns its exit code."""
     signal.alarm(RUN_SECONDS)
     sys.argv = ["main.py", *arguments]
-    os.environ["GLIBC_TUNABLES"] = ""  # else main.py starts itself over
+    os.environ["GLIBC_TUNABLES"] = ""  # prevents the restart
     try:
         runpy.run_path("main.py", run_name="__main__")
         code = 0
@@ -50,9 +47,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, "")
-    # None of these may touch a device: a fork would not survive it.
-    import sklearn.datasets  # noqa: F401
-
+    # Must not touch a device: a fork would not survive it.
     import train  # noqa: F401
 
     runs = json.load(sys.stdin)

@@ -10,7 +10,8 @@ import numpy as np
 import input_pipeline
 import train
 from configs import common
-from runtime.devices import make_mesh, make_train_step, place, shard
+from runtime.devices import make_mesh, place, shard
+from runtime.dispatch import make_train_step
 from tests.support import compiling, tiny
 
 BATCH = 16

@@ -1,0 +1,153 @@
+"""The command line: flags and config files, with one-line errors, and their runs."""
+
+import difflib
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from runtime.workdir import flatten
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags, for app.run; exits with a one-line error on bad input.
+
+    ml_collections answers bad overrides with stack traces and KeyErrors, so config file
+    and override paths are checked before it sees them.
+    """
+    help_wanted = any(re.match(r"--?(help|h$|\?)", arg) for arg in argv)
+    try:
+        if not help_wanted:
+            _check(argv)
+        unused = flags.FLAGS(argv)[1:]
+        if unused:
+            raise ValueError(f"{unused[0]!r} belongs to no flag")
+        if "workdir" in flags.FLAGS and flags.FLAGS.workdir is None:
+            raise ValueError(f"--workdir is missing; {argv[0]} --help lists the flags")
+    except (flags.Error, ValueError, TypeError) as error:
+        sys.exit(f"error: {error}")
+    return argv[:1]
+
+
+def _check(argv: Sequence[str]) -> None:
+    """Raises ValueError for a config file or an override path that cannot work."""
+    value = None
+    for i, arg in enumerate(argv):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg, re.DOTALL):
+            value = match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
+    if value is None:
+        raise ValueError(f"--config is missing; {argv[0]} --help lists the flags")
+    config = load_config_file(value)
+    for arg in argv:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
+            check_path(config, match[1])
+
+
+def load_config_file(value: str) -> ConfigDict:
+    """Returns get_config(ARGUMENT) of a 'FILE.py' or 'FILE.py:ARGUMENT'.
+
+    Raises ValueError for a file that cannot be loaded or that returns no ConfigDict.
+    """
+    path, colon, argument = value.partition(":")
+    if not os.path.isfile(path):
+        files = sorted(x.name for x in CONFIGS.glob("*.py") if x.stem not in SHARED)
+        near = difflib.get_close_matches(os.path.basename(path), files, n=1)
+        hint = f"; did you mean configs/{near[0]}?" if near else ""
+        kind = "is a directory" if os.path.isdir(path) else "does not exist"
+        raise ValueError(
+            f"--config: {path or 'the file'} {kind}; configs/ has {', '.join(files)}"
+            + hint
+        )
+    if not path.endswith(".py"):
+        raise ValueError(
+            f"--config={path} is not a Python file; it must end in .py and define "
+            "get_config()"
+        )
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = module.get_config
+        config = get_config(argument) if colon else get_config()
+    except ValueError as error:
+        raise ValueError(f"--config={value}: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--config={value} cannot be loaded: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ValueError(
+            f"--config={value}: get_config() returns {kind}, no ConfigDict"
+        )
+    return config
+
+
+SHARED = ("__init__", "common", "data_sets")  # in configs/, but no families
+
+
+def check_path(config: ConfigDict, path: str) -> None:
+    """Raises ValueError unless `path` ('train.batch_size') names a field of config."""
+    flag = f"--config.{path}"
+    if "[" in path:
+        field = path.partition("[")[0]
+        raise ValueError(
+            f"{flag}: items cannot be set one by one; set the whole field {field}=(...)"
+        )
+    node, parts = config, path.split(".")
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        if not isinstance(node, ConfigDict):
+            raise ValueError(
+                f"{flag}: {above} is of type {type(node).__name__} and has no "
+                "sub-fields; set it as a whole"
+            )
+        if part not in node:
+            raise ValueError(f"{flag}: there is no field {part!r}{_hint(config, path)}")
+        node = node[part]
+    if isinstance(node, ConfigDict):
+        fields = ", ".join(f"{path}.{name}" for name in node)
+        raise ValueError(f"{flag} is a section; set one of its fields: {fields}")
+
+
+def _hint(config: ConfigDict, path: str) -> str:
+    """Suggests the field of the same name, else the most similar path."""
+    known, leaf = list(flatten(config)), path.rpartition(".")[2]
+    same = [x for x in known if x.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(path, same or known, 1, 0.0 if same else 0.6)
+    if near:
+        return f"; did you mean --config.{near[0]}?"
+    return "; fields of the net are in the --config file, others in configs/common.py"
+
+
+def runs(
+    config: ConfigDict, workdir: str | pathlib.Path
+) -> Iterator[tuple[ConfigDict, pathlib.Path]]:
+    """Yields (config, workdir) of each run that a configuration asks for.
+
+    One run in the workdir itself, or config.seeds runs with seeds config.seed,
+    config.seed + 1, ... in workdir/seed<seed>.
+    """
+    if not str(workdir):
+        raise ValueError("--workdir must not be empty")
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--workdir={workdir} is a URL, not a directory: mount the bucket "
+            "(e.g. with gcsfuse) and give its path"
+        )
+    workdir = pathlib.Path(os.path.expanduser(workdir))
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+    if config.seeds == 1:
+        yield config, workdir
+        return
+    for seed in range(config.seed, config.seed + config.seeds):
+        run = config.copy_and_resolve_references()
+        run.update(seed=seed, seeds=1)
+        yield run, workdir / f"seed{seed}"

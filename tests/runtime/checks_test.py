@@ -1,0 +1,203 @@
+"""A bad value of any field ends in one error: the field, the value, a remedy."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+import input_pipeline
+import optimizers
+from configs import xdensenet
+from runtime import checks
+from runtime.devices import make_mesh
+from tests.support.words import words
+
+# A family's variant, fields, and words that the message must contain.
+REFUSED = {
+    "no batch": ("xdensenet", {"train.batch_size": 0}, "train.batch_size positive 0"),
+    "epochs": ("xdensenet", {"train.epochs": -1.0}, "train.epochs positive -1"),
+    "nan": ("xdensenet", {"train.epochs": np.nan}, "train.epochs finite nan"),
+    "endless": ("xdensenet", {"train.epochs": np.inf}, "train.epochs finite inf"),
+    "seed": ("xdensenet", {"seed": -1}, "seed -1"),
+    "large seed": ("xdensenet", {"seed": 2**32}, "seed 2**32 4294967296"),
+    "graph seed": ("xdensenet", {"net.graph_seed": -1}, "net.graph_seed -1"),
+    "dropout": ("xdensenet", {"net.dropout": 2.0}, "net.dropout [0, 1) 2.0"),
+    "reduction": ("xdensenet", {"net.reduction": 0.0}, "output channel 0"),
+    "warm-up": (
+        "xdensenet",
+        {"optimizer.warmup_epochs": np.inf},
+        "warmup_epochs finite",
+    ),
+    "no reduction": ("xdensenet", {"net.reduction": np.nan}, "net.reduction finite"),
+    "infinite drop": (
+        "xdensenet",
+        {"optimizer.drop_epochs": (np.inf,)},
+        "drop_epochs finite inf",
+    ),
+    "no numbers": ("xdensenet", {"optimizer.drop_epochs": ("a",)}, "drop_epochs 'a'"),
+    "momentum": (
+        "xdensenet",
+        {"optimizer.momentum": -0.9},
+        "optimizer.momentum negative -0.9",
+    ),
+    "both momenta": (
+        "xdensenet",
+        {"optimizer.rate_in_velocity": True},
+        "optimizer.rate_in_velocity optimizer.nesterov=False",
+    ),
+    "schedule": (
+        "xdensenet",
+        {"optimizer.schedule": "cosin"},
+        "optimizer.schedule 'cosin' 'cosine' one_cycle",
+    ),
+    "keep": ("xdensenet", {"checkpoint.keep": 0}, "checkpoint.keep positive 0"),
+    "every": ("xdensenet", {"checkpoint.every_steps": -6}, "checkpoint.every_steps -6"),
+    "dtype": ("xdensenet", {"train.dtype": "float16"}, "'float16' bfloat16"),
+    "pipeline": ("xdensenet", {"data.pipeline": "tfdata"}, "'tfdata' tf.data device"),
+    "border": ("xdensenet", {"data.border": "black"}, "'black' zero mean"),
+    "crop": ("xdensenet", {"data.crop": "inceptio"}, "'inceptio' pad inception"),
+    "mean": ("xdensenet", {"data.mean": ("x",)}, "data.mean numbers 'x'"),
+    "two means": ("xdensenet", {"data.mean": (1.0, 2.0)}, "data.mean 3 numbers"),
+    "no deviation": ("xdensenet", {"data.std": (1.0, 0.0, 1.0)}, "data.std 3 not 0.0"),
+    "dispatch": (
+        "xdensenet",
+        {"train.steps_per_dispatch": 4, "data.pipeline": "tf.data"},
+        "train.steps_per_dispatch=4 data.pipeline=device",
+    ),
+    "group": (
+        "xdensenet",
+        {"train.batch_norm_groups": 5},
+        "train.batch_norm_groups=5 train.batch_size=32",
+    ),
+    "depth": ("xdensenet", {"net.depth": 23}, "23 6 n + 4"),
+    "endless depth": ("xdensenet", {"net.depth": 10**30}, "net.depth 10,000"),
+    "endless growth": ("xdensenet", {"net.growth": 10**30}, "net.growth 1,000,000"),
+    "growth": ("xdensenet", {"net.growth": 0}, "output channel 0"),
+    "compress": ("xdensenet", {"net.wiring.compress": 99}, "compress 99 16"),
+    "groups": (
+        "xdensenet",
+        {"net.wiring.kind": "grouped", "net.wiring.groups": 3},
+        "3 16",
+    ),
+    "wiring": ("xdensenet", {"net.wiring.kind": "expandr"}, "'expandr' expander"),
+    "lowering": ("xdensenet", {"net.lowering": "fast"}, "'fast' auto"),
+    "net": ("xdensenet", {"net.name": "densnet"}, "'densnet' 'densenet'"),
+    "cfmz depth": ("cfmz", {"net.depth": 21}, "21 6 n + 2"),
+    "layers": ("gunn", {"net.segments": (20, 2.5, 30)}, "'gunn' 2.5 integer"),
+    "data dir": (
+        "xdensenet",
+        {"data.name": "cifar10", "data.dir": "/nowhere"},
+        "cifar10 /nowhere --config.data.dir --config.data.name=digits",
+    ),
+}
+VARIANTS = {"xdensenet": "22-8-2,digits", "cfmz": "20,digits", "gunn": "15,digits"}
+
+
+def configured(family, fields):
+    config = importlib.import_module(f"configs.{family}").get_config(VARIANTS[family])
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def refuse(config, message, devices=1):
+    with pytest.raises(ValueError, match=words(message)):
+        checks.check_config(config, make_mesh(jax.devices()[:devices]))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_value_is_one_clear_line(name):
+    family, fields, message = REFUSED[name]
+    refuse(configured(family, fields), message)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_the_defaults_pass(family):
+    net = checks.check_config(configured(family, {}), make_mesh(jax.devices()[:1]))
+    assert hasattr(net, "classifier")
+
+
+def test_all_problems_are_listed_at_once():
+    """And without looking at any data, which do not exist."""
+    fields = {"train.dtype": "float16", "net.depth": 41}
+    fields |= {"data.name": "cifar10", "data.dir": "/nowhere"}
+    with pytest.raises(ValueError, match="3 problems") as error:
+        checks.check_config(configured("xdensenet", fields), make_mesh())
+    for word in ("/nowhere", "float16", "41", "6 n + 4"):
+        assert word in str(error.value)
+
+
+def test_every_rule_belongs_to_a_field():
+    """A renamed field must not lose its rule."""
+    fields = set(checks.flatten(xdensenet.get_config()))
+    assert set(checks.RULES) <= fields
+
+
+def test_every_number_has_a_rule():
+    """Building the net, augment.check and input_pipeline.check check the others."""
+    fields = checks.flatten(xdensenet.get_config())
+    numbers = {
+        name
+        for name, value in fields.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not name.startswith(("net.", "data.", "augment."))
+    }
+    assert numbers <= set(checks.RULES)
+
+
+def test_schedules_are_those_of_the_optimizers():
+    for name in optimizers.SCHEDULES:
+        assert checks.RULES["optimizer.schedule"](name) == ""
+    assert checks.RULES["optimizer.schedule"]("other") != ""
+
+
+@pytest.mark.parametrize(
+    ("groups", "refused"), [(1, False), (4, False), (8, False), (24, False), (3, True)]
+)
+def test_batch_norm_groups_and_devices_that_do_not_fit(groups, refused):
+    fields = {"train.batch_size": 48, "train.batch_norm_groups": groups}
+    config = configured("xdensenet", fields)
+    if refused:
+        refuse(config, "train.batch_norm_groups=3 cannot 8 devices", devices=8)
+    else:
+        checks.check_config(config, make_mesh())
+
+
+def test_a_batch_that_devices_cannot_share():
+    config = configured("xdensenet", {"train.batch_size": 12})
+    refuse(config, "train.batch_size=12 8 devices multiple of 8", devices=8)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    config = configured("xdensenet", {})
+    train, test = input_pipeline.load_both(config.data)
+    return input_pipeline.facts(config.data, train), test
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train.batch_size": 1438}, "1438 1437"),
+        ({"net.num_classes": 100}, "100 10 --config.net.num_classes=10"),
+        (
+            {"train.last_batch": "partial"},
+            "leaves 29 of 1437 images, which 8 devices last_batch=fill",
+        ),
+        ({"augment.hls": ("a", 1, 2)}, "hls 'a' number"),
+        ({"augment.mixup": 1.0, "train.batch_size": 8}, "mixup 1 images"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_data(digits, fields, message):
+    facts, test = digits
+    config = configured("xdensenet", fields)
+    with pytest.raises(ValueError, match=words(message)):
+        checks.check_data(config, make_mesh(), facts, test)
+
+
+def test_test_images_of_another_size(digits):
+    facts, test = digits
+    config, mesh = configured("xdensenet", {}), make_mesh(jax.devices()[:1])
+    smaller = type(test)(test.images[:, 1:], test.labels, test.class_names)
+    with pytest.raises(ValueError, match=r"\(31, 32, 3\).*\(32, 32, 3\)"):
+        checks.check_data(config, mesh, facts, smaller)

@@ -1,0 +1,117 @@
+"""Config files and override paths that cannot work, and the runs of several seeds."""
+
+import pathlib
+
+import pytest
+
+from configs import xdensenet
+from runtime import command_line
+from tests.support.words import words
+
+# --config, and words that the message must contain.
+FILES = {
+    "configs/xdensenet.py:40-25-2": "'40-25-2' 40-24-2, did you mean",
+    "configs/xdensenet.py:40-24-2,cifa10": "'cifa10' cifar10 digits",
+    "configs/xdensnet.py": "configs/xdensnet.py exist configs/xdensenet.py?",
+    "configs": "configs directory",
+    "": "exist",
+    "README.md": "README.md Python get_config()",
+    "Makefile": "Makefile Python get_config()",
+    "configs/common.py": "configs/common.py get_config",
+}
+# A config file's text, and words.
+BAD_FILES = {
+    "def get_config(:": "SyntaxError",
+    "import nowhere": "ModuleNotFoundError nowhere",
+    "def get_config():\n    return 1 / 0": "ZeroDivisionError",
+    "def get_config():\n    return {}": "get_config() dict ConfigDict",
+    "def get_config():\n    pass": "get_config() NoneType ConfigDict",
+    "def other():\n    pass": "get_config",
+    "\0": "",
+}
+PATHS = {
+    "train.batchsize": "'batchsize' train.batch_size?",
+    "traim.batch_size": "'traim' train.batch_size?",
+    "train.batch_size.x": "train.batch_size int sub-fields",
+    "train.dtype.x": "train.dtype str sub-fields",
+    "optimizer.drop_epochs[0]": "optimizer.drop_epochs[0] whole optimizer.drop_epochs=",
+    "data.mean[0]": "data.mean[0] whole data.mean=",
+    "data": "data section data.name",
+    "net.wiring": "net.wiring section net.wiring.kind",
+    "net.primary_groups": "'primary_groups' net.wiring.primary_groups?",
+    "net.compress": "'compress' net.wiring.compress?",
+    "": "''",
+    "train.": "''",
+    "train..batch_size": "''",
+    "quite.other": "'quite' configs/common.py",
+}
+
+
+@pytest.mark.parametrize("value", FILES)
+def test_a_config_that_cannot_be_loaded(value):
+    with pytest.raises(ValueError, match=words(FILES[value])):
+        command_line.load_config_file(value)
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_config_file_of_ones_own_that_is_wrong(tmp_path, text):
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words(f"{path} {BAD_FILES[text]}")):
+        command_line.load_config_file(str(path))
+
+
+def test_a_config_file_of_ones_own(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from configs import xdensenet\n"
+        "def get_config(variant='22-8-2,digits'):\n"
+        "    return xdensenet.get_config(variant)\n"
+    )
+    assert command_line.load_config_file(str(path)).variant == "22-8-2"
+    assert command_line.load_config_file(f"{path}:40-24").variant == "40-24"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_override_of_no_field(path):
+    with pytest.raises(ValueError, match=words(f"--config.{path} {PATHS[path]}")):
+        command_line.check_path(xdensenet.get_config(), path)
+
+
+def test_every_field_can_be_overridden():
+    config = xdensenet.get_config()
+    for path in command_line.flatten(config):
+        command_line.check_path(config, path)
+
+
+def test_one_run_lives_in_the_workdir_itself(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = xdensenet.get_config()
+    ((run, workdir),) = command_line.runs(config, "~/run")
+    assert workdir == pathlib.Path("/home/somebody/run")
+    assert run == config
+
+
+def test_several_seeds_have_directories_of_their_own(tmp_path):
+    config = xdensenet.get_config()
+    config.update(seed=3, seeds=2)
+    runs = list(command_line.runs(config, tmp_path))
+    assert [(run.seed, run.seeds, workdir.name) for run, workdir in runs] == [
+        (3, 1, "seed3"),
+        (4, 1, "seed4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("workdir", "seeds", "message"),
+    [
+        ("", 1, "--workdir empty"),
+        ("gs://bucket/run", 1, "gs://bucket/run bucket gcsfuse"),
+        ("run", 0, "seeds 1 0"),
+    ],
+)
+def test_a_workdir_or_a_number_of_seeds_that_cannot_be(workdir, seeds, message):
+    config = xdensenet.get_config()
+    config.seeds = seeds
+    with pytest.raises(ValueError, match=words(message)):
+        list(command_line.runs(config, workdir))
