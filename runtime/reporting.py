@@ -137,7 +137,7 @@ class Reporter:
     def sheet(self, make: Callable[[], np.ndarray]) -> None:
         """Shows augmented training images in TensorBoard.
 
-        make: returns (N, H, W, 3) uint8; called in TensorBoard's thread, if there is one.
+        make: returns (N, H, W, 3) uint8; runs in TensorBoard's thread, if it is on.
         """
         sheet = lambda: {"training_images": _tile(make())}
         self._write("images", self._line.step, sheet)
@@ -397,7 +397,7 @@ def log_run(
         f"{facts.num_train:,}",
         "x".join(map(str, facts.image_shape)),
         len(facts.class_names),
-        config.data.pipeline,
+        input_pipeline.pipeline(config.data),
     )
     recipe = config.data.recipe.name
     if recipe not in (re.split("[:/]", config.data.name)[0], ""):
@@ -415,7 +415,7 @@ def log_run(
         )
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
     logging.info(
-        "devices  %d x %s in %d process(es), %s",
+        "devices  %d x %s, processes %d, %s",
         mesh.size,
         "/".join(kinds),
         jax.process_count(),
