@@ -1,58 +1,115 @@
-"""Which room of the house may enter which, read from the syntax trees."""
+"""The rooms of the code and the imports allowed between them, from syntax trees."""
 
 import ast
+import fnmatch
+import graphlib
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
-ROOMS = ("analysis", "benchmarks", "configs", "convert", "nets", "tests")
+
+LIBRARY = (
+    "train evaluate optimizers runtime input_pipeline "
+    "data_sources augment nets configs metrics"
+)
+TOOLS = "convert analysis benchmarks notebooks"
+# Files and rooms, and what they may import besides themselves and other projects.
+TABLE = [
+    ("main", "train runtime"),
+    ("train", "evaluate input_pipeline augment nets optimizers metrics runtime"),
+    ("evaluate", "input_pipeline augment nets metrics runtime.devices"),
+    ("optimizers", "runtime.clock"),
+    ("runtime", "input_pipeline augment.check nets.cost metrics"),
+    ("input_pipeline", "data_sources augment.geometry"),
+    ("data_sources augment nets configs metrics", ""),
+    (TOOLS, LIBRARY),
+    ("tests", f"main {LIBRARY} {TOOLS}"),
+]
+MAY_IMPORT = {room: names for rooms, names in TABLE for room in rooms.split()}
+# What a file may import from its own room; the first pattern that matches counts.
+INSIDE = {
+    "nets/layers/*": "nets.layers nets.connectivity",
+    "nets/connectivity.py": "",
+    "nets/__init__.py": "nets",
+    "nets/cost.py": "nets",
+    "nets/*": "nets.layers",
+    "configs/*": "configs.common configs.data_sets",
+}
+ROOT_FILES = {"main", "train", "input_pipeline", "evaluate", "optimizers", "metrics"}
+ROOMS = {*MAY_IMPORT, "docs"} - ROOT_FILES
 FILES = sorted(
     path.relative_to(ROOT)
-    for folder in (".", *ROOMS)
-    for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
+    for pattern in ["*.py", *(f"{room}/**/*.py" for room in ROOMS)]
+    for path in ROOT.glob(pattern)
 )
-OURS = {path.stem for path in FILES if len(path.parts) == 1} | set(ROOMS)
-
-# What a module at the top may import of ours; the other rooms have rules below.
-MAY_IMPORT = {
-    "main": {"environment", "evaluate", "preflight", "reporting", "train"},
-    "train": {
-        *("augment", "checkpoints", "devices", "evaluate", "input_pipeline"),
-        *("metrics", "nets", "optimizers", "preemption", "preflight", "reporting"),
-    },
-    "devices": {"input_pipeline"},
-    "preflight": {
-        *("augment", "cache", "checkpoints", "input_pipeline", "nets", "reporting")
-    },
-    "reporting": {"checkpoints", "input_pipeline", "metrics"},
-    "evaluate": {"augment", "devices", "input_pipeline", "metrics", "nets"},
-    "checkpoints": {"metrics"},
-    "input_pipeline": {"augment", "crops", "data_sources", "photographs"},
-    "augment": {"color", "mixing", "policies"},
-    "mixing": set(),
-    "policies": set(),
-    "data_sources": {
-        *("archives", "cache", "crops", "downloads", "folders", "tfrecords")
-    },
-    "photographs": {"cache", "crops", "data_sources", "folders", "tfrecords"},
-    "archives": set(),
-    "cache": set(),
-    "color": set(),
-    "crops": set(),
-    "downloads": set(),
-    "folders": {"crops"},
-    "tfrecords": set(),
-    "environment": set(),
-    "metrics": set(),
-    "optimizers": set(),
-    "preemption": set(),
-}
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu"}
 
 
-def imported(path: pathlib.Path, anywhere=True) -> set[str]:
-    """Dotted names of the modules that a file imports; or only when it is imported."""
+def test_the_root_has_six_files_and_eleven_rooms():
+    assert {path.stem for path in ROOT.glob("*.py")} == ROOT_FILES
+    folders = {path.parent.name for path in ROOT.glob("[!.]*/*.py")}
+    assert folders | {"docs", "notebooks"} == ROOMS
+    assert all((ROOT / room).is_dir() for room in ROOMS)
+    assert len(ROOMS) == 11
+    assert max(len(path.parts) for path in FILES) == 3  # two levels of folders
+
+
+def test_imports_follow_the_table():
+    refused = [(str(p), x) for p in FILES for x in ours(p) if not allowed(p, x)]
+    assert refused == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("main.py", "nets"),
+        ("evaluate.py", "runtime.clock.Clock"),
+        ("optimizers.py", "runtime.devices"),
+        ("runtime/checks.py", "nets.create"),
+        ("nets/vgg.py", "configs.common"),
+        ("nets/vgg.py", "nets.resnet.ResNet"),
+        ("nets/layers/conv.py", "nets.vgg"),
+        ("configs/xvgg.py", "configs.xdensenet"),
+        ("train.py", "convert"),
+        ("convert/xnets.py", "analysis"),
+    ],
+)
+def test_the_table_refuses(path, name):
+    assert not allowed(pathlib.Path(path), name)
+
+
+def test_no_import_is_relative():
+    relative = [(str(p), x) for p in FILES for x in imports(p) if x.startswith(".")]
+    assert relative == []
+
+
+def test_no_imports_between_rooms_are_circular():
+    graph = {name: set() for name in MAY_IMPORT}
+    for path in FILES:
+        graph[room(path)] |= {first(name) for name in ours(path)} - {room(path)}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_tensorflow_is_imported_late():
+    on_import = [(str(p), x) for p in FILES for x in imports(p, in_functions=False)]
+    assert [(p, x) for p, x in on_import if first(x) in TENSORFLOW] == []
+
+
+def test_a_run_is_importable_without_tensorflow():
+    code = f"""
+import sys
+for name in {sorted(TENSORFLOW)}:
+    sys.modules[name] = None  # importing it raises ImportError
+import main
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def imports(path: pathlib.Path, in_functions: bool = True) -> set[str]:
+    """Returns the dotted names that a file imports, inside functions too or not."""
     nodes = [ast.parse((ROOT / path).read_text())]
     names = set()
     while nodes:
@@ -60,67 +117,34 @@ def imported(path: pathlib.Path, anywhere=True) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        if anywhere or not inside:
+            module = "." * node.level + (node.module or "")
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        if in_functions or not isinstance(node, functions):
             nodes += ast.iter_child_nodes(node)
     return names
 
 
 def ours(path: pathlib.Path) -> set[str]:
-    return {name for name in imported(path) if name.partition(".")[0] in OURS}
-
-
-def within(name: str, *packages: str) -> bool:
-    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+    return {name for name in imports(path) if first(name) in MAY_IMPORT}
 
 
 def allowed(path: pathlib.Path, name: str) -> bool:
-    room, first = path.parts[0], name.partition(".")[0]
-    if len(path.parts) == 1:
-        return first in MAY_IMPORT[path.stem]
-    if room == "configs":
-        return within(name, "configs.common", "configs.data_sets")
-    if path == pathlib.Path("nets/connectivity.py"):
-        return False
-    if path.parts[:2] == ("nets", "layers"):
-        return within(name, "nets.layers", "nets.connectivity")
-    if path in (pathlib.Path("nets/__init__.py"), pathlib.Path("nets/cost.py")):
-        return within(name, "nets")
-    if room == "nets":
-        return within(name, "nets.layers")
-    return room == "tests" or first in {room, "configs", "nets", *MAY_IMPORT} - {"main"}
+    if first(name) != room(path):
+        return within(name, MAY_IMPORT[room(path)])
+    for pattern, names in INSIDE.items():
+        if fnmatch.fnmatch(path.as_posix(), pattern):
+            return within(name, names)
+    return True
 
 
-def test_imports_go_one_way():
-    refused = [(str(p), x) for p in FILES for x in ours(p) if not allowed(p, x)]
-    assert not refused
+def room(path: pathlib.Path) -> str:
+    return path.parts[0].removesuffix(".py")
 
 
-def test_every_module_has_its_rules():
-    assert {path.stem for path in FILES if len(path.parts) == 1} == MAY_IMPORT.keys()
+def first(name: str) -> str:
+    return name.partition(".")[0]
 
 
-def test_tensorflow_is_imported_late():
-    at_once = [(str(p), x) for p in FILES for x in imported(p, anywhere=False)]
-    assert [(p, x) for p, x in at_once if within(x, *TENSORFLOW)] == []
-
-
-def test_files_stay_small():
-    lines = {str(p): len((ROOT / p).read_text().splitlines()) for p in FILES}
-    assert {name: n for name, n in lines.items() if n > 400} == {}
-    assert lines["main.py"] < 80
-    assert max(len(path.parts) for path in FILES) == 3
-
-
-def test_a_run_is_importable_without_tensorflow():
-    code = f"""
-import sys
-for name in {sorted(TENSORFLOW)}:
-    sys.modules[name] = None  # what imports it fails
-import train
-assert not any(name.partition(".")[0] in {TENSORFLOW} for name in sys.modules
-               if sys.modules[name] is not None)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def within(name: str, modules: str) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules.split())
