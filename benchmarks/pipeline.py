@@ -1,18 +1,19 @@
-"""Images per second of each way to make batches: python -m benchmarks.pipeline
+"""Images per second of each input pipeline: python -m benchmarks.pipeline
 
-Small images: 50,000 of 32x32x3 (noise: the pixels do not matter), border of 4, batches
-of 128. tf.data: batches that arrive in numpy, nothing else running. device: plans
-drawn, sent and carried out by JAX, one dispatch per batch. Photographs: JPEGs of
-500x375, made up, or those below --photographs=DIR; random_resized crops of 224, batches
-of 64, by threads.
+Small images: 50,000 of 32x32 (noise, as the pixels do not matter), with a border of 4,
+in batches of 128. `tf.data` makes numpy batches on an otherwise idle host; `device`
+draws a plan, sends it and runs it in JAX, one dispatch per batch. Photographs: made-up
+JPEGs of 500x375, or those in --photographs=DIR, in random_resized crops of 224 and
+batches of 64, by `threads`.
 
-The peer is PyTorch's DataLoader with a process per core and torchvision's transforms
-(torch_loader.py); without PyTorch it is left out. All in turns, in one run: median of
-the repeats. ratio: ours by the peer's. grown_mb: memory of this process, in the repeats
-after the first; they are more than a pass. A few minutes.
+The peer is PyTorch's DataLoader with one process per core and torchvision's transforms
+(torch_loader.py); it is skipped if PyTorch is not installed. All take turns in one run
+of a few minutes, and the median of the repeats counts. ratio: ours relative to the
+peer's. grown_mb: the memory that this process gained after the first repeat, in more
+than an epoch.
 
-waits-*.csv: the share of a training run on this machine that its loop waits for tf.data
-to give a batch, while the step before it may still be computing.
+waits-*.csv: the share of a training run that the loop waits for the next batch of
+tf.data, while the previous step may still be computing.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def measure(paths: dict) -> list[dict]:
-    """A row for each (kind, path) -> function that makes a batch, and its size."""
+    """Measures each pipeline; paths: (kind, path) -> (next_batch, batch_size)."""
     speeds, memory = {key: [] for key in paths}, {key: [] for key in paths}
     for _ in range(REPEATS):
         for (kind, path), (next_batch, batch_size) in paths.items():
@@ -87,8 +88,8 @@ def measure(paths: dict) -> list[dict]:
             }
         )
         print(
-            "{images:12} {path:8} {images_per_second:>9,} images/s, {ratio} of the "
-            "peer's, {grown_mb} MB more".format(**rows[-1])
+            "{images:12} {path:8} {images_per_second:>9,} images/s, ratio {ratio}, "
+            "grown by {grown_mb} MB".format(**rows[-1])
         )
     return rows
 
@@ -118,15 +119,15 @@ def small_examples() -> input_pipeline.InMemory:
 
 
 def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
-    """directory: where links to the folder's files are laid out as a set."""
+    """Links the files of `folder` into a data set in `directory` and loads it."""
     files = sorted(
         x for x in folder.rglob("*") if x.suffix.lower() in (".jpg", ".jpeg")
     )
     for split in ("train", "test"):
         for i, file in enumerate(files):
-            place = directory / split / f"class{i % 2}"
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{i}.jpg").symlink_to(file.absolute())
+            label = directory / split / f"class{i % 2}"
+            label.mkdir(parents=True, exist_ok=True)
+            (label / f"{i}.jpg").symlink_to(file.absolute())
     config = common.base()
     config.data.update(name=directory.name, dir=str(directory.parent))
     config.data.update(crop="random_resized", image_size=224)
@@ -143,20 +144,20 @@ def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
 
 
 def make_photographs(folder: pathlib.Path) -> pathlib.Path:
-    """Clouds of noise of ImageNet's commonest size, about 100 kB each."""
+    """Writes noisy clouds of ImageNet's most common size, about 100 kB each."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(MADE_UP):
         coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
         pixels = np.asarray(coarse.resize((500, 375), Image.BICUBIC)).astype(np.int16)
         pixels = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255)
-        picture = Image.fromarray(pixels.astype(np.uint8))
-        picture.save(folder / f"{i}.jpg", quality=92)
+        image = Image.fromarray(pixels.astype(np.uint8))
+        image.save(folder / f"{i}.jpg", quality=92)
     return folder
 
 
 class Timed:
-    """An iterator, and the seconds that its reader waited."""
+    """An iterator that counts the seconds spent waiting for it."""
 
     def __init__(self, iterator):
         self._iterator, self.seconds = iterator, 0.0
@@ -173,7 +174,7 @@ class Timed:
 
 
 def waits(variant: str) -> dict:
-    """Trains a few steps of a row of the tables, as train.py does."""
+    """Trains a variant for a few steps, as train.py does."""
     family, _, row = variant.partition(":")
     config = importlib.import_module(f"configs.{family}").get_config(row)
     config.train.batch_size = SMALL_BATCH
@@ -210,7 +211,7 @@ def waits(variant: str) -> dict:
 
 
 def device_path(config, examples):
-    """A function that starts a batch on the device and returns it."""
+    """Returns a function that starts a batch on the device and returns it."""
     padded = input_pipeline.pad(config.data, examples)
     data = jax.device_put((padded, examples.labels))
     plans = input_pipeline.plans(config, len(examples.labels))
@@ -219,7 +220,7 @@ def device_path(config, examples):
 
 
 def speed(next_batch, warm_up: int) -> float:
-    """Batches per second after a warm-up, which uses up what was prepared before."""
+    """Returns batches per second, after a warm-up that consumes prefetched ones."""
     for _ in range(warm_up):
         batch = next_batch()
     wait(batch)
@@ -232,12 +233,12 @@ def speed(next_batch, warm_up: int) -> float:
 
 
 def wait(batch) -> None:
-    if isinstance(batch, dict):  # PyTorch's are lists, and there when they are given
+    if isinstance(batch, dict):  # PyTorch's are lists, and already computed
         jax.block_until_ready(batch)
 
 
 def resident_mb() -> float:
-    """Memory of this process; 0 where there is no /proc."""
+    """Returns the memory of this process, or 0 on systems without /proc."""
     try:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     except OSError:

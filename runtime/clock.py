@@ -92,13 +92,13 @@ class Clock:
         the run was resumed. Every evaluation is saved; the last step is evaluated.
         """
         while step < self.total:
-            next_eval, next_save = self.next_eval(step), self.next_save(step)
-            steps = self.dispatch(step, min(next_eval, next_save))
+            next_eval, next_save = self._next_eval(step), self._next_save(step)
+            steps = self._dispatch(step, min(next_eval, next_save))
             step += steps
             evaluate = step == next_eval
             yield Chunk(steps, step, evaluate, save=evaluate or step == next_save)
 
-    def dispatch(self, step: int, stop: int) -> int:
+    def _dispatch(self, step: int, stop: int) -> int:
         """Returns how many steps one dispatch runs: a smaller batch goes alone."""
         most = min(self.steps_per_dispatch, stop - step)
         if not self.smaller_last:
@@ -106,7 +106,7 @@ class Clock:
         whole = self.steps_per_epoch - 1 - step % self.steps_per_epoch
         return min(most, whole or 1)
 
-    def next_eval(self, step: int) -> int:
+    def _next_eval(self, step: int) -> int:
         """Returns the first step after `step` that ends an evaluation interval."""
         every = self.eval_every_epochs
         interval = int(self.epoch(step) / every)
@@ -114,7 +114,7 @@ class Clock:
             interval += 1
         return min(stop, self.total)
 
-    def next_save(self, step: int) -> int:
+    def _next_save(self, step: int) -> int:
         """Returns the first step after `step` that ends a checkpoint interval."""
         every = self.save_every or self.total
         return min((step // every + 1) * every, self.total)
