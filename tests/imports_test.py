@@ -37,6 +37,7 @@ INSIDE = {
     "nets/cost.py": "nets",
     "nets/*": "nets.layers",
     "configs/*": "configs.common configs.data_sets",
+    "tests/*": "tests.support tests.conftest",
 }
 ROOT_FILES = {"main", "train", "input_pipeline", "evaluate", "optimizers", "metrics"}
 ROOMS = {*MAY_IMPORT, "docs"} - ROOT_FILES
@@ -75,6 +76,7 @@ def test_imports_follow_the_table():
         ("configs/xvgg.py", "configs.xdensenet"),
         ("train.py", "convert"),
         ("convert/xnets.py", "analysis"),
+        ("tests/train_test.py", "tests.resume_test"),
     ],
 )
 def test_the_table_refuses(path, name):
