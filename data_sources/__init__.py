@@ -5,6 +5,7 @@ config.data.dir: prepared by TFDS, an archive as its authors published it, or a 
 with one subfolder per class.
 """
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -63,7 +64,8 @@ def find(data: ConfigDict) -> tuple[Source, pathlib.Path | None]:
 
     Raises DataError if there is none, or if it cannot be read with data.crop.
     """
-    kind, path = _find(data)
+    with _accessing(data):
+        kind, path = _find(data)
     source = SOURCES[kind]
     if data.crop != "pad" and not source.open:
         raise DataError(
@@ -97,6 +99,15 @@ def _root(data: ConfigDict) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(root))
 
 
+@contextlib.contextmanager
+def _accessing(data: ConfigDict):
+    """Turns missing permissions, unusable names and the like into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {data.name}: {error}") from error
+
+
 def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
     """Loads a split ('train' or 'test') of config.data, in a fixed order.
 
@@ -104,16 +115,14 @@ def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
     thread. Uses the network only if data.download is set. Raises DataError if the data
     is missing, damaged or misnamed.
     """
-    try:
-        source, path = find(data)
-        if path is None and source.open:
-            path = tfds.download(data, _root(data))
+    source, path = find(data)
+    if path is None and source.open:
+        path = tfds.download(data, _root(data))
+    with _accessing(data):
         if data.crop == "pad":
             images, labels, names = source.load(path, data, split)
         else:
             labels, names, read, name = source.open(path, data, split)
-    except OSError as error:
-        raise DataError(f"cannot read {data.name}: {error}") from error
     names = tuple(map(str, names))
     labels = check_labels(data.name, split, labels, len(names))
     if data.crop == "pad":

@@ -170,7 +170,7 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
     """Returns x_SPLIT, y_SPLIT and the classes of a file written by numpy.savez.
 
     The arrays are x_train, y_train, x_test and y_test. x: uint8, (N, H, W),
-    (N, H, W, 1) or (N, H, W, 3); gray images get three equal channels. y: integers from
+    (N, H, W, 1) or (N, H, W, 3); grey images get three equal channels. y: integers from
     0, (N,) or (N, 1). num_classes, optional: an integer; without it, the largest label
     of both splits + 1.
     """
@@ -182,20 +182,22 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
         )
     with reading(path):
         if not zipfile.is_zipfile(path):
-            raise ValueError("not an .npz file, as numpy.savez writes them")
+            raise ValueError("it is not a zip file, as numpy.savez writes it")
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in required if name not in file.files]
             names = {f"x_{split}", "y_train", "y_test", "num_classes"}
             arrays = {name: file[name] for name in names & set(file.files)}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("it holds files that are not arrays")
     if missing:
         raise DataError(
             f"{path} lacks the arrays {', '.join(missing)}; required: "
             f"{', '.join(required)}"
         )
     images = arrays[f"x_{split}"]
-    gray = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
-    color = images.ndim == 4 and images.shape[-1] == 3
-    if images.dtype != np.uint8 or not (gray or color) or 0 in images.shape[1:]:
+    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
+    colour = images.ndim == 4 and images.shape[-1] == 3
+    if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape[1:]:
         raise DataError(
             f"{path}: x_{split} is {images.dtype} {images.shape}, expected uint8 "
             "(N, H, W), (N, H, W, 1) or (N, H, W, 3)"
@@ -209,7 +211,7 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
     labels = arrays[f"y_{split}"].reshape(-1)
     if len(labels) != len(images):
         raise DataError(f"{path}: {len(images)} {split} images, {len(labels)} labels")
-    if gray:
+    if grey:
         images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=-1)
     return images, labels, range(_num_classes(path, arrays))
 

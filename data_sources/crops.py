@@ -6,7 +6,7 @@ random_resized  torchvision's RandomResizedCrop of 2018, bilinear with antialias
 scale_aspect    IGCNets: random scale and aspect on a canvas, then a random window
 
 The originals crop to 224; other crop sizes scale all their lengths in proportion. The
-test crop is the center of the image resized to a shorter side of 256/224 of its size.
+test crop is the centre of the image resized to a shorter side of 256/224 of its size.
 Nothing here is random: the uniform numbers are arguments, so a crop is a function of
 them and of the image. Results are rounded and clipped to uint8; the bicubic crops of
 the originals are not rounded.
@@ -24,7 +24,7 @@ CROPS = ("inception", "random_resized", "scale_aspect")
 TRIES = 10
 DRAWS = 5 * TRIES  # uniform numbers for the crop of one training image
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-# IGCNets: shorter side of its stored images, scale, aspect, color of the canvas.
+# IGCNets: shorter side of its stored images, scale, aspect, colour of the canvas.
 STORED, SCALE, IGC_ASPECT, CANVAS = 480, (0.533, 1.0), (0.75, 1.25), (123, 113, 99)
 
 
@@ -34,36 +34,36 @@ def random_crop(content: bytes, crop: str, size: int, draws: np.ndarray) -> np.n
     crop: one of CROPS; draws: (DRAWS,) uniform in 0..1, which choose the crop. Raises
     whatever the decoders raise if the image is damaged.
     """
-    picture = Image.open(io.BytesIO(content))  # reads the header only
+    image = Image.open(io.BytesIO(content))  # reads the header only
     if crop == "scale_aspect":
         scale, aspect = _between(SCALE, draws[0]), _between(IGC_ASPECT, draws[1])
-        pixels = decode(content, picture)
+        pixels = decode(content, image)
         return _on_canvas(pixels, size, scale, aspect, draws[2:4])
-    window = _window_that_fits(*picture.size, draws)
+    window = _window_that_fits(*image.size, draws)
     if window is None and crop == "inception":
-        return _middle(decode(content, picture), size, size)
-    pixels = decode(content, picture, window or _square(*picture.size))
+        return _middle(decode(content, image), size, size)
+    pixels = decode(content, image, window or _square(*image.size))
     if crop == "random_resized":
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.BILINEAR))
     return bicubic(pixels, (size, size), (0, 0), size)
 
 
 def center_crop(content: bytes, crop: str, size: int) -> np.ndarray:
-    """Returns the center (size, size, 3) uint8 of an encoded image, for evaluation.
+    """Returns the centre (size, size, 3) uint8 of an encoded image, for evaluation.
 
     Before, the shorter side is resized to 8/7 of size. Raises as random_crop does.
     """
-    picture = Image.open(io.BytesIO(content))
-    pixels = decode(content, picture)
+    image = Image.open(io.BytesIO(content))
+    pixels = decode(content, image)
     if crop == "scale_aspect":
         return _on_canvas(pixels, size, SCALE[0], 1.0, None)
     side = _in_proportion(256, size)
     if crop == "inception":
         return _middle(pixels, side, size)
     height, width = resized = _shorter_side(pixels, side)
-    picture = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
+    image = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
     top, left = (round((x - size) / 2) for x in resized)
-    return np.asarray(picture)[top : top + size, left : left + size]
+    return np.asarray(image)[top : top + size, left : left + size]
 
 
 def random_window(
@@ -106,12 +106,12 @@ def _middle(pixels: np.ndarray, side: int, size: int) -> np.ndarray:
 
 def decode(
     content: bytes,
-    picture: Image.Image,
+    image: Image.Image,
     window: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """Decodes an image, or a window (top, left, h, w) of it, to (h, w, 3) uint8.
 
-    picture: the same image, opened by Pillow. Of grey and RGB JPEGs only the window is
+    image: the same image, opened by Pillow. Of grey and RGB JPEGs only the window is
     decoded; all other images are decoded whole. Transparency is ignored. Raises
     ValueError for pixels of more than 8 bits, and for a truncated JPEG, whatever the
     window.
@@ -119,33 +119,33 @@ def decode(
     # Pillow has read up to the first scan. An end marker before it belongs to a
     # thumbnail; within a scan these two bytes mean nothing else, and any bytes may
     # follow the true end marker.
-    if picture.format == "JPEG" and content.rfind(b"\xff\xd9", picture.fp.tell()) < 0:
+    if image.format == "JPEG" and content.rfind(b"\xff\xd9", image.fp.tell()) < 0:
         raise ValueError("truncated: the JPEG has no end marker")
-    if picture.format == "JPEG" and picture.mode in ("L", "RGB"):
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
         tf = tensorflow()
         # TensorFlow's default is a fast DCT, which is not exact.
         options = dict(channels=3, dct_method="INTEGER_ACCURATE")
         if window is None:
             return tf.io.decode_jpeg(content, **options).numpy()
         top, left, height, width = window
-        # Two more columns on each side: colors are stored at half resolution and are
+        # Two more columns on each side: colours are stored at half resolution and are
         # interpolated from their neighbours.
-        start, end = max(left - 2, 0), min(left + width + 2, picture.width)
+        start, end = max(left - 2, 0), min(left + width + 2, image.width)
         wider = top, start, height, end - start
         pixels = tf.io.decode_and_crop_jpeg(content, wider, **options).numpy()
         return pixels[:, left - start : left - start + width]
-    pixels = rgb(picture)
+    pixels = rgb(image)
     if window is None:
         return pixels
     top, left, height, width = window
     return pixels[top : top + height, left : left + width]
 
 
-def rgb(picture: Image.Image) -> np.ndarray:
+def rgb(image: Image.Image) -> np.ndarray:
     """Returns (H, W, 3) uint8; raises ValueError for more than 8 bits a channel."""
-    if picture.mode[0] in "IF":  # Pillow would clip them
-        raise ValueError(f"pixels of mode {picture.mode!r}, expected 8 bits a channel")
-    return np.asarray(picture.convert("RGB"))
+    if image.mode[0] in "IF":  # Pillow would clip them
+        raise ValueError(f"pixels of mode {image.mode!r}, expected 8 bits a channel")
+    return np.asarray(image.convert("RGB"))
 
 
 def bicubic(
@@ -190,7 +190,7 @@ def _sampled(
 ) -> np.ndarray:
     """Interpolates pixels at start + i step: (size, size, 3) uint8.
 
-    start, step: (2,), for rows and columns; the center of the first pixel is 0.
+    start, step: (2,), for rows and columns; the centre of the first pixel is 0.
     """
     # The operation samples at (i + 1/2 - translation) / scale - 1/2.
     sampled = tensorflow().raw_ops.ScaleAndTranslate(
@@ -214,19 +214,19 @@ def _on_canvas(
     """Puts an image on IGCNets' canvas and returns a window of the canvas.
 
     pixels: first resized to the shorter side of the original's files. place: (2,), the
-    position of the window, 0..1 down and to the right; None: centered.
+    position of the window, 0..1 down and to the right; None: centred.
     """
     height, width = _shorter_side(pixels, _in_proportion(STORED, size))
     if (height, width) != pixels.shape[:2]:
-        picture = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
-        pixels = np.asarray(picture)
+        image = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
+        pixels = np.asarray(image)
     horizontal = 2 * scale / (1 + aspect)
     factors = np.array((aspect * horizontal, horizontal))
     least = _in_proportion(256, size)
     canvas = np.maximum(least, scale * np.array((height, width)))
     room = canvas.astype(int) - size
     offset = room // 2 if place is None else (place * (room + 1)).astype(int)
-    # A rim in the color of the canvas, because OpenCV's bilinear blends into it.
+    # A rim in the colour of the canvas, because OpenCV's bilinear blends into it.
     rimmed = np.empty((height + 2, width + 2, 3), np.uint8)
     rimmed[:] = CANVAS
     rimmed[1:-1, 1:-1] = pixels

@@ -1,4 +1,4 @@
-"""1,797 handwritten digits, 8x8 with 17 gray levels, embedded in digits.npz.
+"""1,797 handwritten digits, 8x8 with 17 grey levels, embedded in digits.npz.
 
 They are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin and
 C. Kaynak, 1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49,

@@ -41,8 +41,8 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
     images, good, failures = None, [], []
     for i, path in enumerate(paths):
         try:
-            with Image.open(path) as picture:
-                pixels = crops.rgb(picture)
+            with Image.open(path) as image:
+                pixels = crops.rgb(image)
         except Exception as error:  # Pillow raises anything on damaged files
             failure = f"{path} cannot be decoded: {error}"
             if data.on_error != "skip":

@@ -193,7 +193,7 @@ def describe(directory: pathlib.Path, name: str, split: str) -> Stored:
 def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
     """Returns images (N, H, W, 3) uint8, labels (N,) and class names.
 
-    All images must have one size; gray ones get three equal channels. They come from
+    All images must have one size; grey ones get three equal channels. They come from
     the cache if the files have not changed.
     """
     stored = describe(directory, data.name, split)
@@ -253,10 +253,10 @@ def _decode(records: Sequence[bytes], stored: Stored, skip: bool):
 
     def decode_one(i):
         example = parse(records[i])
-        picture = Image.open(io.BytesIO(example[image_key]))
-        if picture.size != (width, height):
-            raise ValueError(f"size {picture.size}, expected {(width, height)}")
-        images[i], labels[i] = crops.rgb(picture), example[label_key]
+        image = Image.open(io.BytesIO(example[image_key]))
+        if image.size != (width, height):
+            raise ValueError(f"size {image.size}, expected {(width, height)}")
+        images[i], labels[i] = crops.rgb(image), example[label_key]
 
     def decode(start):
         for i in range(start, min(start + 500, len(records))):
@@ -277,7 +277,7 @@ def _parser(stored: Stored) -> Callable[[bytes], dict]:
     """Returns a function that parses an example and leaves its image encoded.
 
     Pillow decodes as TensorFlow's accurate decoder does, to the bit; TensorFlow's
-    default is the fast DCT, which darkens red and blue by a gray level.
+    default is the fast DCT, which darkens red and blue by a grey level.
     """
     import tensorflow_datasets as tfds
 

@@ -1,4 +1,4 @@
-"""Records in the files of TFDS; TFRecord without TensorFlow, its checksums verified."""
+"""Records in files of TFDS; TFRecord is read and verified without TensorFlow."""
 
 import contextlib
 import os
@@ -9,20 +9,21 @@ import numpy as np
 
 
 def records(name: str, content: bytes) -> list[bytes]:
-    """The records of a file: 8 bytes length, 4 its checksum, record, 4 its checksum.
+    """Splits the content of a TFRecord file into records and verifies their checksums.
 
-    `name` is for messages. Raises ValueError on a file that is cut off or damaged.
+    A record is stored as 8 bytes of length, 4 of checksum, the record, 4 of checksum.
+    name: of the file, for messages. Raises ValueError if it is truncated or damaged.
     """
     starts, lengths, position = [], [], 0
     while position < len(content):
         if position + 12 > len(content):
-            raise ValueError(f"{name} is cut off at byte {position}")
+            raise ValueError(f"{name} is truncated at byte {position}")
         length = int.from_bytes(content[position : position + 8], "little")
         starts.append(position + 12)
         lengths.append(length)
         position += length + 16
     if position > len(content):
-        raise ValueError(f"{name} is cut off after {len(starts) - 1} records")
+        raise ValueError(f"{name} is truncated after {len(starts) - 1} records")
     starts, lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
     data = np.frombuffer(content, np.uint8)
     stored = data[(starts + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
@@ -33,10 +34,10 @@ def records(name: str, content: bytes) -> list[bytes]:
 
 
 def index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Where the records of a file start, and their lengths, (N,) int64 each.
+    """Returns the starts and lengths of a file's records, (N,) int64 each.
 
-    Reads the headers alone, and verifies their checksums, not those of the records.
-    Raises ValueError on a file that is cut off or damaged.
+    Reads and verifies only the headers. Raises ValueError if the file is truncated or
+    damaged.
     """
     headers, starts, position, size = [], [], 0, os.path.getsize(path)
     with open(path, "rb") as file:
@@ -44,12 +45,12 @@ def index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
             file.seek(position)
             header = file.read(12)
             if len(header) < 12:
-                raise ValueError(f"{path} is cut off at byte {position}")
+                raise ValueError(f"{path} is truncated at byte {position}")
             headers.append(header)
             starts.append(position + 12)
             position += int.from_bytes(header[:8], "little") + 16
     if position > size:
-        raise ValueError(f"{path} is cut off after {len(starts) - 1} records")
+        raise ValueError(f"{path} is truncated after {len(starts) - 1} records")
     data = np.frombuffer(b"".join(headers), np.uint8)
     eights = np.full(len(headers), 8)
     masked = _masked(data, 12 * np.arange(len(headers)), eights)
@@ -61,15 +62,18 @@ def index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def files(builder, split: str) -> list[pathlib.Path]:
-    """Those of a split of TFDS, or of 'one+other', which TFDS sorts by their names."""
+    """Returns the files of a split, or of several joined by +, in the given order.
+
+    TFDS sorts the files of joined splits by name.
+    """
     parts = [builder.info.splits[part].filepaths for part in split.split("+")]
     return [pathlib.Path(path) for part in parts for path in part]
 
 
 def source(builder, split: str) -> Sequence[bytes]:
-    """The records by number, where the format knows it; TFRecord does not.
+    """Returns the records of a split by number; not for TFRecord, which has no index.
 
-    Files are opened when first needed, and stay open.
+    Files are opened when first needed and stay open.
     """
     import tensorflow_datasets as tfds
 
@@ -79,7 +83,7 @@ def source(builder, split: str) -> Sequence[bytes]:
 
 
 def _allow_open_files(more: int) -> None:
-    """Raises the soft limit, often 1,024: ImageNet's training split has 1,024 files."""
+    """Raises the soft limit, often 1,024; ImageNet's training split has 1,024 files."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -90,21 +94,21 @@ def _allow_open_files(more: int) -> None:
     wanted = soft + more
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
-    with contextlib.suppress(OSError, ValueError):  # macOS has another limit beside it
+    with contextlib.suppress(OSError, ValueError):  # macOS has a second, lower limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def first(builder, split: str, feature: dict) -> int | np.ndarray:
-    """A feature, {key: description}, of the first record of a split.
+    """Returns a feature, given as {key: feature}, of the first record of a split.
 
-    Anything is raised if there is none.
+    Raises whatever the readers raise if there is none.
     """
     import tensorflow_datasets as tfds
 
     paths = files(builder, split)
     if all(".tfrecord" in path.name for path in paths):
-        places = ((path, *index(path)) for path in paths)
-        record = next(read(x, y[0], z[0]) for x, y, z in places if len(y))
+        indexed = ((path, *index(path)) for path in paths)
+        record = next(read(x, y[0], z[0]) for x, y, z in indexed if len(y))
     else:
         record = source(builder, split)[0]
     example = tfds.features.FeaturesDict(feature).deserialize_example_np(record)
@@ -112,30 +116,32 @@ def first(builder, split: str, feature: dict) -> int | np.ndarray:
 
 
 def read(path: str | os.PathLike, start: int, length: int) -> bytes:
-    """A record, of which `index` said where it lies. Its checksum is not verified."""
+    """Reads a record at a position from `index`; does not verify its checksum."""
     with open(path, "rb") as file:
         file.seek(start)
         content = file.read(length)
     if len(content) != length:
-        raise ValueError(f"{path} is cut off at byte {start + len(content)}")
+        raise ValueError(f"{path} is truncated at byte {start + len(content)}")
     return content
 
 
 def _masked(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The checksums as they are stored."""
+    """Returns the checksums in the form that TFRecord stores."""
     crc = crc32c(data, starts, lengths)
     return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
 
 
 def crc32c(content: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-    """CRC-32C of each piece content[start : start + length], byte k of all at once.
+    """Returns the CRC-32C (N,) uint32 of each piece content[start : start + length].
 
-    content: uint8; starts, lengths: (N,) int64. Returns (N,) uint32.
+    content: uint8; starts, lengths: (N,) int64. Processes byte k of all pieces at once.
     """
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    order = np.argsort(-lengths, kind="stable")  # the longest first: a prefix is active
+    order = np.argsort(
+        -lengths, kind="stable"
+    )  # longest first: the active pieces are a prefix
     starts, descending = starts[order], -lengths[order]
     crc, result = np.full((2, len(order)), 0xFFFFFFFF, np.uint32)
     for k in range(lengths.max(initial=0)):

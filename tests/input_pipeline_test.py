@@ -1,4 +1,4 @@
-"""A batch is a function of (seed, step): the same bits on each path, from any start."""
+"""A batch is a function of (seed, step): the same bits in each pipeline."""
 
 import itertools
 import pathlib
@@ -23,7 +23,7 @@ def make_config(batch_size=4, **data):
 
 
 def make_examples(count=10, size=(6, 5)):
-    """Images of noise, so that no two crops are alike; the label is the position."""
+    """Noise, so that no two crops are equal; the label is the index."""
     images = np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int32)
     return InMemory(images, labels, tuple(map(str, range(count))))
@@ -45,7 +45,7 @@ def assert_same(batches, others):
 
 
 def by_hand(config, examples, steps):
-    """The plan in plain numpy, one image after the other."""
+    """Carries out plans one image at a time."""
     data = config.data
     mean = input_pipeline.facts(data, examples).mean
     padded = examples.padded(data.pad, data.border, mean)
@@ -110,7 +110,7 @@ def test_switched_off_augmentations_leave_the_image():
 
 @pytest.mark.parametrize("pipeline", IN_MEMORY)
 @pytest.mark.parametrize("border", BORDERS)
-def test_both_paths_carry_out_the_same_plan(monkeypatch, pipeline, border):
+def test_each_pipeline_carries_out_the_plan(monkeypatch, pipeline, border):
     monkeypatch.setattr("data_sources.split.STEPS_PER_BLOCK", 3)
     config, examples = make_config(pipeline=pipeline, border=border), make_examples()
     assert_same(take(config, examples, 8), by_hand(config, examples, range(8)))
@@ -162,7 +162,7 @@ def test_every_test_example_comes_once_and_in_order(batch_size, processes):
         for p in range(processes)
     ]
     seen = []
-    for shares in zip(*parts, strict=True):  # as many batches in every process
+    for shares in zip(*parts, strict=True):  # each process has as many batches
         for batch in shares:
             present = batch["mask"] == 1
             assert batch["mask"].dtype == np.float32
@@ -211,6 +211,20 @@ def test_impossible_values_are_refused_at_once(change, message):
         input_pipeline.batches(config, "train")
 
 
+def test_check_names_every_impossible_value_and_reads_nothing(tmp_path):
+    data = make_config(name="mine.npz", dir=str(tmp_path)).data
+    (tmp_path / "mine.npz").touch()
+    input_pipeline.check(data)  # found, but not read
+    data.update(name="other.npz", border="wide", pad=-1, mean=(1.0,), std=(0.0,) * 3)
+    with pytest.raises(DataError) as error:
+        input_pipeline.check(data)
+    for field in ("data.border", "data.pad", "data.mean", "data.std"):
+        assert field in str(error.value)
+    data.update(name="nowhere", border="zero", pad=0, mean=(), std=())
+    with pytest.raises(DataError, match="unknown data set 'nowhere'"):
+        input_pipeline.check(data)
+
+
 def test_batches_that_do_not_divide_are_refused_with_both_numbers():
     config = make_config(9, pipeline="device")
     with pytest.raises(DataError, match=r"batch of 9 .* 2 processes"):
@@ -227,7 +241,7 @@ def test_an_unknown_split_is_refused():
         input_pipeline.load(make_config(name="digits").data, "validation")
 
 
-def test_tensorflow_is_missed_with_the_other_pipeline_named(monkeypatch):
+def test_without_tensorflow_the_other_pipeline_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     tensorflow.cache_clear()
     with pytest.raises(DataError, match="pipeline=device"):
@@ -249,7 +263,7 @@ for _ in range(30):
 @pytest.mark.slow
 def test_a_process_ends_while_tensorflow_prefetches():
     root = pathlib.Path(__file__).parents[1]
-    for _ in range(3):  # with a Python function inside tf.data one exit in three hung
+    for _ in range(3):  # a Python function in tf.data hung one exit in three
         subprocess.run(
             [sys.executable, "-c", STOPS_IN_THE_MIDDLE],
             cwd=root,

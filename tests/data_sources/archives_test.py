@@ -1,13 +1,13 @@
-"""Official archives, in the layout of the originals but small; damaged ones too."""
+"""Small archives in the official layouts, intact, incomplete, damaged and malicious."""
 
 import io
 import os
 import pickle
+import sys
 import tarfile
 
 import numpy as np
 import pytest
-from scipy.io import savemat
 
 import input_pipeline
 from configs import common
@@ -27,7 +27,7 @@ def rows(images):
 
 
 def batch(archive, seed):
-    """A file of an archive, its images and labels."""
+    """Returns the content of a file of an archive, its images and labels."""
     x, y = images(seed=seed), np.arange(COUNT) % archive.num_classes
     if isinstance(archive.label, bytes):
         content = {b"data": rows(x), archive.label: y.tolist()}
@@ -37,14 +37,14 @@ def batch(archive, seed):
     return np.concatenate([labels, rows(x)], 1).tobytes(), x, y
 
 
-def save(root, archive, *, packed, leave_out=(), spoil=None):
-    """An archive or its folder -> split -> (images, labels)."""
+def save(root, archive, *, packed, without=(), spoil=None):
+    """Writes an archive or its folder; returns split -> (images, labels)."""
     expected, files = {}, {}
     for split, names in archive.splits.items():
         parts = [batch(archive, seed=len(files) + i) for i in range(len(names))]
         files |= {n: part[0] for n, part in zip(names, parts, strict=True)}
         expected[split] = [np.concatenate([p[i] for p in parts]) for i in (1, 2)]
-    files = {n: spoil or c for n, c in files.items() if n not in leave_out}
+    files = {n: spoil or c for n, c in files.items() if n not in without}
     if not packed:
         (root / archive.folder).mkdir()
         for name, content in files.items():
@@ -83,7 +83,7 @@ def load(root, name, split="train"):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("name", "archive"), ARCHIVES)
-def test_images_and_labels_are_those_of_the_files(tmp_path, name, archive, packed):
+def test_images_and_labels_equal_those_of_the_files(tmp_path, name, archive, packed):
     expected = save(tmp_path, archive, packed=packed)
     for split, (x, y) in expected.items():
         examples = load(tmp_path, name, split)
@@ -92,7 +92,7 @@ def test_images_and_labels_are_those_of_the_files(tmp_path, name, archive, packe
         assert len(examples.class_names) == archive.num_classes
 
 
-def test_every_protocol_of_pickles_is_read():
+def test_every_pickle_protocol_is_read():
     for protocol in (0, 1, 2, 3, 4):
         content = {b"data": rows(images()), b"labels": list(range(COUNT))}
         found = pickles.loads(pickle.dumps(content, protocol))
@@ -101,7 +101,7 @@ def test_every_protocol_of_pickles_is_read():
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i4", "<i8", ">i4", "f2", "f4", ">f8", "b1"])
-def test_arrays_of_every_number_are_read(dtype):
+def test_arrays_of_numbers_are_read(dtype):
     array = np.arange(24).reshape(2, 3, 4).astype(dtype)
     for protocol in (0, 1, 2, 3, 4):
         for expected in (array, np.asfortranarray(array)):
@@ -126,19 +126,19 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, packed):
     with pytest.raises(DataError, match=r"data_batch_1.*mkdir: refused"):
         load(tmp_path, "cifar10")
     assert not target.exists()
-    pickle.loads(spoil)  # it would have been
+    pickle.loads(spoil)  # pickle itself runs it
     assert target.exists()
 
 
 class Pointers:
-    """An array of objects at an address of the attacker's choice."""
+    """Pickles as an array of objects at an address of the attacker's choice."""
 
     def __reduce__(self):
         return np.ndarray, ((1,), np.dtype(object), b"\x41" * 8)
 
 
 class Restored:
-    """The same, in the way that numpy pickles arrays."""
+    """The same in the form in which numpy pickles arrays."""
 
     def __reduce__(self):
         state = (1, (1,), np.dtype(object), False, b"\x41" * 8)
@@ -149,16 +149,16 @@ class Restored:
 @pytest.mark.parametrize("key", [b"data", b"labels"])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_no_array_of_pointers_is_made(content, key, protocol):
-    """Where one is made, its first use ends the process."""
+    """Using one would crash the process."""
     batch = {b"data": rows(images()), b"labels": list(range(COUNT)), key: content}
     with pytest.raises(pickle.UnpicklingError, match="refused"):
         pickles.loads(pickle.dumps(batch, protocol))
 
 
 @pytest.mark.parametrize(("name", "archive"), ARCHIVES)
-def test_what_is_missing_is_named(tmp_path, name, archive):
+def test_a_missing_file_is_named(tmp_path, name, archive):
     last = archive.splits["test"][-1]
-    save(tmp_path, archive, packed=True, leave_out=[last])
+    save(tmp_path, archive, packed=True, without=[last])
     load(tmp_path, name)
     with pytest.raises(DataError, match=f"lacks {last}"):
         load(tmp_path, name, "test")
@@ -177,7 +177,7 @@ def test_a_truncated_archive_is_an_error_that_names_it(tmp_path, name, archive, 
 
 @pytest.mark.parametrize(("name", "archive"), ARCHIVES)
 def test_a_damaged_archive_is_never_trained_on(tmp_path, name, archive):
-    """Not one flipped bit: tar has no checksum of its contents, gzip has."""
+    """A flipped bit is detected: gzip has a checksum, tar has none."""
     save(tmp_path, archive, packed=True)
     path = tmp_path / archive.file
     content, rng = path.read_bytes(), np.random.default_rng(0)
@@ -187,8 +187,8 @@ def test_a_damaged_archive_is_never_trained_on(tmp_path, name, archive):
         path.write_bytes(flipped)
         with pytest.raises(DataError, match=archive.file):
             load(tmp_path, name)
-    for kept in (-1, -8):  # the trailer: checksum and length
-        path.write_bytes(content[:kept])
+    for end in (-1, -8):  # within the trailer: checksum and length
+        path.write_bytes(content[:end])
         with pytest.raises(DataError, match=archive.file):
             load(tmp_path, name)
 
@@ -230,7 +230,7 @@ def test_a_label_out_of_range_is_refused(tmp_path):
 
 
 def save_svhn(root, **spoiled):
-    expected = {}
+    savemat, expected = pytest.importorskip("scipy.io").savemat, {}
     for seed, part in enumerate(("train", "test", "extra")):
         x, y = images(COUNT, seed), 1 + np.arange(COUNT) % 10
         content = {"X": x.transpose(1, 2, 3, 0), "y": y[:, None].astype(np.uint8)}
@@ -272,7 +272,7 @@ def test_svhn_with_its_extra_images_from_tfds(tmp_path, file_format, crop):
         ("svhn_cropped", "train", ["train"]),
         ("svhn_cropped_extra", "train", ["train", "extra"]),
         ("svhn_cropped_extra:1.0.0", "test", ["test"]),
-        ("svhn_cropped", "train", ["train"]),  # in the cache the two do not meet
+        ("svhn_cropped", "train", ["train"]),  # the two have separate cache entries
         ("svhn_cropped_extra", "train", ["train", "extra"]),
     ):
         data.name = name
@@ -316,6 +316,13 @@ def test_damaged_svhn_is_an_error_that_names_the_file(tmp_path):
         load(tmp_path, "svhn_cropped")
     path.unlink()
     with pytest.raises(DataError, match=r"lacks train_32x32"):
+        load(tmp_path, "svhn_cropped")
+
+
+def test_svhn_without_scipy_names_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "train_32x32.mat").touch()
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(DataError, match="pip install scipy"):
         load(tmp_path, "svhn_cropped")
 
 

@@ -1,4 +1,4 @@
-"""Crops are what the originals make: compared with plain NumPy and Pillow."""
+"""Crops equal those of the originals, restated in plain NumPy and Pillow."""
 
 import io
 import math
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_sources import crops
-from tests.support.mini_imagenet import KINDS, encode, picture
+from tests.support.mini_imagenet import KINDS, encode, wave
 
 
 def whole(content):
@@ -20,19 +20,19 @@ def draws_for(count):
 
 
 @pytest.fixture(scope="session")
-def made_up():
+def generated():
     rng = np.random.default_rng(3)
-    return [encode(picture(rng, i % 4), KINDS[i % 5]) for i in range(10)]
+    return [encode(wave(rng, i % 4), KINDS[i % 5]) for i in range(10)]
 
 
 @pytest.fixture(
     scope="session",
-    params=["made up", "some", pytest.param("all", marks=pytest.mark.slow)],
+    params=["generated", "some", pytest.param("all", marks=pytest.mark.slow)],
 )
-def photographs(request, made_up):
-    """Encoded images: our own, a few real ones, all 99 real ones."""
-    if request.param == "made up":
-        return made_up
+def photographs(request, generated):
+    """Encoded images: generated, a few photographs, all 99 photographs."""
+    if request.param == "generated":
+        return generated
     folder = request.getfixturevalue("shared") / "data" / "imagenet_sample"
     files = sorted(folder.glob("*/*.JPEG"))
     if not files:
@@ -41,7 +41,7 @@ def photographs(request, made_up):
 
 
 def torch_bicubic(pixels, resized):
-    """Torch7's image.scale: corners on corners, Catmull-Rom, straight continuation."""
+    """Torch7's image.scale: corners aligned, Catmull-Rom, continued linearly."""
     for axis, length in enumerate(resized):
         pixels = np.moveaxis(pixels.astype(np.float64), axis, 0)
         old = len(pixels)
@@ -66,7 +66,7 @@ def torch_bicubic(pixels, resized):
 
 
 def torch_middle(pixels, side, size):
-    """The shorter side made `side`, the fraction of the other dropped; its middle."""
+    """Resizes the shorter side to `side`, rounds the other down, crops the centre."""
     shorter = min(pixels.shape[:2])
     resized = [
         side if x == shorter else int(x * (side / shorter) + 1e-9)
@@ -77,14 +77,14 @@ def torch_middle(pixels, side, size):
 
 
 def assert_near(ours, expected, levels=1, share=0.01):
-    """Equal but for roundings of a half: at most so many levels, in so many places."""
+    """Asserts equality up to a few roundings by at most `levels`."""
     assert ours.dtype == np.uint8
     difference = np.abs(ours.astype(int) - expected)
     assert difference.max() <= levels
     assert (difference > 0).mean() < share
 
 
-def test_windows_are_decoded_as_the_whole_image_is(photographs):
+def test_a_decoded_window_equals_that_of_the_whole_image(photographs):
     for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
         opened = Image.open(io.BytesIO(content))
         window = crops.random_window(*opened.size, draws)
@@ -98,21 +98,19 @@ def test_windows_are_decoded_as_the_whole_image_is(photographs):
 
 
 @pytest.mark.parametrize("size", [224, 32])
-def test_inception_is_torchs_bicubic(photographs, size):
+def test_inception_equals_torchs_bicubic(photographs, size):
     for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
         pixels = whole(content)
-        expected = torch_middle(pixels, size, size)
-        if window := crops._window_that_fits(*pixels.shape[1::-1], draws):
-            top, left, height, width = window
-            pixels_inside = pixels[top : top + height, left : left + width]
-            expected = torch_bicubic(pixels_inside, (size, size))
+        top, left, height, width = crops.random_window(*pixels.shape[1::-1], draws)
+        window = pixels[top : top + height, left : left + width]
+        expected = torch_bicubic(window, (size, size))
         assert_near(crops.random_crop(content, "inception", size, draws), expected)
 
         expected = torch_middle(pixels, round(size * 256 / 224), size)
         assert_near(crops.center_crop(content, "inception", size), expected)
 
 
-def test_random_resized_is_pillows_resize(photographs):
+def test_random_resized_equals_pillows_resize(photographs):
     for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
         image = Image.open(io.BytesIO(content)).convert("RGB")
         top, left, height, width = crops.random_window(*image.size, draws)
@@ -129,7 +127,7 @@ def test_random_resized_is_pillows_resize(photographs):
 
 
 def warp_affine(pixels, matrix, height, width):
-    """OpenCV's warpAffine: bilinear, outside is the colour of the canvas."""
+    """OpenCV's warpAffine: bilinear, with the canvas colour outside."""
     border = np.array((123, 113, 99), np.float64)
     padded = np.full((pixels.shape[0] + 4, pixels.shape[1] + 4, 3), border)
     padded[2:-2, 2:-2] = pixels
@@ -148,7 +146,7 @@ def warp_affine(pixels, matrix, height, width):
     )
 
 
-def test_scale_aspect_is_igcnets_canvas(photographs):
+def test_scale_aspect_equals_igcnets_canvas(photographs):
     for content, draws in zip(photographs, draws_for(len(photographs)), strict=True):
         image = Image.open(io.BytesIO(content)).convert("RGB")
         w, h = (480 * x // min(image.size) for x in image.size)
@@ -178,7 +176,7 @@ def test_scale_aspect_is_igcnets_canvas(photographs):
             assert_near(ours, expected, share=0.02)
 
 
-def test_the_canvas_shows_beside_narrow_images():
+def test_narrow_images_show_the_canvas():
     content = encode(Image.new("RGB", (480, 480), (0, 255, 0)))
     draws = np.zeros(crops.DRAWS)  # smallest scale, flattest aspect, upper left window
     ours = crops.random_crop(content, "scale_aspect", 224, draws)
@@ -198,8 +196,8 @@ def test_inception_windows_are_as_published():
     assert area.max() <= 1
     assert 0.748 < ratio.min() < 0.76
     assert 1.32 < ratio.max() < 1.337
-    # Every other is swapped, so portrait and landscape are as frequent; of the small
-    # ones, which always fit, the area is uniform.
+    # Half are swapped, so portrait and landscape are equally frequent. Small windows
+    # always fit, so their area is uniform.
     assert abs((ratio < 1).mean() - 0.5) < 0.02
     small = np.sort(area[area < 0.5])
     np.testing.assert_allclose(np.quantile(small, 0.5), 0.29, atol=0.01)
@@ -210,7 +208,7 @@ def test_inception_windows_are_as_published():
         np.testing.assert_allclose(quartiles, [0.25, 0.5, 0.75], atol=0.02)
 
 
-def test_the_square_in_the_middle_where_nothing_fits():
+def test_the_central_square_is_used_if_nothing_fits():
     draws = np.ones(
         (crops.TRIES, 5)
     )  # the whole area, landscape: too wide for 10 x 900
@@ -219,7 +217,7 @@ def test_the_square_in_the_middle_where_nothing_fits():
 
 @pytest.mark.parametrize("shape", [(40, 1200), (1200, 40)])
 @pytest.mark.parametrize("size", [224, 32])
-def test_inception_scales_where_nothing_fits(shape, size):
+def test_inception_scales_if_nothing_fits(shape, size):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     content = encode(Image.fromarray(pixels), "png")
     draws = np.ones(crops.DRAWS)  # the whole area, ten times
@@ -255,7 +253,7 @@ def test_more_than_8_bits_are_refused():
 
 
 def with_thumbnail(image, **options):
-    """A JPEG with another whole one in its header, as cameras write them."""
+    """Encodes a JPEG with a complete thumbnail in its header, as cameras do."""
     header = b"Exif\x00\x00" + encode(image.resize((16, 16)))
     buffer = io.BytesIO()
     image.save(buffer, "jpeg", exif=header, quality=90, **options)
@@ -265,8 +263,8 @@ def with_thumbnail(image, **options):
 
 @pytest.mark.parametrize("progressive", [True, False])
 @pytest.mark.parametrize("crop", crops.CROPS)
-def test_a_jpeg_that_is_cut_off_is_refused_whatever_the_crop(crop, progressive):
-    image = picture(np.random.default_rng(1), 2).resize((90, 80))
+def test_a_truncated_jpeg_is_refused_by_every_crop(crop, progressive):
+    image = wave(np.random.default_rng(1), 2).resize((90, 80))
     content = with_thumbnail(image, progressive=progressive)
     for draws in draws_for(30):
         for cut in (-2, -1, -100, len(content) // 2, 2 * len(content) // 3):

@@ -1,4 +1,4 @@
-"""Decoded once: the cache gives the same pixels, and never damaged ones."""
+"""The cache returns the decoded pixels, and never damaged ones."""
 
 import logging as standard_logging
 import pathlib
@@ -14,7 +14,7 @@ from tests.support.tfds_writer import pixels, write_set
 
 @pytest.fixture
 def data(tmp_path):
-    """config.data with everything below a folder of the test."""
+    """config.data with all directories inside tmp_path."""
     data = common.base().data
     data.name, data.dir, data.cache_dir = "tiny", str(tmp_path), str(tmp_path / "cache")
     return data
@@ -22,7 +22,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def decodings(monkeypatch):
-    """A list that grows with every split that is decoded."""
+    """The numbers of images decoded, one for each decoded split."""
     calls, info = [], logging.info
 
     def counted(text, *arguments):
@@ -42,7 +42,7 @@ def test_decoding_happens_once_for_unchanged_files(data, decodings):
     for path in directory.iterdir():
         path.unlink()
     directory.rmdir()
-    write_set(data.dir, "tfrecord", shape=(8, 6, 1))  # same names, other pictures
+    write_set(data.dir, "tfrecord", shape=(8, 6, 1))  # same names, other images
     assert (input_pipeline.load(data, "train").images != first).any()
     assert decodings == [23, 23]
 
@@ -58,7 +58,9 @@ def damages(content, rng):
 
 
 def test_a_damaged_cache_never_changes_a_pixel(data, decodings, caplog):
-    write_set(data.dir, "tfrecord", shape=(3, 2, 3))  # small: headers are hit as well
+    write_set(
+        data.dir, "tfrecord", shape=(3, 2, 3)
+    )  # small, so that headers are damaged too
     expected = pixels("train", 23, (3, 2, 3))
     input_pipeline.load(data, "train")
     (entry,) = pathlib.Path(data.cache_dir).iterdir()
@@ -68,12 +70,12 @@ def test_a_damaged_cache_never_changes_a_pixel(data, decodings, caplog):
         examples = input_pipeline.load(data, "train")
         np.testing.assert_array_equal(examples.images, expected)
         np.testing.assert_array_equal(examples.labels, np.arange(23) % 3)
-        assert np.load(entry)["images"].shape == expected.shape  # whole again, or still
+        assert np.load(entry)["images"].shape == expected.shape  # intact or rebuilt
     assert len(decodings) > 100
     assert "reading the data again" in caplog.text
 
 
-def test_a_cache_that_cannot_be_written_is_only_a_warning(data, tmp_path, caplog):
+def test_an_unwritable_cache_is_only_a_warning(data, tmp_path, caplog):
     write_set(data.dir, "tfrecord")
     (tmp_path / "file").touch()
     data.cache_dir = str(tmp_path / "file" / "cache")
@@ -82,7 +84,7 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(data, tmp_path, caplog
     assert data.cache_dir in caplog.text
 
 
-def test_a_full_disk_leaves_nothing_behind(data, monkeypatch, caplog):
+def test_a_full_disk_leaves_no_partial_file(data, monkeypatch, caplog):
     def full(file, **arrays):
         file.write(b"half")
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Every source gives the written pixels; damage and absence are told, not passed on."""
+"""Every source returns the stored pixels, or an error that names the cause."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from tests.support.tfds_writer import FORMATS, pixels, png, save_npz, write_set
 
 @pytest.fixture
 def data(tmp_path):
-    """config.data with everything below a folder of the test."""
+    """config.data with all directories inside tmp_path."""
     data = common.base().data
     data.name, data.dir, data.cache_dir = "tiny", str(tmp_path), str(tmp_path / "cache")
     return data
@@ -50,7 +50,7 @@ def test_checksum_is_castagnolis():
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_tfds_files_give_the_written_pixels_in_order(data, file_format, shards):
+def test_tfds_files_return_the_written_pixels_in_order(data, file_format, shards):
     write_set(data.dir, file_format, shards=shards)
     for split, count in (("train", 23), ("test", 7)):
         examples = input_pipeline.load(data, split)
@@ -112,7 +112,7 @@ def test_the_newest_version_is_read_unless_one_is_named(data):
 
 def flip(path):
     content = bytearray(path.read_bytes())
-    content[content.rindex(b"IDAT") + 20] ^= 16  # in the last picture
+    content[content.rindex(b"IDAT") + 20] ^= 16  # in the last image
     path.write_bytes(content)
 
 
@@ -148,7 +148,7 @@ def test_damaged_descriptions_are_named(data, name):
     ("change", "message"),
     [
         (dict(encode=lambda image: png(image)[:-30]), "damaged"),  # checksum is right
-        (dict(encode=lambda image: b"no picture"), "damaged"),
+        (dict(encode=lambda image: b"no image"), "damaged"),
         (dict(encode=lambda image: png(image[:, :-1])), r"\(5, 8\), expected \(6, 8\)"),
         (dict(declared=(None, None, 3)), "one size"),
         (dict(shape=(8, 6, 4)), "channels"),
@@ -161,30 +161,30 @@ def test_sets_that_cannot_be_trained_on_are_refused(data, change, message):
         input_pipeline.load(data, "train")
 
 
-def test_images_that_cannot_be_decoded_are_left_out_if_asked_for(data, monkeypatch):
-    images, said = pixels("train", 23), []
+def test_damaged_images_are_skipped_and_logged_on_request(data, monkeypatch):
+    images, logged = pixels("train", 23), []
     encoded = [(png(image), i % 3) for i, image in enumerate(images)]
-    encoded[4] = (b"no picture", 1)
+    encoded[4] = (b"no image", 1)
     encoded[9] = (encoded[9][0][:-30], 0)
     write_set(data.dir, "tfrecord", encoded={"train": encoded, "test": encoded[:4]})
     with pytest.raises(DataError, match=r"image [49]: .*--config\.data\.on_error=skip"):
         input_pipeline.load(data, "train")
     monkeypatch.setattr(
-        logging, "warning", lambda text, *args: said.append(text % args)
+        logging, "warning", lambda text, *args: logged.append(text % args)
     )
     data.on_error = "skip"
     for _ in range(2):  # the second comes from the cache
         examples = input_pipeline.load(data, "train")
-        kept = np.delete(np.arange(23), (4, 9))
-        np.testing.assert_array_equal(examples.images, images[kept])
-        np.testing.assert_array_equal(examples.labels, kept % 3)
-        assert said.pop().startswith("skipped 2 damaged images of ")
-    data.on_error = "raise"  # nor does the cache hide them
+        good = np.delete(np.arange(23), (4, 9))
+        np.testing.assert_array_equal(examples.images, images[good])
+        np.testing.assert_array_equal(examples.labels, good % 3)
+        assert logged.pop().startswith("skipped 2 damaged images of ")
+    data.on_error = "raise"  # the cache does not hide them
     with pytest.raises(DataError, match="image"):
         input_pipeline.load(data, "train")
 
 
-def test_missing_data_names_the_directory_and_the_ways_out(data, monkeypatch):
+def test_missing_data_names_the_directory_and_the_remedies(data, monkeypatch):
     data.name = "cifar10"
     with pytest.raises(DataError) as error:
         input_pipeline.load(data, "train")
@@ -209,7 +209,7 @@ def test_missing_data_names_the_directory_and_the_ways_out(data, monkeypatch):
         ("/nowhere/flowers", "^/nowhere/flowers has no /nowhere/flowers/train/CLASS"),
     ],
 )
-def test_misspelt_names_are_answered_with_the_nearest(data, name, message):
+def test_misspelt_names_list_the_nearest(data, name, message):
     data.name = name
     with pytest.raises(DataError, match=message):
         input_pipeline.load(data, "train")
@@ -246,7 +246,7 @@ def test_download_waits_ten_seconds_for_a_server(data, monkeypatch):
 
 
 @pytest.mark.parametrize("answer", [None, 404])
-def test_a_download_is_loaded_and_an_unfriendly_server_is_no_obstacle(
+def test_a_download_is_loaded_even_if_the_server_refuses_the_probe(
     data, monkeypatch, answer
 ):
     class Builder:
@@ -267,8 +267,7 @@ def test_a_download_is_loaded_and_an_unfriendly_server_is_no_obstacle(
     assert len(input_pipeline.load(data, "train").labels) == 23
 
 
-def test_digits_are_the_real_ones_every_fifth_a_test_image(data):
-    """Compared with scikit-learn's, of which digits.npz is a copy."""
+def test_digits_equal_scikit_learns_with_every_fifth_for_test(data):
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     data.name, real = "digits", load_digits()
     with np.load(digits.FILE) as file:
@@ -285,7 +284,7 @@ def test_digits_are_the_real_ones_every_fifth_a_test_image(data):
         np.testing.assert_array_equal(distance.argmin(0), np.arange(200))
 
 
-# Bytes of the images and of their labels as int32, as before they were embedded.
+# SHA-256 of the images followed by the int32 labels.
 DIGITS = {
     "train": "16660073a75f1185578f7877b34075682b6a4065c7e4b06b018bf1f7612e65bd",
     "test": "87a90fcf29467b41d4f6d8b9bf3625be4bc4480e9b3dada06b17060b94125d3b",
@@ -293,14 +292,15 @@ DIGITS = {
 
 
 @pytest.mark.parametrize("split", DIGITS)
-def test_digits_have_their_checksums(data, split):
+def test_digits_have_the_known_checksums(data, split):
     data.name = "digits"
     examples = input_pipeline.load(data, split)
     content = examples.images.tobytes() + examples.labels.tobytes()
     assert hashlib.sha256(content).hexdigest() == DIGITS[split]
 
 
-# ../shared/data/README.md: TensorFlow's default decoder gives other pixels of JPEGs.
+# CIFAR-10 as PNG, the official pixels; CIFAR-100 as JPEG, decoded accurately, which
+# TensorFlow's default does not.
 DIGESTS = {
     "cifar10": "b5c44d23279da9b49400dab7fa1cf09e44a4ffcf5e20dd1654a34b2fd0dc16b6",
     "cifar100": "afda5a3912c0e3718cc34c4e3e07df7209da18a5c1a24af99573b3b302f1e75f",

@@ -1,4 +1,7 @@
-"""A user's arrays: what is read, and what is refused with its reason."""
+"""A user's .npz: what is read, and errors for everything else given to data.name."""
+
+import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("absolute", [True, False])
-def test_npz_gives_its_arrays(data, tmp_path, absolute):
+def test_npz_returns_its_arrays(data, tmp_path, absolute):
     path = save_npz(tmp_path, y_train=(np.arange(9) % 4)[:, None].astype(np.uint8))
     data.name = str(path) if absolute else path.name
     examples = input_pipeline.load(data, "train")
@@ -59,7 +62,6 @@ def test_npz_may_be_grey_and_have_more_classes_than_labels(data, tmp_path, shape
         (dict(x_train=np.zeros((9, 0, 6, 3), np.uint8)), "expected uint8"),
         (dict(y_test=np.array([0, 1, 2, 13])), r"label 13 exceeds .*\(13\)"),
         (dict(x_test=None), "lacks the arrays x_test"),
-        (dict(x_train=np.array([{}] * 9, object)), "damaged"),  # a pickle: not opened
         (dict(x_train=np.zeros((0, 8, 6, 3), np.uint8), y_train=np.arange(0)), "empty"),
     ],
 )
@@ -69,7 +71,7 @@ def test_npz_that_does_not_fit_is_refused(data, tmp_path, change, message):
         input_pipeline.load(data, "train")
 
 
-def test_npz_in_a_folder_called_like_a_set_has_its_own_statistics(data, tmp_path):
+def test_npz_in_a_folder_named_like_a_data_set_has_its_own_statistics(data, tmp_path):
     (tmp_path / "cifar10").mkdir()
     save_npz(tmp_path / "cifar10")
     data.name = "cifar10/mine.npz"
@@ -93,14 +95,83 @@ def test_npz_may_use_the_largest_label_of_its_type(data, tmp_path, dtype):
     assert input_pipeline.load(data, "train").class_names[-1] == str(labels[0])
 
 
-def test_npz_missing_or_damaged_is_named(data, tmp_path):
+def test_a_missing_npz_is_named(data, tmp_path):
+    data.name = str(tmp_path / "mine.npz")
+    with pytest.raises(DataError, match=f"no file {data.name}"):
+        input_pipeline.load(data, "train")
+
+
+def zipped(path, **members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+
+
+NAMES = "x_train", "y_train", "x_test", "y_test"
+OBJECTS = np.array([{}] * 9, object)  # numpy pickles them
+UNUSABLE = {
+    "no arrays": lambda path: np.savez(path),
+    "zero bytes": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-50]),
+    "cut in the middle": lambda path: path.write_bytes(path.read_bytes()[:300]),
+    "another signature": lambda path: path.write_bytes(b"text" + path.read_bytes()[4:]),
+    "one array": lambda path: path.write_bytes(npy(np.zeros(3))),
+    "pickled images": lambda path: save_npz(path.parent, x_train=OBJECTS),
+    "pickled labels": lambda path: save_npz(path.parent, y_train=OBJECTS),
+    "pickled number": lambda path: save_npz(path.parent, num_classes=np.array({}, "O")),
+    "other files": lambda path: zipped(path, **dict.fromkeys(NAMES, b"text")),
+    "fields": lambda path: save_npz(path.parent, y_train=np.zeros(9, [("a", "i4")])),
+    "a directory": lambda path: path.unlink() or path.mkdir(),
+}
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("spoil", UNUSABLE.values(), ids=UNUSABLE)
+def test_an_unusable_npz_is_one_error_that_names_it(data, tmp_path, spoil):
     path = save_npz(tmp_path)
-    content = path.read_bytes()
+    spoil(path)
     data.name = str(path)
-    for damaged in (b"", content[:-50], b"text" + content[4:]):
-        path.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{path} is damaged"):
+    with pytest.raises(DataError, match=str(path)):
+        input_pipeline.load(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("notes.txt", r"notes\.txt is a file: .* takes an \.npz file, a directory"),
+        ("empty", "empty not found"),
+        ("x" * 300, "File name too long"),
+        ("x" * 300 + ".npz", "File name too long|no file"),
+        ("a\0b", "unknown data set"),
+    ],
+)
+@pytest.mark.parametrize("crop", ["pad", "inception"])
+def test_an_unusable_name_is_one_error(
+    data, tmp_path, monkeypatch, name, message, crop
+):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data.update(name=name, crop=crop)
+    with pytest.raises(DataError, match=message if crop == "pad" else "."):
+        input_pipeline.load(data, "train")
+    for absolute in (tmp_path / "notes.txt", tmp_path / "empty"):
+        data.name = str(absolute)
+        with pytest.raises(DataError, match=str(absolute)):
             input_pipeline.load(data, "train")
-    path.unlink()
-    with pytest.raises(DataError, match=f"no file {path}"):
+
+
+def test_a_file_that_cannot_be_opened_is_one_error(data, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    data.name = str(save_npz(tmp_path))
+    monkeypatch.setattr(np, "load", refuse)  # a test may run as root
+    with pytest.raises(DataError, match=r"mine\.npz .*Permission denied"):
         input_pipeline.load(data, "train")

@@ -1,4 +1,4 @@
-"""What is missing, damaged or misnamed among photographs is told at once."""
+"""Missing, damaged or misnamed photographs: errors that name them."""
 
 import os
 import pathlib
@@ -18,16 +18,16 @@ from tests.support.tfds_writer import pixels, png, write_set
 
 @pytest.fixture
 def own(tmp_path):
-    """A configuration with files that the test may damage."""
+    """A configuration and files that the test may damage."""
     write_folders(tmp_path, "tiny")
     return make_config(tmp_path)
 
 
 @pytest.fixture
 def warnings(monkeypatch):
-    told = []
-    monkeypatch.setattr(logging, "warning", lambda text, *x: told.append(text % x))
-    return told
+    texts = []
+    monkeypatch.setattr(logging, "warning", lambda text, *x: texts.append(text % x))
+    return texts
 
 
 def test_class_folders_must_agree(own):
@@ -72,7 +72,7 @@ def test_impossible_values_are_refused_at_once(own, change, message):
 
 @pytest.fixture
 def small(tmp_path):
-    """Three pictures of each of two classes in each split, all of one size."""
+    """Three images of each of two classes in each split, all of one size."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 5, 4, 3), np.uint8)
     for split in ("train", "valid"):
@@ -106,7 +106,7 @@ def test_folders_of_one_size_are_loaded_into_memory(small, absolute):
 @pytest.mark.parametrize(
     "name", ["./my flowers", "../my flowers", "other/../my flowers"]
 )
-def test_folders_may_be_named_from_the_current_one(small, monkeypatch, name):
+def test_folders_may_be_relative_to_the_current_one(small, monkeypatch, name):
     config, images, train = small
     (train.parents[1] / "other").mkdir()
     monkeypatch.chdir(train.parents[1] / ("other" if name[:2] == ".." else ""))
@@ -115,10 +115,10 @@ def test_folders_may_be_named_from_the_current_one(small, monkeypatch, name):
     np.testing.assert_array_equal(loaded.images, images)
 
 
-def test_damaged_pictures_of_one_size_are_named_or_left_out(small, warnings):
+def test_damaged_images_of_one_size_are_named_or_skipped(small, warnings):
     config, images, train = small
     (train / "class0" / "0.png").write_bytes(b"")
-    (train / "class1" / "3.png").write_bytes(b"no picture")
+    (train / "class1" / "3.png").write_bytes(b"no image")
     with pytest.raises(
         DataError, match=r"class0/0\.png cannot be decoded.*on_error=skip"
     ):
@@ -135,8 +135,8 @@ def test_damaged_pictures_of_one_size_are_named_or_left_out(small, warnings):
         input_pipeline.load(config.data, "train")
 
 
-def test_pictures_beyond_the_memory_are_refused(small, monkeypatch):
-    sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 359}  # one byte less than there are
+def test_images_that_exceed_the_memory_are_refused(small, monkeypatch):
+    sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 359}  # one byte less than they need
     monkeypatch.setattr(os, "sysconf", sizes.get)
     with pytest.raises(DataError, match=r"6 images of 4x5 .*crop=inception"):
         input_pipeline.load(small[0].data, "train")
@@ -146,11 +146,11 @@ def test_pictures_beyond_the_memory_are_refused(small, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 @pytest.mark.parametrize("crop", ["pad", "inception"])
-def test_pictures_of_more_than_8_bits_are_refused(small, dtype, crop):
+def test_images_of_more_than_8_bits_are_refused(small, dtype, crop):
     config, _, train = small
     config.data.update(crop=crop, image_size=8)
     image = Image.fromarray(np.full((5, 4), 300, dtype))
-    kind = "png" if dtype == np.uint16 else "tiff"  # which Pillow tells by its content
+    kind = "png" if dtype == np.uint16 else "tiff"  # Pillow recognises the content
     image.save(train / "class0" / "0.png", kind)
     config.train.batch_size = 6
     with pytest.raises(
@@ -159,7 +159,7 @@ def test_pictures_of_more_than_8_bits_are_refused(small, dtype, crop):
         next(input_pipeline.batches(config, "train"))
 
 
-def test_what_is_left_out_for_its_suffix_is_told(small, warnings):
+def test_files_with_other_extensions_are_skipped_and_logged(small, warnings):
     config, images, train = small
     for name in ("a.webp", "b.webp", "c.TIF", "notes", ".hidden.gif"):
         (train / "class1" / name).touch()
@@ -180,7 +180,7 @@ def test_a_single_class_is_refused(small):
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-def test_damaged_records_are_told_at_once(tmp_path, file_format):
+def test_damaged_records_are_found_at_once(tmp_path, file_format):
     directory = write_tfds(tmp_path, file_format)
     config = make_config(tmp_path)
     path = directory / f"tiny-train.{file_format}-00001-of-00003"
@@ -194,7 +194,7 @@ def test_damaged_records_are_told_at_once(tmp_path, file_format):
         input_pipeline.load(config.data, "train")
 
 
-def test_damaged_headers_of_tfrecords_are_told(tmp_path):
+def test_damaged_headers_of_tfrecords_are_found(tmp_path):
     directory = write_tfds(tmp_path, "tfrecord")
     path = directory / "tiny-train.tfrecord-00000-of-00003"
     content = bytearray(path.read_bytes())
@@ -215,7 +215,7 @@ def test_flipped_bits_of_records_are_never_cropped(tmp_path, file_format):
     directory = write_tfds(tmp_path, file_format)
     path = directory / f"tiny-train.{file_format}-00001-of-00003"
     content, rng = path.read_bytes(), np.random.default_rng(0)
-    start = content.index(b"JFIF")  # behind the header of the file
+    start = content.index(b"JFIF")  # after the header of the file
     for position in rng.integers(start, content.rindex(b"\xff\xd9"), 20):
         flipped = bytearray(content)
         flipped[position] ^= 1 << rng.integers(8)
@@ -226,7 +226,9 @@ def test_flipped_bits_of_records_are_never_cropped(tmp_path, file_format):
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
 @pytest.mark.parametrize("crop", ["pad", "inception"])
-def test_sets_without_test_labels_are_tested_on_validation(tmp_path, file_format, crop):
+def test_sets_with_secret_test_labels_are_tested_on_validation(
+    tmp_path, file_format, crop
+):
     encoded = {
         split: [(png(x), i % 3 if split != "test" else -1) for i, x in enumerate(y)]
         for split, y in ((s, pixels(s, n)) for s, n in COUNTS_OF_SPLITS.items())
@@ -252,7 +254,7 @@ def test_imagenet_without_its_secret_test_split_is_complete(tmp_path):
     assert len(input_pipeline.load(config.data, "test").labels) == 4
 
 
-def test_sets_without_any_held_out_split_name_the_way_out(tmp_path):
+def test_sets_without_any_held_out_split_name_the_remedy(tmp_path):
     write_set(tmp_path, "tfrecord", encoded={"train": [(png(pixels("x", 1)[0]), 0)]})
     with pytest.raises(DataError, match=r"only train. Divide it.*\.npz with x_train"):
         input_pipeline.load(make_config(tmp_path, crop="pad").data, "test")
@@ -283,7 +285,7 @@ print("done")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hard", [False, True])
-def test_more_files_than_the_usual_limit_can_be_open(tmp_path, hard):
+def test_the_limit_on_open_files_is_raised(tmp_path, hard):
     write_tfds(tmp_path, "array_record", shards=40)
     result = subprocess.run(
         [sys.executable, "-c", WITH_FEW_OPEN_FILES, str(tmp_path), "hard" * hard],

@@ -1,4 +1,4 @@
-"""Batches of photographs: the same from each format, from any start, of any threads."""
+"""Batches of photographs do not depend on the format, the start or the threads."""
 
 import csv
 import itertools
@@ -17,8 +17,8 @@ from data_sources import crops
 from input_pipeline import DataError
 from tests.support.mini_imagenet import (
     CLASSES,
+    encoded_images,
     make_config,
-    pictures,
     write_folders,
     write_tfds,
 )
@@ -43,16 +43,16 @@ def config(written):
 
 @pytest.fixture
 def own(tmp_path):
-    """A configuration with files that the test may damage."""
+    """A configuration and files that the test may damage."""
     write_folders(tmp_path, "tiny")
     return make_config(tmp_path)
 
 
 @pytest.fixture
 def warnings(monkeypatch):
-    told = []
-    monkeypatch.setattr(logging, "warning", lambda text, *x: told.append(text % x))
-    return told
+    texts = []
+    monkeypatch.setattr(logging, "warning", lambda text, *x: texts.append(text % x))
+    return texts
 
 
 def take(config, count, start_step=0, **keywords):
@@ -68,8 +68,8 @@ def assert_same(batches, others):
 
 
 def by_hand(config, steps):
-    """One photograph after the other, from memory."""
-    files = pictures()["train"]
+    """Carries out plans one image at a time."""
+    files = encoded_images()["train"]
     for step in steps:
         plan = input_pipeline.plan(config, len(files), step)
         options = config.data.crop, config.data.image_size
@@ -99,7 +99,7 @@ def test_a_later_start_gives_the_same_batches(config):
     assert_same(take(config, 1, far), by_hand(config, [far]))
 
 
-def test_a_partial_last_batch_has_what_is_left(config):
+def test_a_partial_last_batch_has_the_remaining_images(config):
     config.train.batch_size, config.train.last_batch = 64, "partial"
     batches = take(config, 5)
     assert [len(x["label"]) for x in batches] == [64, 64, 64, 8, 64]
@@ -131,7 +131,7 @@ def test_every_test_photograph_comes_once_and_in_order(config, batch_size, proce
         input_pipeline.batches(config, "test", process_index=p, process_count=processes)
         for p in range(processes)
     ]
-    files, seen = pictures()["test"], 0
+    files, seen = encoded_images()["test"], 0
     for shares in zip(*parts, strict=True):
         for batch in shares:
             assert batch["image"].shape == (-(-batch_size // processes), 32, 32, 3)
@@ -163,7 +163,7 @@ def test_only_a_few_batches_are_prepared(config):
     assert drawn == list(range(len(drawn)))
 
 
-def test_what_the_rest_of_the_program_asks_for(config):
+def test_sizes_classes_and_normalisation(config):
     train_set, test_set = (
         input_pipeline.load(config.data, split) for split in ("train", "test")
     )
@@ -203,7 +203,7 @@ def damage(own, split="train", number=3):
     return path
 
 
-def test_a_broken_photograph_is_named(own):
+def test_a_damaged_photograph_is_named(own):
     path = damage(own)
     own.train.batch_size = 200
     with pytest.raises(DataError, match=rf"{path} cannot be decoded.*on_error=skip"):
@@ -213,7 +213,7 @@ def test_a_broken_photograph_is_named(own):
         list(input_pipeline.batches(own, "test"))
 
 
-def test_tensorflow_reasons_are_told_without_its_nodes(own):
+def test_errors_of_tensorflow_are_shortened(own):
     path = pathlib.Path(own.data.dir, "tiny", "train", CLASSES[1], "0051.JPEG")
     content = bytearray(path.read_bytes())
     start = content.index(b"\xff\xc4")  # of the Huffman tables
@@ -224,11 +224,11 @@ def test_tensorflow_reasons_are_told_without_its_nodes(own):
         take(own, 1)
 
 
-def test_broken_training_photographs_are_counted_once_a_pass(own, warnings):
+def test_damaged_training_photographs_are_logged_once_a_pass(own, warnings):
     own.data.on_error, own.train.batch_size = "skip", 40
     files = [damage(own, number=i) for i in (3, 9)]
     examples = input_pipeline.load(own.data, "train")
-    files[1].unlink()  # missing since the list was made
+    files[1].unlink()  # missing although listed
     assert len(take(own, 10, examples=examples)) == 10
     assert len(warnings) == 2  # two passes
     for text in warnings:
@@ -236,7 +236,7 @@ def test_broken_training_photographs_are_counted_once_a_pass(own, warnings):
         assert all(str(path) in text for path in files)
 
 
-def test_broken_photographs_of_a_part_of_a_pass_are_told_at_its_end(own, warnings):
+def test_closing_the_batches_logs_the_damaged_photographs_so_far(own, warnings):
     own.data.on_error = "skip"
     examples = input_pipeline.load(own.data, "train")
     path = pathlib.Path(examples.name(input_pipeline.plan(own, 200, 0).index[0]))
@@ -273,7 +273,7 @@ def names(examples):
     return [examples.name(i) for i in range(len(examples.labels))]
 
 
-def test_broken_test_photographs_are_masked_and_told(own, warnings):
+def test_damaged_test_photographs_are_masked_and_logged(own, warnings):
     own.data.on_error = "skip"
     before = list(input_pipeline.batches(own, "test"))
     path = damage(own, "val", number=0)
@@ -290,10 +290,10 @@ def test_broken_test_photographs_are_masked_and_told(own, warnings):
     assert warnings[0].startswith("1 damaged images in this pass, each not eval")
 
 
-def test_nothing_but_broken_photographs_is_an_error(own):
+def test_only_damaged_photographs_are_an_error(own):
     own.data.on_error = "skip"
     for path in pathlib.Path(own.data.dir, "tiny", "train").rglob("*.*"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     with pytest.raises(DataError, match="100 images in a row"):
         take(own, 1)
 
@@ -328,12 +328,12 @@ def test_a_process_ends_while_threads_decode(config):
 def test_a_net_learns_the_classes_of_the_folders(config, tmp_path):
     trained = cfmz.get_config("20,cifar10")
     trained.data.update(config.data)
-    trained.data.flip = False  # a mirrored wave is one of another class
+    trained.data.flip = False  # a mirrored wave belongs to another class
     trained.net.num_classes = 4
     trained.train.update(batch_size=40, epochs=12.0, tensorboard=False)
     trained.optimizer.update(learning_rate=0.05, drop_epochs=(9.0,))
     trained.eval.update(batch_size=24, every_epochs=6.0)
     result = train.train_and_evaluate(trained, tmp_path / "run")
-    assert result["test_accuracy"] > 0.6  # by chance 0.25
-    told = csv.DictReader((tmp_path / "run" / "per_class.csv").open())
-    assert [row["class"] for row in told] == sorted(CLASSES)
+    assert result["test_accuracy"] > 0.6  # chance: 0.25
+    table = csv.DictReader((tmp_path / "run" / "per_class.csv").open())
+    assert [row["class"] for row in table] == sorted(CLASSES)

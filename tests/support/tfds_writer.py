@@ -11,7 +11,7 @@ from data_sources import tfrecords
 
 
 def pixels(split, count, shape=(8, 6, 3)):
-    """What write_set puts into a split."""
+    """Returns the images that write_set writes."""
     rng = np.random.default_rng(len(split))
     return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
 
@@ -35,7 +35,7 @@ def write_set(
     shards=1,
     encoded=None,
 ):
-    """The directory of a TFDS set, 23 train and 7 test images.
+    """Writes a TFDS set of 23 training and 7 test images; returns its directory.
 
     declared: the shape that the description says, if not the true one. encoded: instead
     of these images, split -> [(encoded image, label)].
@@ -58,13 +58,13 @@ def write_set(
             split: [(encode(x), i % 3) for i, x in enumerate(pixels(split, n, shape))]
             for split, n in (("train", 23), ("test", 7))
         }
-    for split, pictures in encoded.items():
+    for split, images in encoded.items():
         records = []
-        for i, (picture, label) in enumerate(pictures):
+        for i, (image, label) in enumerate(images):
             example = tf_example_pb2.Example()
             feature = example.features.feature
             feature["id"].bytes_list.value.append(b"%d" % i)
-            feature["image"].bytes_list.value.append(picture)
+            feature["image"].bytes_list.value.append(image)
             feature["label"].int64_list.value.append(label)
             records.append(example.SerializeToString())
         parts = np.array_split(np.arange(len(records)), shards)
@@ -94,7 +94,7 @@ def write_tfrecord(path, records):
 
 
 def checksums(pieces):
-    """As TFRecord stores them, 4 bytes each."""
+    """Returns the checksums that TFRecord stores, 4 bytes each."""
     sizes = np.array([len(piece) for piece in pieces])
     content = np.frombuffer(b"".join(pieces), np.uint8)
     crc = tfrecords.crc32c(content, np.cumsum(sizes) - sizes, sizes)
@@ -117,7 +117,7 @@ FORMATS = {"tfrecord": write_tfrecord, "array_record": write_array_record}
 
 
 def save_npz(tmp_path, **change):
-    """An .npz of 9 train and 4 test images with these arrays changed."""
+    """Writes an .npz of 9 training and 4 test images, with some arrays changed."""
     arrays = {
         "x_train": pixels("train", 9),
         "y_train": np.arange(9) % 4,
