@@ -60,7 +60,7 @@ SOURCES = {
 
 
 def find(data: ConfigDict) -> tuple[Source, pathlib.Path | None]:
-    """Returns the source of config.data and its path; None: it must be downloaded.
+    """Returns the source of config.data and its path, None if it must be downloaded.
 
     Raises DataError if there is none, or if it cannot be read with data.crop.
     """
@@ -77,7 +77,7 @@ def find(data: ConfigDict) -> tuple[Source, pathlib.Path | None]:
 
 def _find(data: ConfigDict) -> tuple[str, pathlib.Path | None]:
     if data.name == "digits":
-        return "digits", None
+        return "digits", digits.FILE
     if data.name.endswith(".npz"):
         folder = pathlib.Path(os.path.expanduser(data.dir))
         return "npz", folder / os.path.expanduser(data.name)
@@ -116,7 +116,7 @@ def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
     is missing, damaged or misnamed.
     """
     source, path = find(data)
-    if path is None and source.open:
+    if path is None:
         path = tfds.download(data, _root(data))
     with _accessing(data):
         if data.crop == "pad":

@@ -174,12 +174,12 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
     0, (N,) or (N, 1). num_classes, optional: an integer; without it, the largest label
     of both splits + 1.
     """
-    del data
     required = ["x_train", "y_train", "x_test", "y_test"]
     if not path.is_file():
         raise DataError(
             f"no file {path.absolute()}: check --config.data.name and --config.data.dir"
         )
+    logging.info("reading %s (%s)", data.name, split)
     with reading(path):
         if not zipfile.is_zipfile(path):
             raise ValueError("it is not a zip file, as numpy.savez writes it")

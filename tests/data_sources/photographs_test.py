@@ -177,6 +177,17 @@ def test_sizes_classes_and_normalisation(config):
     np.testing.assert_allclose(np.array(facts.std) / 255, (0.229, 0.224, 0.225))
 
 
+def test_take_keeps_images_labels_and_names_together(config):
+    examples = input_pipeline.load(config.data, "train")
+    chosen = np.array([150, 3, 77])
+    taken = examples.take(chosen)
+    assert len(taken) == 3
+    np.testing.assert_array_equal(taken.labels, examples.labels[chosen])
+    for i, number in enumerate(chosen):
+        assert taken.read(i) == examples.read(number)
+        assert taken.name(i) == examples.name(number)
+
+
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
 def test_records_are_scanned_once(written, file_format, monkeypatch, tmp_path):
     config, scans = make_config(written / file_format), []
