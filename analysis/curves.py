@@ -9,7 +9,6 @@ in percent. "best" is the best epoch on that same set, as several papers report 
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from runtime.workdir import read_rows
+from runtime.workdir import load_config, read_rows
 
 Curve = list[dict[str, float]]
 
@@ -29,11 +28,8 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
     """
     groups, names, seen = {}, {}, {}
     for workdir in dict.fromkeys(run for path in workdirs for run in _runs(path)):
-        try:
-            config = json.loads((workdir / "config.json").read_text())
-            rows = read_rows(workdir / "metrics.csv")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{workdir} is not a workdir: {error}") from error
+        config = load_config(workdir).to_dict()
+        rows = read_rows(workdir / "metrics.csv")
         if not rows:
             raise ValueError(f"{workdir} has no evaluation yet")
         name = f"{config['net']['name']} {config['variant']}, {config['data']['name']}"
