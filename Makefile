@@ -1,30 +1,37 @@
 # make run: the main job on an embedded data set; make test: the fast tests.
-# Both build .venv from requirements.txt first; nothing else has to be installed.
+# Both build .venv first: run from requirements.txt, test from requirements-dev.txt.
 
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .PHONY: run test test-all lint clean
 
 run: .venv/installed
 	$(BIN)/python main.py --config=configs/xdensenet.py:22-8-2,digits --workdir=$(WORKDIR)
 
-test: .venv/installed
+test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: .venv/installed
+test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The file stands for a finished installation, so that an interrupted one is repeated.
+# A stamp is written after its installation, so an interrupted one is repeated.
+# Only pip 25.1 and later shows its progress while it unpacks packages.
 .venv/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and "error: Python 3.11, 3.12 or 3.13 required, got %d.%d; choose one with make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) "pip>=25.1"
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:
