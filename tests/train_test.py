@@ -15,7 +15,6 @@ import pytest
 import input_pipeline
 import nets
 import train
-from nets.layers.wiring import KINDS
 from runtime.devices import make_mesh
 from runtime.dispatch import MAX_IN_FLIGHT, make_device_steps
 from runtime.workdir import read_rows
@@ -84,44 +83,20 @@ def test_statistics_per_device_are_those_of_groups(images, name):
     assert not np.allclose(losses, together.losses(2), rtol=1e-3)
 
 
-def collectives(compiled):
-    """How often each kind of collective stands in a compiled program."""
-    kinds = r"(all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)"
-    found = re.findall(rf" {kinds}(?:-start)?\(", compiled.as_text())
-    return {kind: found.count(kind) for kind in set(found)}
-
-
-@pytest.mark.parametrize(
-    ("name", "wiring"),
-    [
-        pytest.param(name, wiring, marks=() if wiring == "dense" else pytest.mark.slow)
-        for name in nets.names()
-        for wiring in KINDS
-    ],
-)
-def test_devices_exchange_nothing_but_sums(images, name, wiring):
-    lowering = "native" if wiring == "grouped" else "auto"
-    fields = dict(net__wiring__kind=wiring, net__lowering=lowering)
-    config = configured(images, name, train__batch_norm_groups=0, **fields)
-    found = collectives(Steps(config, 8).compiled)
-    assert found.keys() == {"all-reduce"}
-    assert found["all-reduce"] <= 3
-
-
 @EVERY_NET
 def test_synchronised_statistics_cost_two_sums_a_layer(images, name):
     steps = Steps(configured(images, name), 8)
     layers = len(jax.tree.leaves(steps.state.stats)) // 2
     sums = 3 if name == "gunn" else 2  # its backward pass computes the units again
-    assert collectives(steps.compiled).keys() == {"all-reduce"}
-    assert collectives(steps.compiled)["all-reduce"] <= sums * layers + 3
+    assert compiling.collectives(steps.compiled).keys() == {"all-reduce"}
+    assert compiling.collectives(steps.compiled)["all-reduce"] <= sums * layers + 3
 
 
 def test_groups_over_several_devices_exchange_nothing_but_sums(npz):
     fields = dict(train__batch_norm_groups=4)
     one, eight = (Steps(configured(npz, **fields, **SLOWLY), n) for n in (1, 8))
     np.testing.assert_allclose(one.losses(), eight.losses(), rtol=1e-4)
-    assert collectives(eight.compiled).keys() == {"all-reduce"}
+    assert compiling.collectives(eight.compiled).keys() == {"all-reduce"}
 
 
 def test_plans_are_carried_out_where_the_images_are(npz):
@@ -136,7 +111,7 @@ def test_plans_are_carried_out_where_the_images_are(npz):
     train_step = functools.partial(train.train_step, program)
     steps = make_device_steps(train_step, mesh)
     compiled = steps.lower(state, data, plans, 3).compile(
-        compiler_options=compiling._options()
+        compiler_options=compiling.options()
     )
     assert collectives(compiled).keys() == {"all-reduce"}
     assert collectives(compiled)["all-reduce"] <= 3

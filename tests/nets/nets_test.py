@@ -1,4 +1,4 @@
-"""Statements that hold for every registered net and every wiring."""
+"""Properties of every registered net, most of them with every wiring."""
 
 import functools
 
@@ -14,11 +14,13 @@ from nets import connectivity
 from nets.layers.expander import Expander
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import KINDS
-from tests.support import tiny
+from runtime.devices import shard
+from tests.support import compiling, tiny
 from tests.support.compiling import run_once
+from tests.support.stepping import Steps, configured, save_images
 
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
-# Those of millions of weights, however small the form, only in CI.
+# Nets with millions of weights, however small their form, are slow.
 EVERY_NET_RUN = pytest.mark.parametrize(
     "name",
     [
@@ -26,7 +28,7 @@ EVERY_NET_RUN = pytest.mark.parametrize(
         for x in nets.names()
     ],
 )
-# Each pair is compiled: one wiring of every net always, the others in CI.
+# Each pair compiles a train step: one wiring of every net is fast, the others are slow.
 EVERY_PAIR = pytest.mark.parametrize(
     ("name", "wiring"),
     [
@@ -55,7 +57,7 @@ def images(name, count, seed=0):
 
 @functools.cache
 def forward(name, train=False):
-    """x -> logits, compiled once for all tests."""
+    """Returns x -> (logits, statistics), which all tests compile once."""
     definition, variables = nets.split(create(name))
     return run_once(functools.partial(definition.apply, variables, train=train))
 
@@ -65,11 +67,11 @@ def expanders(net):
 
 
 def graphs_of(layer):
-    """Edges (E,) of each graph of an expander; stacked ones have several."""
+    """Returns the edges (E,) of each graph of an expander, which may be stacked."""
     return np.asarray(layer.edges[...]).reshape(-1, layer.num_edges)
 
 
-def test_a_net_without_a_small_form_is_tested_in_that_of_its_smallest_row():
+def test_a_net_without_a_tiny_form_is_tested_in_that_of_its_smallest_row():
     row = tiny.smallest_row("densenet")
     assert (row["depth"], row["growth"], row["wiring"]["compress"]) == (22, 8, 2)
     with pytest.raises(LookupError, match="'densnet' has no row in configs/"):
@@ -77,28 +79,39 @@ def test_a_net_without_a_small_form_is_tested_in_that_of_its_smallest_row():
 
 
 @EVERY_PAIR
-def test_every_wiring_takes_a_step(name, wiring):
-    """All values finite, all weights pulled, all statistics moved, the loss lower."""
-    definition, variables = nets.split(create(name, wiring))
-    x, labels = images(name, 4), jnp.arange(4)
+def test_every_wiring_trains_on_eight_devices(name, wiring, tmp_path):
+    """One compiled train step, twice on the same batch.
 
-    def objective(params, stats):
-        state = variables | {"params": params, "stats": stats}
-        logits, stats = definition.apply(state, x, train=True)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), stats
+    Its devices exchange nothing but sums, every value stays finite, every parameter has
+    a gradient, every statistic moves, and the loss falls.
+    """
+    npz = save_images(tmp_path / "images.npz", tiny.image_size(name))
+    # XLA's partitioner gathers the whole batch for a native grouped convolution, unless
+    # the step is a shard_map.
+    lowering = "native" if wiring == "grouped" else "auto"
+    fields = dict(net__wiring__kind=wiring, net__lowering=lowering)
+    fields |= dict(train__batch_size=32, train__batch_norm_groups=0)
+    fields |= dict(data__pad=0, data__flip=False, optimizer__weight_decay=0.0)
+    steps = Steps(configured(npz, name, **fields), 8)
+    found = compiling.collectives(steps.compiled)
+    assert found.keys() == {"all-reduce"}
+    assert found["all-reduce"] <= 3
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
-    step = run_once(gradient)
-    (loss, stats), gradients = step(variables["params"], variables["stats"])
-    params = jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], gradients)
-    (next_loss, _), _ = step(params, stats)
-    assert next_loss < loss
-    # A scale before another BN is pulled by its eps alone, too little to move it.
-    moved = jax.tree.map(lambda old, new: new - old, variables["stats"], stats)
+    batch = shard(next(steps.batches), steps.mesh)
+    old = jax.device_get(steps.state)
+    new, totals, _ = steps.compiled(steps.state, batch)
+    new, totals = jax.device_get((new, totals))
+    # The momentum, as a scale before another BN has too small a gradient to change.
+    gradients = optax.tree_utils.tree_get(new.opt_state, "trace")
+    moved = jax.tree.map(lambda old, new: new - old, old.stats, new.stats)
     for path, change in jax.tree.leaves_with_path((gradients, moved)):
         assert np.isfinite(change).all(), path
         assert np.any(change), path
+    _, next_totals, bad_step = steps.compiled(
+        jax.device_put(new, steps.state.step.sharding), batch
+    )
+    assert next_totals["loss"] - totals["loss"] < totals["loss"]
+    assert bad_step == -1
 
 
 @EVERY_NET_RUN
@@ -109,7 +122,7 @@ def test_evaluation_ignores_the_rest_of_the_batch(name):
 
 
 @EVERY_NET_RUN
-def test_training_does_not(name):
+def test_training_depends_on_the_rest_of_the_batch(name):
     x, other, net = images(name, 4), images(name, 4, seed=1), forward(name, train=True)
     other[0] = x[0]
     assert np.abs(net(x)[0][0] - net(other)[0][0]).max() > 1e-3
@@ -121,7 +134,7 @@ def test_training_does_not(name):
     [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")],
 )
 def test_the_input_decides_the_precision(name, given, expected):
-    """Logits in float32 at least; parameters and statistics stay as they are."""
+    """Logits are at least float32; parameters and statistics keep their dtype."""
     with jax.enable_x64(given == "float64"):
         net = abstract(tiny.config(name))
         to_given = lambda x: x.update(dtype=given)
@@ -138,14 +151,14 @@ def test_the_input_decides_the_precision(name, given, expected):
 
 
 @EVERY_NET_RUN
-def test_half_precision_follows_single(name):
+def test_half_precision_follows_single_precision(name):
     net, x = forward(name), images(name, 4)
     (exact, _), (rounded, _) = net(x), net(x.astype(jnp.bfloat16))
     assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
 
 
 @EVERY_NET
-def test_other_sizes_of_image_and_numbers_of_classes(name):
+def test_other_image_sizes_and_numbers_of_classes(name):
     net = abstract(tiny.config(name, num_classes=7))
     definition, variables = nets.split(net)
     size = tiny.image_size(name)
@@ -155,7 +168,7 @@ def test_other_sizes_of_image_and_numbers_of_classes(name):
 
 @EVERY_NET
 def test_removed_connections_do_not_exist(name):
-    """A kernel has taps x edges values, and its edges are the degrees of its rule."""
+    """A kernel has taps x edges values, and the sampled side has regular degrees."""
     net = create(name, "expander")
     assert expanders(net)
     for layer in expanders(net).values():
@@ -169,7 +182,7 @@ def test_removed_connections_do_not_exist(name):
 
 @EVERY_NET
 def test_graphs_are_a_function_of_seed_and_path(name):
-    """Not of the weights' seed, of jit, nor of the other layers."""
+    """They depend neither on the seed of the weights, nor jit, nor other layers."""
 
     def graphs(net):
         return {
@@ -177,9 +190,11 @@ def test_graphs_are_a_function_of_seed_and_path(name):
             for path, layer in expanders(net).items()
         }
 
+    def wiring_of(config):
+        return nnx.state(nets.create(config, nnx.Rngs(2)), nets.Connectivity)
+
     expander = tiny.config(name, "expander")
     expected = graphs(create(name, "expander"))
-    assert graphs(nets.create(expander, nnx.Rngs(1))) == expected
     net = abstract(expander)
     nnx.update(net, run_once(lambda: wiring_of(expander))())
     assert graphs(net) == expected
@@ -187,28 +202,26 @@ def test_graphs_are_a_function_of_seed_and_path(name):
     other = graphs(net)
     for path, graph in expected.items():
         assert other[path] != graph, path
-    # Layers of one shape, even of one place in their block, have graphs of their own.
+    # Layers of equal shape, even at equal places in their blocks, have own graphs.
     drawn = [(i, o, tuple(g)) for i, o, graphs in expected.values() for g in graphs]
     assert len(set(drawn)) == len(drawn)
 
 
-def wiring_of(config):
-    return nnx.state(nets.create(config, nnx.Rngs(2)), nets.Connectivity)
-
-
 @EVERY_NET
-def test_every_convolution_takes_the_configured_lowering(name):
+def test_configure_sets_every_module(name):
     net = abstract(tiny.config(name, "expander", lowering="native"))
-    lowerings = [m.lowering for _, m in nnx.iter_modules(net) if hasattr(m, "lowering")]
-    assert set(lowerings) == {"native"}
-
-
-@EVERY_NET
-def test_normalisation_is_set_for_the_whole_net_at_once(name):
-    net = abstract(tiny.config(name))
-    norms = [m for _, m in nnx.iter_modules(net) if isinstance(m, BatchNorm)]
+    modules = [module for _, module in nnx.iter_modules(net)]
+    convolutions = [module for module in modules if hasattr(module, "lowering")]
+    norms = [module for module in modules if isinstance(module, BatchNorm)]
+    assert {module.lowering for module in convolutions} == {"native"}
+    assert {(norm.axis_name, norm.groups) for norm in norms} == {(None, 1)}
+    nets.configure(net, batch_norm_groups=4)
+    assert {(norm.axis_name, norm.groups) for norm in norms} == {("data", 4)}
+    assert {module.lowering for module in convolutions} == {"native"}
+    nets.configure(net, lowering="auto", batch_norm_groups=0)
+    assert {(norm.axis_name, norm.groups) for norm in norms} == {(None, 1)}
+    assert {module.lowering for module in convolutions} == {"auto"}
     net.eval()
-    assert norms
     assert all(norm.use_running_average for norm in norms)
 
 
@@ -216,53 +229,44 @@ def test_normalisation_is_set_for_the_whole_net_at_once(name):
     ("fields", "message"),
     [
         (dict(name="densnet"), "unknown net 'densnet'.*did you mean 'densenet'"),
+        (dict(grwth=8), "no field 'grwth': choose from.*did you mean 'growth'"),
+        (dict(depth=41), r"depth 6 n \+ 4 with n > 0, got 41"),
+        (dict(depth=4), r"depth 6 n \+ 4 with n > 0, got 4"),
+        (dict(depth=21, bottleneck=False), r"without .* 3 n \+ 4 .*got 21"),
+        (dict(name="cfmz_resnet", depth=21), r"6 n \+ 2 with n > 0, got 21"),
+        (dict(name="delugenet", layers=(2.5, 3)), "'delugenet' cannot be built: "),
+        (dict(wiring=dict(kind="sparse")), r"'sparse'.*dense.*expander.*grouped"),
         (
-            dict(name="densenet", grwth=8),
-            "no field 'grwth': choose from.*did you mean 'growth'",
-        ),
-        (dict(name="densenet", depth=41), r"depth 6 n \+ 4 with n > 0, got 41"),
-        (dict(name="densenet", depth=4), r"depth 6 n \+ 4 with n > 0, got 4"),
-        (
-            dict(name="densenet", depth=21, bottleneck=False),
-            r"without .* 3 n \+ 4 .*got 21",
-        ),
-        (dict(name="cfmz_resnet", depth=21), r"depth 6 n \+ 2 with n > 0, got 21"),
-        (
-            dict(name="densenet", wiring=dict(kind="sparse")),
-            r"'sparse'.*dense.*expander.*grouped",
-        ),
-        (
-            dict(name="densenet", wiring=dict(kind="expander", compress=1000)),
+            dict(wiring=dict(kind="expander", compress=1000)),
             r"compress=1000 leaves no connection .* 48 input",
         ),
         (
-            dict(name="densenet", wiring=dict(kind="grouped", groups=5)),
+            dict(wiring=dict(kind="grouped", groups=5)),
             "5 groups do not divide 48 input channels",
         ),
-        (dict(name="densenet", wiring=dict(compress=0)), "got compress=0"),
+        (dict(wiring=dict(compress=0)), "got compress=0"),
         (
-            dict(name="densenet", wiring=dict(kind="expander", sampling="x")),
+            dict(wiring=dict(kind="expander", sampling="x")),
             "rule 'x'.*per_input",
         ),
         (
-            dict(name="densenet", wiring="expander"),
+            dict(wiring="expander"),
             "net.wiring is a section now: use --config.net.wiring.kind=expander",
         ),
         (
-            dict(name="densenet", compress=4, groups=2),
-            "compress, groups moved to the section net.wiring: "
-            "use --config.net.wiring.compress=4 "
-            "--config.net.wiring.groups=2",
+            dict(compress=4, groups=2),
+            "compress, groups moved to the section net.wiring: use "
+            "--config.net.wiring.compress=4 --config.net.wiring.groups=2",
         ),
         (
-            dict(name="densenet", wiring=dict(compres=4)),
+            dict(wiring=dict(compres=4)),
             r"net.wiring has no field 'compres'.*did you mean 'compress'",
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused(fields, message):
+def test_create_refuses_fields_and_values_that_cannot_be_built(fields, message):
     with pytest.raises(ValueError, match=message):
-        abstract(fields)
+        abstract(dict(name="densenet") | fields)
 
 
 def test_names_are_filtered_by_pattern():

@@ -63,7 +63,7 @@ class Steps:
         batch = shard(next(input_pipeline.batches(config, "train")), self.mesh)
         train_step = functools.partial(train.train_step, self.program)
         step = make_train_step(train_step, self.mesh)
-        options = compiling._options()
+        options = compiling.options()
         self.compiled = step.lower(self.state, batch).compile(compiler_options=options)
 
     def loss(self):
