@@ -29,7 +29,7 @@ def test_the_published_expander_has_dense_convolutions_and_no_dropout():
     assert net.dropout is None
 
 
-def test_without_published_degrees_the_compression_counts():
+def test_without_published_degrees_compress_applies():
     wiring = dict(kind="expander", compress=4)
     net = build(wiring=wiring, published_degrees=False)
     wired = [*net.convs[1:], *net.linears]
@@ -37,7 +37,7 @@ def test_without_published_degrees_the_compression_counts():
     assert not isinstance(net.convs[0], Expander)
 
 
-def test_the_dense_net_drops_out_and_does_not_normalise():
+def test_the_dense_net_has_dropout_and_no_normalisation():
     net = nets.create(SMALL, nnx.Rngs(0))
     assert net.conv_norms is net.linear_norms is None
     definition, variables = nets.split(net)
@@ -49,7 +49,7 @@ def test_the_dense_net_drops_out_and_does_not_normalise():
 
 
 def test_linear_layers_read_channels_then_rows_then_columns():
-    """As the original flattens; 128 pixels leave a map of 3x3."""
+    """The original's order. 128 pixels result in a map of 3x3."""
     net = build(image_size=128)
     assert net.linears[0].kernel.shape[0] == net.features == 256 * 3 * 3
     net = nets.create(SMALL | dict(image_size=128, dropout=0.0), nnx.Rngs(0))
@@ -60,7 +60,7 @@ def test_linear_layers_read_channels_then_rows_then_columns():
     x = np.random.default_rng(0).standard_normal((2, 128, 128, 3)).astype(np.float32)
     definition, variables = nets.split(net)
     y, _ = run_once(definition.apply)(variables, x)
-    np.testing.assert_array_equal(y[0], y[1])  # nothing of channel 0, which is all read
+    np.testing.assert_array_equal(y[0], y[1])  # rows 0 to 8 read channel 0, which is 0
 
 
 def test_images_of_another_size_are_refused():

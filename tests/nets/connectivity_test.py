@@ -1,4 +1,4 @@
-"""Graphs as data: degrees, refusals, and the originals' recorded ones."""
+"""Graphs between channels: degrees, errors, and recorded graphs of the originals."""
 
 import json
 import zlib
@@ -44,19 +44,19 @@ def test_degree_is_exact_on_the_sampled_side(inputs, outputs, sampling, data):
         (3, 3, ("input", "output", "input")),
     ],
 )
-def test_which_side_draws(inputs, outputs, expected):
+def test_sampled_side(inputs, outputs, expected):
     sides = [connectivity.sampled_side(inputs, outputs, rule) for rule in RULES]
     assert tuple(sides) == expected
 
 
-def test_compressing_keeps_less_than_asked_when_the_inputs_draw():
+def test_compression_keeps_fewer_connections_if_the_inputs_draw():
     """48 -> 96 with degree 48 / 2: a quarter of the pairs, not half."""
     assert draw(48, 96, 24, "smaller_side")[1].mean() == 1 / 4
     assert draw(48, 96, 24, "per_output")[1].mean() == 1 / 2
 
 
-def test_the_other_side_has_the_degrees_of_independent_draws():
-    """Mean k I / O, and for few partners some that nobody chose."""
+def test_degrees_on_the_other_side_are_those_of_independent_draws():
+    """Mean k I / O, and zero for some channels if the degree is small."""
     masks = [draw(32, 64, 4, "per_input", seed)[1] for seed in range(20)]
     degrees = np.stack([mask.sum(0) for mask in masks])
     assert degrees.mean() == 2
@@ -76,7 +76,7 @@ def test_an_unknown_rule_is_refused_with_the_choices():
         draw(8, 8, 2, "per_edge")
 
 
-def test_a_drawing_is_a_function_of_seed_and_layer():
+def test_a_graph_is_a_function_of_seed_and_path():
     def edges(seed, path):
         rng = connectivity.layer_rng(seed, path)
         return connectivity.expander(16, 16, 4, "per_output", rng).tolist()
@@ -86,7 +86,7 @@ def test_a_drawing_is_a_function_of_seed_and_layer():
     assert edges(0, "blocks.0.conv1") != edges(0, "blocks.0.conv2")
 
 
-def test_grouped_connects_equal_blocks_only():
+def test_grouped_connects_equal_blocks():
     edges = connectivity.grouped(4, 6, 2)
     expected = np.zeros((4, 6), bool)
     expected[:2, :3] = expected[2:, 3:] = True
@@ -95,7 +95,7 @@ def test_grouped_connects_equal_blocks_only():
         connectivity.grouped(8, 6, 4)
 
 
-def test_the_originals_graphs_are_drawn_again(shared):
+def test_recorded_graphs_are_reproduced(shared):
     recorded = json.loads((shared / "golden/xnets/graphs.json").read_text())["graphs"]
     assert len(recorded) > 40
     for facts in recorded:

@@ -1,4 +1,4 @@
-"""Counts without compiling: against hand-made arithmetic and the originals' tables."""
+"""Counts from shapes, against arithmetic by hand and counts of the originals."""
 
 import json
 import re
@@ -19,7 +19,7 @@ COUNTS = SHARED / "golden/xnets/counts.json"
 
 
 class Small(nnx.Module):
-    """Attributes in another order than that of computation; `mix` is used twice."""
+    """The attributes are not in the order of execution, and `mix` is called twice."""
 
     def __init__(self, rngs):
         self.head = Linear(6, 10, rngs=rngs)
@@ -67,7 +67,7 @@ def test_layers_of_a_small_net():
     )
 
 
-def test_an_abstract_net_suffices_and_nothing_is_compiled():
+def test_counts_of_an_abstract_net_compile_nothing():
     config = dict(name="densenet", depth=10, growth=4, wiring=dict(kind="expander"))
     compilations = []
 
@@ -78,10 +78,9 @@ def test_an_abstract_net_suffices_and_nothing_is_compiled():
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         jax.jit(lambda x: x + 1)(1)
-        assert compilations.pop()  # the listener hears
+        assert compilations.pop()  # the listener works
         compilations.clear()
-        net = nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
-        layers = cost.layers(net, (1, 32, 32, 3))
+        layers = cost.of(config, (32, 32, 3))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compilations
@@ -90,7 +89,7 @@ def test_an_abstract_net_suffices_and_nothing_is_compiled():
 
 
 def _recorded():
-    """The nets of the originals' table; the large ones are slow to trace."""
+    """The counted nets of the originals; tracing the large ones is slow."""
     if not COUNTS.exists():
         reason = pytest.mark.skip(f"reference material {COUNTS} is not here")
         return [pytest.param({}, id="counts", marks=reason)]
@@ -117,7 +116,7 @@ NAMES = (
 
 
 def _config(recorded):
-    """The `net` section of an entry, all of which stands in its name and rule."""
+    """Returns the `net` section of an entry, from its name and rule."""
     full, transition = recorded["name"], recorded["transition"]
     (match, name) = next(
         (match, name)
@@ -149,9 +148,8 @@ def _config(recorded):
 
 @pytest.mark.parametrize("recorded", _recorded())
 def test_counts_of_the_original(recorded):
-    net = nnx.eval_shape(lambda: nets.create(_config(recorded), nnx.Rngs(0)))
     size = recorded["input"]
-    total = cost.total(cost.layers(net, (1, size, size, 3)))
+    total = cost.total(cost.of(_config(recorded), (size, size, 3)))
     assert total == cost.Cost(
         parameters=recorded["params_effective"],
         dense_parameters=recorded["params_trainable"],

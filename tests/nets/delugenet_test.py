@@ -1,4 +1,4 @@
-"""DelugeNets: who reads what, what is normalised once, which weights are dead."""
+"""DelugeNets: readers and sources, shared normalisations, weights without effect."""
 
 import functools
 
@@ -32,7 +32,7 @@ def normal(*shape, seed=0):
 
 
 def maps(count, channels=5, size=4):
-    """With means, and deviations between 1 and 2."""
+    """Returns maps with different means, and deviations between 1 and 2."""
     return [
         i + (1 + i / count) * normal(3, size, size, channels, seed=i)
         for i in range(count)
@@ -40,7 +40,7 @@ def maps(count, channels=5, size=4):
 
 
 class Mixing(nnx.Module):
-    """Maps, the oldest first, normalised at birth and mixed once; then a BN or none."""
+    """Normalises each of several maps once and mixes them; optionally a BN follows."""
 
     def __init__(self, count, channels=5, norm=False):
         norms = [BatchNorm(channels, affine=False) for _ in range(count)]
@@ -60,8 +60,8 @@ class Mixing(nnx.Module):
 # The cross-layer convolution
 
 
-def test_one_normalisation_for_all_readers_is_the_originals_one_per_reader():
-    """Literally: a whole batch normalisation of every source, summed."""
+def test_one_normalisation_for_all_readers_equals_one_per_reader():
+    """The original: the sum of a batch normalisation of every source."""
     xs, mixing, expected = maps(4), Mixing(4), 0
     for i, x in enumerate(xs):
         norm = BatchNorm(5)
@@ -70,13 +70,13 @@ def test_one_normalisation_for_all_readers_is_the_originals_one_per_reader():
     np.testing.assert_allclose(mixing(xs), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_it_starts_as_the_plain_average_of_what_is_normalised():
+def test_it_is_initialised_to_the_average_of_the_normalised_maps():
     layer = CrossLayer(5, 4)
     sources = [Source(x, x) for x in maps(4)]
     np.testing.assert_allclose(layer(sources), np.mean(maps(4), 0), atol=1e-6)
 
 
-def test_channels_and_pixels_do_not_meet():
+def test_channels_and_pixels_do_not_mix():
     layer, (first, *others) = Mixing(3).cross, maps(3, size=2)
 
     def one(x):
@@ -86,7 +86,7 @@ def test_channels_and_pixels_do_not_meet():
     np.testing.assert_array_equal(reached, [[0, 1, 0, 2]])
 
 
-def test_sources_have_no_order_but_that_of_the_weights():
+def test_permuting_sources_and_weights_changes_nothing():
     xs, mixing = maps(4), Mixing(4)
     expected, order = mixing(xs), [2, 0, 3, 1]
     for variable in (mixing.cross.scale, mixing.cross.bias):
@@ -94,7 +94,7 @@ def test_sources_have_no_order_but_that_of_the_weights():
     np.testing.assert_allclose(mixing([xs[i] for i in order]), expected, atol=1e-5)
 
 
-def test_biases_and_lengths_of_weights_are_dead_before_a_normalisation():
+def test_biases_and_lengths_of_weights_have_no_effect_before_a_normalisation():
     xs, mixing = maps(4), Mixing(4, norm=True)
     expected = mixing(xs)
     mixing.cross.bias[...] += 3.0
@@ -102,7 +102,7 @@ def test_biases_and_lengths_of_weights_are_dead_before_a_normalisation():
     mixing.cross.scale[...] *= jnp.asarray([2.0, 3.0, 0.5, 1.5, 4.0])
     np.testing.assert_allclose(mixing(xs), expected, atol=1e-3)  # up to eps
     mixing.cross.scale[0] *= -1.0
-    assert np.abs(mixing(xs) - expected).max() > 0.1  # the direction is not
+    assert np.abs(mixing(xs) - expected).max() > 0.1  # the direction has an effect
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -111,7 +111,7 @@ def test_fewer_than_two_sources_are_refused(count):
         CrossLayer(6, count)
 
 
-def test_half_precision_is_summed_in_single():
+def test_half_precision_is_summed_in_single_precision():
     xs = [jnp.asarray(x, jnp.bfloat16) for x in maps(4)]
     y = Mixing(4)(xs)
     assert y.dtype == jnp.bfloat16
@@ -120,7 +120,7 @@ def test_half_precision_is_summed_in_single():
 
 
 @pytest.mark.parametrize("size", [4, 3])
-def test_loops_that_keep_a_map_change_neither_it_nor_its_gradient(size):
+def test_loops_against_recomputation_change_neither_map_nor_gradient(size):
     xs, layer = maps(3, size=size), CrossLayer(5, 3)
     layer.scale[...] = jnp.asarray(normal(3, 5, seed=7))
     upstream = normal(*xs[0].shape, seed=9)
@@ -141,7 +141,7 @@ def test_loops_that_keep_a_map_change_neither_it_nor_its_gradient(size):
 
 @functools.cache
 def tiny():
-    """A net and the gradients of its parameters, compiled once for all tests."""
+    """Returns the parameters of a net and its gradient, compiled once for all tests."""
     net = nets.create(TINY, nnx.Rngs(0))
     definition, variables = nets.split(net)
     x, weights = normal(4, 32, 32, 3), normal(4, 10, seed=3)
@@ -154,7 +154,7 @@ def tiny():
 
 
 def gradients(silent=None):
-    """With source `silent` of the first block read by nobody."""
+    """Returns the gradients if no layer reads source `silent` of the first block."""
     params, gradient = tiny()
 
     def silenced(path, value):
@@ -171,22 +171,22 @@ def gradients(silent=None):
 
 
 @pytest.mark.parametrize("silent", [1, 2])
-def test_there_is_no_way_around_the_cross_layer_convolutions(silent):
-    """No shortcut: the weights of a layer that nobody reads have no gradient."""
+def test_cross_layer_convolutions_have_no_shortcut(silent):
+    """The weights of a layer without readers have no gradient."""
     layers = gradients(silent)[0]["layers"]
     for i, layer in layers.items():
         reached = np.abs(layer["conv3"]["kernel"]).max() > 0
-        # Source 0 is the opening's, so layer i makes source i + 1.
+        # Source 0 is that of the opening, so layer i computes source i + 1.
         assert reached == (i + 1 != silent)
 
 
-def test_every_reader_weighs_every_source():
-    """The newest as the oldest: all have a gradient, unlike a residual net's."""
+def test_every_weight_of_every_reader_has_a_gradient():
+    """From the oldest source to the newest."""
     blocks = gradients()
     for reader in (blocks[0]["layers"][1]["cross"], blocks[1]["opening"]["cross"]):
         largest = np.abs(reader["scale"]).max(1)
         assert (largest > 1e-3).all()
-        # Dead, but for rounding.
+        # Without effect, except for rounding.
         assert np.abs(reader["bias"]).max() < 1e-3 * largest.max()
 
 
@@ -208,10 +208,10 @@ def abstract(variant):
         ("122", 125, 40, 8 + 10 + 12 + 14),
     ],
 )
-def test_layers_are_as_many_as_the_originals(
+def test_numbers_of_layers_are_those_of_the_originals(
     variant, normalisations, cross_layers, maps
 ):
-    """And every map has one normalisation, however many readers."""
+    """And every source has one normalisation, however many readers it has."""
     modules = [module for _, module in nnx.iter_modules(abstract(variant))]
     norms = [module for module in modules if isinstance(module, BatchNorm)]
     assert sum(norm.scale is not None for norm in norms) == normalisations
@@ -231,7 +231,7 @@ def test_layers_are_as_many_as_the_originals(
         ("122", (391_424, 2_245_888, 10_646_016, 49_271_808)),
     ],
 )
-def test_parameters_are_where_the_originals_are(variant, blocks):
+def test_parameters_of_each_block_are_those_of_the_originals(variant, blocks):
     counted = [
         sum(leaf.size for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)))
         for block in abstract(variant).blocks
@@ -251,7 +251,7 @@ def test_sizes_of_maps():
         assert shapes[f"blocks.{i}.layers.6.conv3"] == expected
 
 
-def test_the_wiring_is_that_of_the_composite_layers():
+def test_the_wiring_applies_to_the_composite_layers():
     net = nnx.eval_shape(
         lambda: nets.create(TINY | {"wiring": {"kind": "expander"}}, nnx.Rngs(0))
     )
@@ -281,7 +281,7 @@ def test_the_wiring_is_that_of_the_composite_layers():
         (dict(wiring=dict(kind="grouped", groups=3)), "3 groups do not divide 8 input"),
     ],
 )
-def test_what_cannot_be_built_is_refused(fields, message):
+def test_impossible_nets_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: nets.create(TINY | fields, nnx.Rngs(0)))
 

@@ -1,4 +1,4 @@
-"""DenseNet for ImageNet: what is wired, and what the depth stands for."""
+"""DenseNet for ImageNet: wired layers, depths, and sizes of maps."""
 
 import pytest
 from flax import nnx
@@ -14,7 +14,7 @@ def build(**fields):
     return nnx.eval_shape(lambda: nets.create(SMALL | fields, nnx.Rngs(0)))
 
 
-def test_only_the_dense_layers_are_wired_unless_asked():
+def test_transitions_are_wired_on_request_only():
     def expanders(net):
         return {
             ".".join(map(str, path[:1]))
@@ -27,7 +27,7 @@ def test_only_the_dense_layers_are_wired_unless_asked():
     assert expanders(wired) == {"blocks", "transitions"}
 
 
-def test_a_depth_stands_for_growth_and_blocks():
+def test_a_depth_determines_growth_and_blocks():
     net = build(depth=161, growth=0, blocks=())
     assert [len(layers) for layers in net.blocks] == [6, 12, 36, 24]
     assert net.stem.kernel.shape == (7, 7, 3, 96)
@@ -37,7 +37,7 @@ def test_a_depth_stands_for_growth_and_blocks():
 
 
 def test_the_maps_shrink_as_published():
-    """224: 112 by the stem, 56 by its pooling, half by each transition."""
+    """From 224 to 112 by the stem, 56 by its pooling, half by each transition."""
     layers = {x.path: x for x in cost.layers(build(), (1, 224, 224, 3))}
     sides = [
         layers[path].output_shape[1]

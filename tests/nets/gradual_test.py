@@ -1,4 +1,4 @@
-"""Gradual layers: who sees what, when, in either direction of the sweep."""
+"""Gradual layers: which values each unit reads, forward and backward."""
 
 import functools
 
@@ -40,7 +40,7 @@ def images(*shape):
 
 
 def of_matrices(matrices, order="gradual"):
-    """A layer of matrix units, (segments, C, C / segments)."""
+    """Returns a layer of matrix units (segments, C, C / segments)."""
     segments, channels, width = matrices.shape
     unit = lambda rngs: Matrix(channels, width)
     layer = Gradual(channels, segments, unit, order=order, rngs=nnx.Rngs(0))
@@ -49,7 +49,7 @@ def of_matrices(matrices, order="gradual"):
 
 
 def of_bottlenecks(shortcuts, segments=SEGMENTS, dtype=np.float32, **options):
-    """A layer with a random value for every variable, those that start as 1 too."""
+    """Returns a layer whose variables are all random."""
     options |= dict(shortcuts=SHORTCUTS[shortcuts])
     sizes = (CHANNELS, segments)
     layer = empty(lambda: gunn_layer(*sizes, **options, rngs=nnx.Rngs(0)))
@@ -65,20 +65,20 @@ def of_bottlenecks(shortcuts, segments=SEGMENTS, dtype=np.float32, **options):
 
 
 def by_definition(layer, x):
-    """(output, stacked units after it), one segment after another."""
+    """Computes the layer one segment after another, and updates its statistics."""
     graphdef, state = nnx.split(layer.units)
     segments, units = jnp.split(x, layer.segments, -1), []
     for i in range(layer.segments):
         unit = nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state), copy=True)
-        seen = x if layer.order == "simultaneous" else jnp.concatenate(segments, -1)
-        segments[i] = segments[i] + unit(seen)
+        read = x if layer.order == "simultaneous" else jnp.concatenate(segments, -1)
+        segments[i] = segments[i] + unit(read)
         units.append(nnx.state(unit))
     nnx.update(layer.units, jax.tree.map(lambda *a: jnp.stack(a), *units))
     return jnp.concatenate(segments, -1)
 
 
 def training(layer, x, forward):
-    """Output, statistics, and gradients of parameters and input."""
+    """Returns gradients of parameters and input, output and statistics."""
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
 
     def loss(params, x):
@@ -99,8 +99,8 @@ def training(layer, x, forward):
         ("simultaneous", "projection"),
     ],
 )
-def test_the_sweep_is_its_definition(order, shortcuts):
-    """Output, statistics (counted once) and gradients, against JAX's own derivative."""
+def test_the_sweep_equals_its_definition(order, shortcuts):
+    """Output, statistics (updated once) and gradients, against autodiff of a loop."""
     with jax.enable_x64(True):
         layer = of_bottlenecks(shortcuts, segments=3, order=order, dtype=float)
         x = images(2, 5, 4)
@@ -111,30 +111,32 @@ def test_the_sweep_is_its_definition(order, shortcuts):
 
 
 def jacobian(layer):
-    """dy / dx as (C out, C in), at one pixel."""
+    """Returns dy / dx as (C out, C in), at one pixel."""
     channels = layer.channels
     derivative = jax.jacrev(lambda x: layer(x)[0, 0, 0])
     return np.asarray(derivative(jnp.zeros((1, 1, 1, channels)))[:, 0, 0, 0])
 
 
-def test_earlier_segments_are_seen_new_and_later_ones_old():
-    """A unit that erases its segment: y = x - x. Of the first nothing is left for the
-    others to see; of the last, all. Exactly, as the matrices hold whole numbers.
+def test_units_read_earlier_segments_new_and_later_ones_old():
+    """The first and the last unit erase their segments: y = x - x.
+
+    So no output depends on the first segment of x, and other units still read the last
+    one. The matrices have whole numbers, so the comparison is exact.
     """
     matrices = np.random.default_rng(0).integers(1, 4, (SEGMENTS, CHANNELS, 3))
     matrices[[0, -1]] = 0
     matrices[0, :3] = matrices[-1, -3:] = -np.eye(3)
-    sees = jacobian(of_matrices(matrices))
-    assert not sees[:, :3].any()
-    assert not sees[-3:].any()
-    np.testing.assert_array_equal(sees[3:6, -3:], matrices[1, -3:].T)
-    # In the other order all units read x, the first segment too.
-    sees = jacobian(of_matrices(matrices, "simultaneous"))
-    np.testing.assert_array_equal(sees[3:6, :3], matrices[1, :3].T)
+    derivative = jacobian(of_matrices(matrices))
+    assert not derivative[:, :3].any()
+    assert not derivative[-3:].any()
+    np.testing.assert_array_equal(derivative[3:6, -3:], matrices[1, -3:].T)
+    # In the simultaneous order all units read x, including its first segment.
+    derivative = jacobian(of_matrices(matrices, "simultaneous"))
+    np.testing.assert_array_equal(derivative[3:6, :3], matrices[1, :3].T)
 
 
 def test_the_layer_is_the_product_of_its_updates():
-    """(1 + K_n-1) ... (1 + K_1)(1 + K_0), the first update innermost."""
+    """(1 + K_n-1) ... (1 + K_1)(1 + K_0), the first update on the right."""
     matrices = np.random.default_rng(0).integers(-2, 3, (SEGMENTS, CHANNELS, 3))
     expected = np.eye(CHANNELS)
     for i, matrix in enumerate(matrices):
@@ -149,8 +151,8 @@ def test_the_layer_is_the_product_of_its_updates():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("train", [False, True])
-def test_a_segment_knows_the_units_up_to_its_own(order, train):
-    """Gradients of y[segment i] for the weights of unit j: exactly zero for j > i."""
+def test_a_segment_depends_on_the_units_up_to_its_own(order, train):
+    """The gradient of y[segment i] by the weights of unit j is exactly 0 for j > i."""
     layer, x = of_bottlenecks("projection", order=order), images(2, 5, 4)
     definition, variables = nets.split(layer)
 
@@ -161,9 +163,9 @@ def test_a_segment_knows_the_units_up_to_its_own(order, train):
 
     gradients = run_once(jax.jacrev(segments))(variables["params"])
     for path, gradient in jax.tree.leaves_with_path(gradients):
-        known = np.any(np.asarray(gradient).reshape(SEGMENTS, SEGMENTS, -1), -1)
+        reached = np.any(np.asarray(gradient).reshape(SEGMENTS, SEGMENTS, -1), -1)
         expected = np.tri(SEGMENTS) if order == "gradual" else np.eye(SEGMENTS)
-        np.testing.assert_array_equal(known, expected, err_msg=str(path))
+        np.testing.assert_array_equal(reached, expected, err_msg=str(path))
 
 
 def test_one_segment_has_no_order():
@@ -174,8 +176,8 @@ def test_one_segment_has_no_order():
 
 
 @pytest.mark.parametrize("segments", [2, 6])
-def test_two_maps_are_kept_for_the_gradient(segments):
-    """Input and output, and of the units' inner maps none."""
+def test_the_backward_pass_stores_two_maps(segments):
+    """Input and output, but no inner map of a unit."""
     layer, x = of_bottlenecks("plain", segments=segments), images(2, 8, 8)
     definition, variables = nets.split(layer)
 
@@ -184,13 +186,13 @@ def test_two_maps_are_kept_for_the_gradient(segments):
         function = lambda params, x: apply(variables | {"params": params}, x)[0]
         return jax.vjp(function, variables["params"], x)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(pull_back, variables, x))
+    stored = jax.tree.leaves(jax.eval_shape(pull_back, variables, x))
     held = {leaf.shape for leaf in jax.tree.leaves(variables)}
-    maps = [leaf.shape for leaf in kept if leaf.shape not in held]
+    maps = [leaf.shape for leaf in stored if leaf.shape not in held]
     assert sorted(shape for shape in maps if np.prod(shape) > 1) == [x.shape] * 2
 
 
-def test_each_unit_starts_with_weights_and_a_graph_of_its_own():
+def test_units_have_independent_initial_weights_and_graphs():
     net = dict(name="gunn", channels=(12,), segments=(4,), wiring=dict(kind="expander"))
     unit = nets.create(net, nnx.Rngs(0)).layers[0].units.bottlenecks[0]
     first, second = unit.conv1, unit.conv2
@@ -202,8 +204,8 @@ def test_each_unit_starts_with_weights_and_a_graph_of_its_own():
 
 
 @pytest.mark.parametrize("shortcuts", ["projection", "plain"])
-def test_counts_are_those_of_all_units(shortcuts):
-    """The specification's formulas; its multiply-accumulates leave out the norms."""
+def test_counts_include_all_units(shortcuts):
+    """By arithmetic; norms cost no multiply-accumulates."""
     c, o, norms = 12, 3, 12 if shortcuts == "projection" else 10
     weights = (norms // 2 - 3) * c * c + 38 * c * o
     rows = cost.layers(of_bottlenecks(shortcuts), (2, 8, 6, c))
@@ -212,7 +214,7 @@ def test_counts_are_those_of_all_units(shortcuts):
     assert (total.parameters, total.macs) == (weights + norms * c, weights * 48)
 
 
-def test_what_is_not_wired_is_dense():
+def test_the_wiring_applies_to_the_first_two_convolutions():
     for kind in ("expander", "grouped"):
         layer = of_bottlenecks("projection", wiring=Wiring(kind))
         dense = of_bottlenecks("projection")
@@ -246,11 +248,11 @@ def test_what_is_not_wired_is_dense():
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused(fields, message):
+def test_impossible_nets_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: nets.create({"name": "gunn"} | fields, nnx.Rngs(0)))
 
 
-def test_another_width_of_input_is_refused():
+def test_an_input_of_another_width_is_refused():
     with pytest.raises(ValueError, match="of 12 channels got 9"):
         of_matrices(np.zeros((4, 12, 3)))(jnp.zeros((1, 1, 1, 9)))

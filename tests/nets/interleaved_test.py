@@ -1,4 +1,4 @@
-"""The interleaved pair: who sees whom, both ways to compute it, what is refused."""
+"""Interleaved pairs: dependencies, the forms of computation, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def pair(in_channels, out_channels, kernel_size=3, **options):
 
 
 def influence(layer, in_channels) -> np.ndarray:
-    """(in, out): derivative of an output pixel by the input pixel at its place."""
+    """Returns the derivative (in, out) of an output pixel by the input pixel there."""
     graphdef, state = nnx.split(layer)
 
     def pixel(x):
@@ -51,7 +51,7 @@ def influence(layer, in_channels) -> np.ndarray:
     return np.asarray(run_once(jax.jacobian(pixel))(jnp.zeros(in_channels))).T
 
 
-def test_permutation_is_the_readmes_figure():
+def test_permutation_is_that_of_the_original_readme():
     assert connectivity.permutation(6, 2).tolist() == [0, 3, 1, 4, 2, 5]
     assert connectivity.permutation(6, 3).tolist() == [0, 2, 4, 1, 3, 5]
 
@@ -73,7 +73,7 @@ def test_a_permutation_that_does_not_divide_is_refused():
 
 @EVERY_SIZE
 def test_all_forms_agree(primary, secondary, channels):
-    """Forward and both gradients, with the literal permute, convolve, permute."""
+    """Output and both gradients, with those of permute, convolve, permute."""
     x, kernel = normal(3, 4, 5, channels), normal(1, 1, channels // secondary, channels)
     weights = normal(*x.shape, seed=1)
 
@@ -92,7 +92,7 @@ def test_all_forms_agree(primary, secondary, channels):
             np.testing.assert_allclose(found, known, atol=2e-4)
 
 
-def test_a_named_lowering_is_the_literal_form():
+def test_a_named_lowering_computes_the_literal_form():
     layer = pair(8, 16, primary_groups=4, secondary_groups=4)
     x = normal(2, 4, 4, 8)
     assert layer.secondary.lowering == "auto"
@@ -108,16 +108,14 @@ def test_a_pair_reaches_every_output_from_every_input(primary, secondary, channe
     groups = dict(primary_groups=primary, secondary_groups=secondary)
     layer = pair(channels, channels, **groups)
     assert (influence(layer, channels) != 0).all()
-    # The primary convolution alone does not.
+    # Unlike the primary convolution alone.
     reached = influence(layer.primary, channels) != 0
     edges = connectivity.grouped(channels, channels, primary)
     np.testing.assert_array_equal(reached, connectivity.mask(edges, channels, channels))
 
 
 @EVERY_SIZE
-def test_every_output_sees_every_input_along_equally_many_paths(
-    primary, secondary, channels
-):
+def test_all_inputs_reach_an_output_by_equally_many_paths(primary, secondary, channels):
     """One in the canonical pair."""
     groups = dict(primary_groups=primary, secondary_groups=secondary)
     layer = pair(channels, channels, 1, **groups)
@@ -127,7 +125,7 @@ def test_every_output_sees_every_input_along_equally_many_paths(
     np.testing.assert_array_equal(influence(layer, channels), paths)
 
 
-def test_one_partition_is_a_regular_convolution_times_a_scalar_a_channel():
+def test_one_partition_is_a_regular_convolution_with_scaled_channels():
     layer = pair(6, 8, primary_groups=1, secondary_groups=8)
     x = normal(2, 5, 5, 6)
     kernel = layer.primary.kernel[...] * layer.secondary.kernel[0, 0, 0]
@@ -167,7 +165,7 @@ def test_groups_that_clash_are_refused_with_both_numbers(
     ("fixed", "expected"),
     [((4, 0), [(4, 8), (4, 16)]), ((0, 4), [(8, 4), (16, 4)]), ((2, 4), [(2, 4)] * 2)],
 )
-def test_the_groups_that_are_not_fixed_follow_from_the_width(fixed, expected):
+def test_groups_that_are_0_follow_from_the_width(fixed, expected):
     primary, secondary = fixed
     wiring = Wiring("interleaved", primary_groups=primary, secondary_groups=secondary)
     assert [wiring.partitions(width) for width in (32, 64)] == expected
@@ -196,7 +194,7 @@ def test_a_net_that_cannot_be_interleaved_is_refused(fields, message):
 
 
 @pytest.mark.parametrize("name", ["cfmz_resnet", "densenet", "plain"])
-def test_every_pair_of_a_backbone_reaches_everything(name):
+def test_every_pair_of_a_backbone_connects_all_channels(name):
     net = nets.create(tiny.config(name, "interleaved"), nnx.Rngs(0))
     pairs = [m for _, m in nnx.iter_modules(net) if isinstance(m, InterleavedConv)]
     assert len(pairs) > 2
@@ -206,6 +204,6 @@ def test_every_pair_of_a_backbone_reaches_everything(name):
 
 
 @pytest.mark.parametrize("name", nets.names())
-def test_any_backbone_is_interleaved_by_its_configuration(name):
+def test_every_backbone_can_be_interleaved(name):
     net = abstract(tiny.config(name, "interleaved"))
     assert any(isinstance(m, InterleavedConv) for _, m in nnx.iter_modules(net))

@@ -1,4 +1,4 @@
-"""Convolutions with their initialisers, pooling, expander layers."""
+"""Convolutions and their initialisers, wirings, pooling, expander layers."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def normal(*shape, seed=0, dtype=np.float32):
 
 
 def fill(layer, seed=0):
-    """Values for every parameter of an empty layer."""
+    """Sets every parameter of an empty layer to random values."""
     state = nnx.state(layer, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     values = [
@@ -40,8 +40,8 @@ def fill(layer, seed=0):
 
 
 @pytest.mark.parametrize(("size", "stride"), [(6, 1), (6, 2), (5, 2)])
-def test_padding_is_symmetric_whatever_the_stride(size, stride):
-    """Against explicit sums: "SAME" would anchor strided windows elsewhere."""
+def test_padding_is_symmetric_for_every_stride(size, stride):
+    """Against explicit sums, since "SAME" shifts strided windows."""
     layer = fill(
         empty(lambda: Conv(2, 3, 3, stride=stride, padding=1, rngs=nnx.Rngs(0)))
     )
@@ -60,7 +60,7 @@ def test_padding_is_symmetric_whatever_the_stride(size, stride):
     np.testing.assert_allclose(layer(x), expected.transpose(2, 0, 1, 3), atol=1e-5)
 
 
-def test_grouped_kernels_see_their_group_only():
+def test_grouped_convolutions_read_their_group_only():
     layer = fill(empty(lambda: Conv(4, 6, 1, groups=2, rngs=nnx.Rngs(0))))
     x = normal(1, 1, 1, 4)
     gradient = jax.jacobian(lambda x: layer(x)[0, 0, 0])(x)[:, 0, 0, 0]
@@ -89,7 +89,7 @@ def test_groups_that_do_not_divide_are_refused(channels, groups, message):
         (conv.he_fan_in, 2 / (9 * 40), np.inf),
         (conv.he_fan_out, 2 / (9 * 60), np.inf),
         (conv.torch_uniform, 1 / (3 * 9 * 40), 1 / np.sqrt(9 * 40)),
-        # Of a convolution in ten groups: torch 0.3 counts the inputs of all of them.
+        # For ten groups; torch 0.3 counts the inputs of all of them.
         (conv.torch_default(9 * 400), 1 / (3 * 9 * 400), 1 / np.sqrt(9 * 400)),
     ],
     ids=["he_fan_in", "he_fan_out", "torch_uniform", "torch_default"],
@@ -125,7 +125,7 @@ def test_a_bias_is_added_to_every_pixel():
 
 
 def test_wirings_of_linear_layers():
-    """An expander by degree or compression; dense with a bias for every other kind."""
+    """Expanders by degree or compression; dense with bias for the other kinds."""
     rngs = nnx.Rngs(0)
     layer = Wiring("expander", compress=5).linear(10, 6, rngs=rngs)
     assert (layer.degree, layer.num_edges) == (2, 12)
@@ -158,7 +158,7 @@ def test_average_pooling_drops_a_remainder():
 
 
 @pytest.mark.parametrize("pool", [max_of_slices, max_of_windows])
-def test_padding_of_a_max_pooling_never_wins(pool):
+def test_padding_is_never_the_maximum(pool):
     x = -1 - np.abs(normal(2, 5, 4, 3))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     y = pool(x, 3, 2, 1)
@@ -170,8 +170,8 @@ def test_padding_of_a_max_pooling_never_wins(pool):
 
 
 @pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (3, 2, 0), (3, 1, 1)])
-def test_both_forms_of_max_pooling_are_one(window):
-    """Equal values too: of a window's, the first in reading order has the gradient."""
+def test_both_forms_of_max_pooling_agree(window):
+    """With ties as well: the first of equal values in a window has the gradient."""
     x = np.round(normal(2, 7, 8, 3))
     upstream = lambda y: (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum()
     results = [
@@ -184,7 +184,7 @@ def test_both_forms_of_max_pooling_are_one(window):
     assert np.isnan(max_pool(x, 2, stride=2)[0, 0, 0, 0])
 
 
-def test_maps_without_a_window_are_refused():
+def test_maps_smaller_than_a_window_are_refused():
     with pytest.raises(ValueError, match=r"map of \(1, 4\) .* 2x2 pooling window"):
         average_pool(normal(2, 1, 4, 3), 2)
     with pytest.raises(ValueError, match=r"\(4, 2\) with padding 0 .* 3x3"):
@@ -210,8 +210,8 @@ def expander(kind, sizes, options, sampling="smaller_side"):
 
 @pytest.mark.parametrize("sampling", ["smaller_side", "per_output", "per_input"])
 @pytest.mark.parametrize(("kind", "sizes", "options", "shape"), EXPANDERS)
-def test_an_expander_is_its_masked_dense_twin(kind, sizes, options, shape, sampling):
-    """Same outputs and gradients; what the mask removes is not even stored."""
+def test_an_expander_equals_its_masked_twin(kind, sizes, options, shape, sampling):
+    """Same outputs and gradients; weights outside the mask are not stored."""
     layer = expander(kind, sizes, options, sampling)
     twin_kind = {ExpanderConv: Conv, ExpanderLinear: Linear}[kind]
     bias = {"bias": False} if twin_kind is Linear else {}
@@ -243,7 +243,7 @@ def test_an_expander_is_its_masked_dense_twin(kind, sizes, options, shape, sampl
     assert layer.absent_weights == np.prod(taps) * (~mask).sum()
 
 
-def test_channels_that_are_not_connected_do_not_influence():
+def test_channels_without_a_connection_are_independent():
     layer = expander(ExpanderLinear, (10, 6), {})
     gradient = jax.jacobian(lambda x: layer(x[None])[0])(normal(10))
     mask = connectivity.mask(np.asarray(layer.edges[...]), 10, 6)
@@ -254,8 +254,8 @@ def test_channels_that_are_not_connected_do_not_influence():
     ("kind", "sizes", "fan"),
     [(ExpanderConv, (60, 40, 3), 9 * 40), (ExpanderLinear, (200, 100), 200)],
 )
-def test_expanders_start_with_the_variance_of_the_dense_fan(kind, sizes, fan):
-    """As the original does: the degree plays no part in it."""
+def test_expanders_are_initialised_with_the_dense_fan(kind, sizes, fan):
+    """As in the original, the variance does not depend on the degree."""
     options = dict(sampling="per_output", rngs=nnx.Rngs(0))
     for degree in (10, 30):
         values = np.asarray(kind(*sizes, degree=degree, **options).kernel[...])

@@ -1,4 +1,4 @@
-"""All lowerings are one function: equal forward and in both gradients."""
+"""All lowerings compute the same function: outputs and both gradients agree."""
 
 import functools
 
@@ -60,7 +60,7 @@ PAIRS = [
 
 
 def outcome(case, lowering, images=None, dtype=np.float64):
-    """y, dx and dkernel for random numbers, the same for every lowering."""
+    """Returns y, dx and dkernel for random numbers, the same for every lowering."""
     x_shape, kernel_shape, options = sizes(case, images)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal(x_shape), dtype)
@@ -83,13 +83,13 @@ def assert_equal(case, lowering, images=None):
 
 
 @pytest.mark.parametrize(("case", "lowering"), PAIRS)
-def test_lowerings_are_one_function(case, lowering):
+def test_lowerings_agree(case, lowering):
     assert_equal(case, lowering)
 
 
 @pytest.mark.parametrize("images", [1, 6, 7, 13])
 @pytest.mark.parametrize("lowering", ["shifted", "scattered"])
-def test_chunks_add_up_whatever_the_batch(monkeypatch, lowering, images):
+def test_chunks_add_up_for_every_batch_size(monkeypatch, lowering, images):
     case = "3x3 narrows"
     monkeypatch.setattr(lowerings, "CHUNK_ROWS", 3 * 6 * 6)  # at most 3 images
     assert_equal(case, lowering, images)
@@ -102,20 +102,20 @@ def test_pieces_of_a_batch_may_differ_in_size(monkeypatch, images):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_auto_on_cpu_is_one_of_the_applicable(case):
+def test_auto_on_cpu_is_applicable(case):
     shape = shape_of(case)
     assert choose(shape, "cpu") in lowerings.applicable(shape)
     assert choose(shape, "gpu") == choose(shape, "tpu") == "native"
     assert_equal(case, "auto")
 
 
-def test_every_lowering_is_tried_and_one_that_does_not_apply_gives_way():
+def test_every_lowering_is_tested_and_native_replaces_one_that_does_not_apply():
     assert {lowering for _, lowering in PAIRS} == set(LOWERINGS) - {"native"}
     assert_equal("3x3 strided", "dot")
 
 
 @pytest.mark.parametrize(("case", "lowering"), PAIRS)
-def test_bfloat16_stays_and_is_close(case, lowering):
+def test_bfloat16_is_close_and_has_its_dtype(case, lowering):
     found = outcome(case, lowering, dtype=jnp.bfloat16)
     exact = outcome(case, "native", dtype=np.float32)
     for a, b in zip(found, exact, strict=True):
@@ -124,7 +124,7 @@ def test_bfloat16_stays_and_is_close(case, lowering):
         assert error < 0.03
 
 
-def test_auto_on_cpu_reaches_every_lowering():
+def test_auto_on_cpu_selects_every_lowering_for_some_shape():
     chosen = {choose(shape_of(case), "cpu") for case in CASES}
     assert chosen == set(LOWERINGS)
 
@@ -151,7 +151,7 @@ def test_second_derivatives_agree(case):
 
 @pytest.mark.parametrize("case", ["3x3 narrows", "3x3 strided", "3x3 pairs"])
 def test_works_inside_a_loop_of_a_sharded_step(monkeypatch, case):
-    """Where the train step calls it: two devices, chunks within a fori_loop."""
+    """As in a train step: two devices, chunks within a fori_loop."""
     monkeypatch.setattr(lowerings, "CHUNK_ROWS", 64)
     x_shape, kernel_shape, options = sizes(case, images=8)
     rng = np.random.default_rng(0)
@@ -187,6 +187,6 @@ def test_works_inside_a_loop_of_a_sharded_step(monkeypatch, case):
         ((1, 4, 4, 6), (3, 3, 6, 8), {"lowering": "shift"}, "unknown.*shift.*native"),
     ],
 )
-def test_what_cannot_be_is_refused_with_both_numbers(x, kernel, options, message):
+def test_shapes_that_do_not_fit_are_refused(x, kernel, options, message):
     with pytest.raises(ValueError, match=message):
         convolution(jnp.zeros(x), jnp.zeros(kernel), **options)

@@ -1,4 +1,4 @@
-"""MobileNet: widths in both readings, densities, channels that nobody feeds."""
+"""MobileNet: widths in both readings, densities, channels without inputs."""
 
 import functools
 
@@ -29,7 +29,7 @@ def widths(net):
     ]
 
 
-def test_the_code_scales_all_widths_but_the_first_and_the_last():
+def test_the_code_scales_all_widths_except_the_first_and_the_last():
     inner = [64, 64, 128, 128, *(6 * [256]), 512]
     assert widths(build()) == [32, 32, *inner, 1024]
     assert widths(build(textbook_widths=True)) == [16, 32, *inner, 512]
@@ -59,7 +59,7 @@ def test_the_published_operations_are_those_of_the_textbook_widths(
 
 
 @pytest.mark.parametrize("sampling", ["smaller_side", "per_output", "per_input"])
-def test_compression_is_exact_whichever_side_samples(sampling):
+def test_compression_is_exact_for_every_sampling(sampling):
     net = build(wiring=dict(kind="expander", compress=4, sampling=sampling))
     pointwise = [block.pointwise for block in net.blocks]
     assert not isinstance(pointwise[0], Expander)
@@ -67,7 +67,7 @@ def test_compression_is_exact_whichever_side_samples(sampling):
         assert 4 * layer.num_edges == layer.in_channels * layer.out_channels
 
 
-def test_groups_have_as_many_weights():
+def test_groups_and_expanders_have_equally_many_weights():
     counts = [
         cost.total(cost.layers(build(**fields), (1, 64, 64, 3)))
         for fields in (
@@ -79,8 +79,8 @@ def test_groups_have_as_many_weights():
     assert counts[0].macs == counts[1].macs
 
 
-def test_an_output_that_nobody_feeds_is_its_shift():
-    """Possible where inputs sample: 8 of 64 outputs at compression 16, for example."""
+def test_an_output_without_inputs_is_constant():
+    """Possible if inputs sample: 8 of 64 outputs at compression 16, for example."""
     wiring = Wiring("expander", compress=16)
     options = dict(wiring=wiring, norm_scale="ones", rngs=nnx.Rngs(0))
     block = SeparableBlock(32, 64, 1, **options)
@@ -112,7 +112,7 @@ def test_missing_inputs_of_the_classifier_are_zeros():
 
 
 def test_initial_values_count_all_channels_in_the_fan():
-    """torch 0.3: depthwise kernels start sqrt(channels) times smaller than today."""
+    """In torch 0.3, so depthwise kernels start sqrt(channels) times smaller."""
     blocks = ((512, 1), (512, 1))
     net = nets.create(HALF | dict(blocks=blocks, num_classes=10), nnx.Rngs(0))
     kernel = np.asarray(net.blocks[1].depthwise.kernel[...])
@@ -121,7 +121,7 @@ def test_initial_values_count_all_channels_in_the_fan():
     assert np.abs(net.classifier.bias[...]).max() > 0
 
 
-def test_initial_scales_of_normalisation_may_be_those_of_torch():
+def test_initial_scales_of_normalisation_can_be_those_of_torch():
     config = HALF | dict(blocks=((512, 1),), norm_scale="uniform")
     net = nets.create(config, nnx.Rngs(0))
     scales = np.asarray(net.blocks[0].pointwise_norm.scale[...])

@@ -1,4 +1,4 @@
-"""Batch normalisation: whose statistics, which variance, what precision."""
+"""Batch normalisation: shared statistics, kinds of variance, precision."""
 
 import functools
 
@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def batch_norm(channels=5, **options):
-    """With scale, bias and running statistics that are not the initial ones."""
+    """Returns a layer with random scale, bias and running statistics."""
     layer = BatchNorm(channels, **options)
     for i, variable in enumerate((layer.scale, layer.bias, layer.mean, layer.var)):
         variable[...] = jnp.asarray(1 + 0.3 * normal(channels, seed=i))
@@ -33,7 +33,7 @@ def test_training_normalises_by_the_batch():
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("biased", 1.0), ("unbiased", 36 / 35)])
-def test_running_statistics_keep_a_share_of_the_old(kind, factor):
+def test_running_statistics_keep_a_share_of_the_old_values(kind, factor):
     layer, x = batch_norm(keep=0.8, running_var=kind), 3 + 2 * normal(4, 3, 3, 5)
     mean, var = np.asarray(layer.mean[...]), np.asarray(layer.var[...])
     layer(x)
@@ -43,7 +43,7 @@ def test_running_statistics_keep_a_share_of_the_old(kind, factor):
     np.testing.assert_allclose(layer.var[...], expected, 1e-5)
 
 
-def test_evaluation_uses_the_running_statistics_and_leaves_them():
+def test_evaluation_uses_the_running_statistics_unchanged():
     layer, x = batch_norm(eps=1e-3), normal(4, 3, 3, 5)
     layer.eval()
     mean, var = layer.mean[...], layer.var[...]
@@ -53,7 +53,7 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them():
 
 
 def run(layer, x):
-    """(output, running mean and variance, gradients of scale, bias and x)."""
+    """Returns output, running statistics, and gradients of parameters and x."""
     definition, variables = nets.split(layer)
     weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
     step = jax.jit(training, static_argnums=0)
@@ -83,7 +83,7 @@ def assert_equal_runs(actual, expected):
     ("groups", "devices"), [(1, 8), (2, 8), (8, 8), (8, 4), (4, 1)]
 )
 def test_statistics_do_not_depend_on_the_devices(kind, groups, devices):
-    """Devices with two images each or more, against one device with sixteen."""
+    """Devices with at least two images each, against one device with sixteen."""
     x = 3 + 2 * normal(16, 3, 3, 5)
     layer = batch_norm(running_var=kind)
     layer.groups = groups
@@ -94,7 +94,7 @@ def test_statistics_do_not_depend_on_the_devices(kind, groups, devices):
 
     def shard(variables, x, weights):
         y, stats, d_params, d_x = training(definition.apply, variables, x, weights)
-        # As the train step does with those that devices have alone.
+        # As the train step does.
         stats = jax.lax.pmean(stats, "data")
         return y, stats, jax.lax.psum(d_params, "data"), d_x
 
@@ -111,7 +111,7 @@ def test_statistics_do_not_depend_on_the_devices(kind, groups, devices):
 
 
 def test_ghost_groups_are_separate_batches():
-    """Runs of four images are normalised alone; running statistics get their mean."""
+    """Each run of four images; running statistics take the mean over the runs."""
     x = 3 + 2 * normal(12, 3, 3, 5)
     layer = batch_norm()
     layer.groups = 3
@@ -128,12 +128,12 @@ def test_ghost_groups_are_separate_batches():
 @pytest.mark.parametrize(
     ("images", "groups", "equal"), [(12, 4, 4), (10, 4, 5), (3, 4, 3), (7, 2, 7)]
 )
-def test_ghost_groups_of_a_smaller_batch_are_equal(images, groups, equal):
-    """As many as were asked for, or the next number that the batch can have."""
+def test_ghost_groups_of_a_smaller_batch_have_equal_sizes(images, groups, equal):
+    """The configured number of groups, or the next larger one that divides."""
     x = 3 + 2 * normal(images, 3, 3, 5)
-    found, wanted = batch_norm(), batch_norm()
-    found.groups, wanted.groups = groups, equal
-    assert_equal_runs(run(found, x)[:2], run(wanted, x)[:2])
+    found, expected = batch_norm(), batch_norm()
+    found.groups, expected.groups = groups, equal
+    assert_equal_runs(run(found, x)[:2], run(expected, x)[:2])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_large_mean_costs_few_digits(offset, steps, tolerance):
     assert np.abs(step(variables, x)[0] - exact).max() < tolerance
 
 
-def test_half_precision_keeps_statistics_in_single():
+def test_half_precision_has_statistics_in_single_precision():
     layer = BatchNorm(5)
     x = jnp.asarray(3 + 2 * normal(64, 4, 4, 5), jnp.bfloat16)
     y = layer(x)

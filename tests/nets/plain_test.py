@@ -1,4 +1,4 @@
-"""IGCNets: counts of the originals' builders, depths, transitions, doubling."""
+"""IGCNets: counts of the originals' builders, depths, transitions, partitions."""
 
 import numpy as np
 import pytest
@@ -116,17 +116,17 @@ def test_units_are_spread_over_the_stages(depth, units):
 
 
 def groups(net):
-    """(primary, secondary) of every pair, in order."""
+    """Returns (primary, secondary) of every pair, in order."""
     modules = [m for _, m in nnx.iter_modules(net) if isinstance(m, InterleavedConv)]
     return [m.secondary.groups for m in modules]
 
 
-def test_plain_nets_keep_l_and_double_m():
+def test_plain_nets_double_m_and_not_l():
     net = abstract("plain", depth=8, width=32, wiring=interleaved(4))
     assert groups(net) == [(4, 8)] * 2 + [(4, 16)] * 2 + [(4, 32)] * 2
 
 
-def test_the_old_transition_doubles_secondary_weights_and_nothing_else():
+def test_the_old_transition_only_doubles_secondary_weights():
     fields = dict(depth=8, width=32, wiring=interleaved(4))
     old, new = (
         abstract("igc_resnet", transition_secondary=which, **fields)
@@ -168,7 +168,7 @@ def test_normalisation_is_mxnets(net, keep):
     assert (norm.eps, norm.keep, norm.running_var) == (2e-5, keep, "biased")
 
 
-def test_running_variances_start_where_asked():
+def test_initial_running_variances():
     for initial in (0.0, 1.0):
         config = dict(name="plain", depth=5, width=4, initial_var=initial)
         stats = nnx.state(nets.create(config, nnx.Rngs(0)), nnx.BatchStat)
@@ -178,7 +178,7 @@ def test_running_variances_start_where_asked():
 
 
 def test_initial_weights_have_the_variance_of_the_group():
-    """2 / fan-in within a group, for the secondary convolutions too: 2 / L."""
+    """2 / fan-in within a group, which is 2 / L for secondary convolutions."""
     wiring = Wiring("interleaved", primary_groups=24)
     pair = wiring.conv(96, 192, 3, rngs=nnx.Rngs(0))
     for kernel, fan in ((pair.primary.kernel, 9 * 4), (pair.secondary.kernel, 24)):
@@ -203,6 +203,6 @@ def test_initial_weights_have_the_variance_of_the_group():
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused(fields, message):
+def test_impossible_nets_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         abstract(**fields)

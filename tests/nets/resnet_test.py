@@ -1,4 +1,4 @@
-"""fb.resnet.torch: counts of its executed Lua graphs, and what its blocks see."""
+"""fb.resnet.torch: counts of its executed Lua graphs, shortcuts, initial values."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def counts(size=32, **fields):
     return total.parameters, total.macs
 
 
-# Type A's counts are those of configs/fb_resnet.py.
+# The counts of type A are in configs/fb_resnet.py.
 @pytest.mark.parametrize(
     ("depth", "preactivation", "shortcut", "parameters"),
     [
@@ -72,14 +72,14 @@ def test_counts_for_imagenet(depth, shortcut, parameters, macs):
         (dict(shortcut="D"), "unknown shortcut 'D': choose from A, B, C"),
     ],
 )
-def test_what_cannot_be_built_is_refused(fields, message):
+def test_impossible_nets_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         abstract(**fields)
 
 
 @pytest.mark.parametrize("activation", ["both", "branch", "none"])
-def test_what_the_shortcut_of_a_preactivation_block_sees(activation):
-    """With a silent branch the block is its shortcut: of the input, or activated."""
+def test_the_input_of_the_shortcut_of_a_preactivation_block(activation):
+    """With zero weights in its branch, the block is its shortcut."""
     options = dict(shortcut="A", wiring=Wiring())
     block = PreactBasicBlock(
         4, 4, 1, activation=activation, **options, rngs=nnx.Rngs(0)
@@ -92,7 +92,7 @@ def test_what_the_shortcut_of_a_preactivation_block_sees(activation):
     np.testing.assert_allclose(block(x), expected, rtol=1e-6)
 
 
-def test_option_a_appends_channels_that_are_zero():
+def test_shortcut_a_appends_zero_channels():
     block = nets.create(dict(name="resnet", depth=8), nnx.Rngs(0)).stages[1][0]
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 16)).astype(np.float32)
     y = run_once(lambda x: block.shortcut(x))(x)
@@ -101,11 +101,11 @@ def test_option_a_appends_channels_that_are_zero():
     assert not jax.tree.leaves(nnx.state(block.shortcut))
 
 
-def test_the_initial_bias_of_the_classifier():
-    """X-ResNet's is torch's; fb.resnet.torch's is 0."""
+def test_initial_bias_of_the_classifier():
+    """Torch's default in X-ResNet, 0 in fb.resnet.torch."""
     config = dict(name="resnet", depth=8)
 
-    def bias(**fields):  # all else of the net is not computed
+    def bias(**fields):  # jit drops the rest of the net
         create = lambda: nets.create(config | fields, nnx.Rngs(0)).classifier.bias[...]
         return jax.jit(create)()
 

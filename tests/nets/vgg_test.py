@@ -1,4 +1,4 @@
-"""VGG: which layers an expander takes, and what it does not."""
+"""VGG: expander degrees, depths, normalisations."""
 
 import jax
 import pytest
@@ -19,7 +19,7 @@ def blocks(net):
 
 
 def test_vgg_16_has_the_published_degrees():
-    """64 three times, 16 nine times, 128; a degree not below the inputs means dense."""
+    """64 three times, 16 nine times, 128; layers with no more inputs are dense."""
     net = build(depth=16, wiring=dict(kind="expander"))
     convs = [block.conv for block in blocks(net)]
     degrees = [getattr(conv, "degree", None) for conv in convs]
@@ -38,14 +38,14 @@ def test_depth_counts_the_weighted_layers(depth):
     assert len(blocks(build(depth=depth))) == convs
 
 
-def test_without_published_degrees_the_compression_counts():
+def test_without_published_degrees_compress_applies():
     wiring = dict(kind="expander", compress=4)
     net = build(depth=11, wiring=wiring, published_degrees=False)
     wired = [block.conv for block in blocks(net)[1:]] + [net.hidden]
     assert all(layer.degree == layer.in_channels // 4 for layer in wired)
 
 
-def test_the_expander_keeps_one_normalisation_without_batch_norm():
+def test_without_batch_norm_the_expander_normalises_after_its_stem():
     def normalised(**fields):
         net = build(depth=11, batch_norm=False, **fields)
         return [block.norm is not None for block in blocks(net)]
@@ -59,7 +59,7 @@ def test_another_depth_is_refused():
         build(depth=12)
 
 
-def test_images_that_five_poolings_use_up_are_refused():
+def test_images_too_small_for_five_poolings_are_refused():
     definition, variables = nets.split(build(depth=11))
     x = jax.ShapeDtypeStruct((2, 31, 31, 3), "float32")
     with pytest.raises(ValueError, match=r"map of \(1, 1\).*images are too small"):

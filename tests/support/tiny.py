@@ -26,7 +26,7 @@ FORMS = {
 
 
 def config(name: str, wiring="dense", **fields) -> dict:
-    """The `net` section of a small form with 10 classes.
+    """Returns the `net` section of a small form with 10 classes.
 
     wiring: a kind, or a whole `wiring` section.
     """
@@ -36,13 +36,13 @@ def config(name: str, wiring="dense", **fields) -> dict:
 
 
 def image_size(name: str) -> int:
-    """Rows and columns of the images that the small form reads."""
+    """Returns the rows and columns of the images that the small form reads."""
     return config(name).get("image_size", 32)
 
 
 @functools.cache
 def smallest_row(name: str) -> dict:
-    """The net of the config row with the fewest parameters; LookupError if none."""
+    """Returns the net of the row with the fewest parameters; LookupError if none."""
     rows = []
     for path in sorted(CONFIGS.glob("*.py")):
         family = importlib.import_module(f"configs.{path.stem}")
