@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import fnmatch
 import inspect
 from collections.abc import Callable, Collection, Mapping
 
@@ -47,9 +46,9 @@ RUN_ONCE = {
 }
 
 
-def names(pattern: str = "*") -> list[str]:
-    """Returns the registered names that match a shell pattern, sorted."""
-    return fnmatch.filter(sorted(NETS), pattern)
+def names() -> list[str]:
+    """Returns the registered names, sorted."""
+    return sorted(NETS)
 
 
 def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:

@@ -85,17 +85,6 @@ def grouped(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
     return np.flatnonzero(np.kron(np.eye(groups, dtype=bool), blocks)).astype(np.int32)
 
 
-def permutation(channels: int, branches: int) -> np.ndarray:
-    """Returns the input channel (C,) of each output channel of an interleaving.
-
-    It transposes the channels as (branches, C / branches). The inverse is the
-    permutation with C / branches branches.
-    """
-    if branches < 1 or channels % branches:
-        raise ValueError(f"{branches} branches do not divide {channels} channels")
-    return np.arange(channels).reshape(branches, -1).T.ravel()
-
-
 def layer_rng(seed: int, path: str) -> np.random.Generator:
     """Returns the generator of a layer's graph, which depends on (seed, path) alone."""
     return np.random.default_rng([seed, zlib.crc32(path.encode())])

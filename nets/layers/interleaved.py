@@ -22,8 +22,8 @@ MATRIX_CHANNELS = 256
 def permute(x: jax.Array, branches: int) -> jax.Array:
     """Interleaves the channels of x (..., C).
 
-    Transposes them as (branches, C / branches), by the indices of
-    connectivity.permutation. `permute(y, C // branches)` is the inverse.
+    Transposes them as (branches, C / branches). `permute(y, C // branches)` is the
+    inverse.
     """
     channels = x.reshape(*x.shape[:-1], branches, -1)
     return channels.swapaxes(-1, -2).reshape(x.shape)

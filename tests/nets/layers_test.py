@@ -18,7 +18,7 @@ from nets.layers.pooling import (
     max_of_windows,
     max_pool,
 )
-from nets.layers.wiring import Wiring
+from nets.layers.wiring import KINDS, Wiring
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -138,6 +138,17 @@ def test_wirings_of_linear_layers():
         ValueError, match=r"compress=11 leaves no connection .* 10 input"
     ):
         Wiring("expander", compress=11).linear(10, 6, rngs=rngs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_options_apply_to_dense_and_grouped_convolutions(kind):
+    """Expanders and interleaved pairs have an initialiser of their own and no bias."""
+    dense = dict(bias=True, init=jax.nn.initializers.ones)
+    layer = Wiring(kind).conv(8, 8, 3, dense=dense, rngs=nnx.Rngs(0))
+    applies = kind in ("dense", "grouped")
+    first = layer.primary if kind == "interleaved" else layer
+    assert (first.kernel[...] == 1).all() == applies
+    assert (getattr(first, "bias", None) is not None) == applies
 
 
 @pytest.mark.parametrize(

@@ -269,11 +269,6 @@ def test_create_refuses_fields_and_values_that_cannot_be_built(fields, message):
         abstract(dict(name="densenet") | fields)
 
 
-def test_names_are_filtered_by_pattern():
-    assert nets.names("dense*") == ["densenet", "densenet_imagenet"]
-    assert nets.names("nothing*") == []
-
-
 def test_dropout_acts_in_training_only_and_by_key():
     net = nets.create(tiny.config("densenet", dropout=0.5), nnx.Rngs(0))
     definition, variables = nets.split(net)
