@@ -67,7 +67,7 @@ def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
     wiring = _wiring(options)
     accepted = inspect.signature(NETS[name].__init__).parameters.keys()
     accepted -= {"self", "wiring", "rngs"}
-    for field in options.keys() - accepted:
+    for field in sorted(options.keys() - accepted):
         raise ValueError(
             f"net {name!r} has no field {field!r}: {_choices(field, accepted)}"
         )
@@ -92,7 +92,7 @@ def configure(
     graph_seed: int | None = None,
     batch_norm_groups: int | None = None,
 ) -> None:
-    """Sets what the modules of a net do not know when they are constructed.
+    """Sets the properties that modules do not know when they are constructed.
 
     lowering: of every convolution (nets/layers/lowerings.py).
     graph_seed: draws the expander graphs, each from this seed and its layer's path.
