@@ -119,20 +119,15 @@ def plan(
         raise ValueError(
             f"{2 * primary} partitions do not divide {primary * secondary} channels"
         )
-    terms = _terms(primary, secondary)
-    parameters, macs = (
-        sum(factor * term for factor, term in zip(row, terms, strict=True))
-        for row in _coefficients(depth, num_classes, grow)
-    )
-    exponent = 1 if grow == "L" else -1
-    balance = primary / (KERNEL_AREA * secondary)
-    balances = tuple(balance * width**exponent for width in STAGE_WIDTHS)
-    return Plan(primary, secondary, parameters, macs, balances)
+    counts = _terms(primary, secondary) @ _coefficients(depth, num_classes, grow)
+    first = primary / (KERNEL_AREA * secondary)
+    balance = tuple(first * x if grow == "L" else first / x for x in STAGE_WIDTHS)
+    return Plan(primary, secondary, *counts.tolist(), balance)
 
 
 @functools.cache
-def _coefficients(depth: int, num_classes: int, grow: str) -> list[list[int]]:
-    """Coefficients of _terms in the parameters and in the macs of a net.
+def _coefficients(depth: int, num_classes: int, grow: str) -> np.ndarray:
+    """Returns the coefficients (4, 2) of _terms in the parameters and macs of a net.
 
     Counting a net takes a second, too long for a search. But the counts of each layer
     are sums of the four terms, so four nets determine those of all.
@@ -148,12 +143,12 @@ def _coefficients(depth: int, num_classes: int, grow: str) -> list[list[int]]:
         total = cost.total(cost.of(net, (32, 32, 3)))
         counts.append((total.parameters, total.macs))
     solution = np.linalg.solve([_terms(*pair) for pair in pairs], counts)
-    return np.rint(solution).astype(int).T.tolist()
+    return np.rint(solution).astype(int)
 
 
-def _terms(primary: int, secondary: int) -> tuple[int, ...]:
+def _terms(primary: int, secondary: int) -> np.ndarray:
     width = primary * secondary
-    return 1, width, width * secondary, width * primary
+    return np.array([1, width, width * secondary, width * primary])
 
 
 def table(plans: Sequence[Plan]) -> str:
