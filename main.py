@@ -18,11 +18,14 @@ from ml_collections import config_flags
 import train
 from runtime import command_line, dispatch, reporting
 
-config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py:VARIANT,DATA,RECIPE")
+config_flags.DEFINE_config_file(
+    "config", None, "configs/FAMILY.py:VARIANT,DATA,RECIPE, or the config.json of a run"
+)
 flags.DEFINE_string("workdir", None, "directory of the run; an existing run resumes")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint")
 flags.DEFINE_bool("distributed", False, "whether this is one of several processes")
 FLAGS = flags.FLAGS
+FLAGS["config"].parser = command_line.ConfigParser()
 
 
 def main(_):

@@ -2,8 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -51,37 +51,159 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return rule
 
 
-# The rule of each field: returns what is wrong with a value, or "". All floats must be
-# finite. The other fields of the net are checked by building it, those of the data and
-# of the augmentation by input_pipeline.check and augment.check.
-RULES: dict[str, Callable[[Any], str]] = {
-    "seed": seed,
-    "seeds": positive,
-    "net.graph_seed": seed,
-    "net.depth": at_most(10_000),
-    "net.dropout": share,
-    "train.batch_size": positive,
-    "train.batch_norm_groups": not_negative,
-    "train.dtype": one_of("float32", "bfloat16"),
-    "train.ema": share,
-    "train.epochs": positive,
-    "train.label_smoothing": share,
-    "train.last_batch": one_of("fill", "partial"),
-    "train.log_every_steps": positive,
-    "train.steps_per_dispatch": positive,
-    "optimizer.schedule": one_of("steps", "cosine", "one_cycle"),
-    "optimizer.drop_epochs": numbers,
-    "optimizer.drop_factor": not_negative,
-    "optimizer.learning_rate": not_negative,
-    "optimizer.min_learning_rate": not_negative,
-    "optimizer.momentum": not_negative,
-    "optimizer.warmup_epochs": not_negative,
-    "optimizer.weight_decay": not_negative,
-    "eval.batch_size": positive,
-    "eval.every_epochs": positive,
-    "checkpoint.every_steps": not_negative,
-    "checkpoint.keep": positive,
+def anything(value: Any) -> str:
+    return ""
+
+
+class Need(NamedTuple):
+    """What a field requires to have an effect."""
+
+    holds: Callable[[ConfigDict], bool]
+    remedy: str
+
+
+def value_of(field: str, *values: str) -> Need:
+    remedy = f"--config.{field}={' or '.join(values)}"
+    return Need(lambda config: flatten(config)[field] in values, remedy)
+
+
+def switched_on(field: str) -> Need:
+    return Need(lambda config: bool(flatten(config)[field]), f"--config.{field}")
+
+
+class Field(NamedTuple):
+    """A field of the configuration.
+
+    type: of its values. rule: returns what is wrong with a value, or "". needs: without
+    it, the field has no effect; None: it always has one.
+    """
+
+    type: type
+    rule: Callable[[Any], str] = anything
+    needs: Need | None = None
+
+
+EXPANDER = value_of("net.wiring.kind", "expander")
+INTERLEAVED = value_of("net.wiring.kind", "interleaved")
+PADDED = value_of("data.crop", "pad")
+BORDER = Need(
+    lambda config: config.data.crop == "pad" and config.data.pad > 0,
+    "--config.data.crop=pad and a positive data.pad",
+)
+PHOTOGRAPHS = Need(
+    lambda config: config.data.crop != "pad",
+    "photographs: --config.data.crop=random_resized, or another crop but pad",
+)
+DROPS = Need(
+    lambda config: (
+        config.optimizer.schedule == "steps" and config.optimizer.drop_epochs
+    ),
+    "--config.optimizer.schedule=steps and optimizer.drop_epochs",
+)
+
+# Every field of configs/common.py; a test compares the two. All floats must be finite.
+# input_pipeline.check and augment.check have further rules for data and augment.
+FIELDS = {
+    "seed": Field(int, seed),
+    "seeds": Field(int, positive),
+    "variant": Field(str),
+    "recipe": Field(str),
+    "net.name": Field(str),
+    "net.num_classes": Field(int),
+    "net.graph_seed": Field(int, seed, EXPANDER),
+    "net.lowering": Field(str),
+    "net.wiring.kind": Field(str),
+    "net.wiring.compress": Field(int, needs=EXPANDER),
+    "net.wiring.sampling": Field(str, needs=EXPANDER),
+    "net.wiring.groups": Field(int, needs=value_of("net.wiring.kind", "grouped")),
+    "net.wiring.primary_groups": Field(int, needs=INTERLEAVED),
+    "net.wiring.secondary_groups": Field(int, needs=INTERLEAVED),
+    "data.name": Field(str),
+    "data.dir": Field(str),
+    "data.download": Field(bool),
+    "data.cache_dir": Field(str),
+    "data.pipeline": Field(str),
+    "data.crop": Field(str),
+    "data.pad": Field(int, needs=PADDED),
+    "data.border": Field(str, needs=BORDER),
+    "data.image_size": Field(int, needs=PHOTOGRAPHS),
+    "data.on_error": Field(str),
+    "data.flip": Field(bool),
+    "data.mean": Field(tuple),
+    "data.std": Field(tuple),
+    "data.recipe.name": Field(str),
+    "data.recipe.mean": Field(tuple),
+    "data.recipe.std": Field(tuple),
+    "data.photograph_mean": Field(tuple, needs=PHOTOGRAPHS),
+    "data.photograph_std": Field(tuple, needs=PHOTOGRAPHS),
+    "augment.jigsaw": Field(bool),
+    "augment.jitter": Field(float),
+    "augment.lighting": Field(float),
+    "augment.hls": Field(tuple),
+    "augment.autoaugment": Field(bool),
+    "augment.randaugment_ops": Field(int),
+    "augment.randaugment_magnitude": Field(
+        float, needs=switched_on("augment.randaugment_ops")
+    ),
+    "augment.cutout": Field(int),
+    "augment.mixup": Field(float),
+    "augment.cutmix": Field(float),
+    "augment.cutmix_probability": Field(float, needs=switched_on("augment.cutmix")),
+    "augment.ricap": Field(float),
+    "train.batch_size": Field(int, positive),
+    "train.last_batch": Field(str, one_of("fill", "partial")),
+    "train.label_smoothing": Field(float, share),
+    "train.ema": Field(float, share),
+    "train.epochs": Field(float, positive),
+    "train.steps_per_dispatch": Field(int, positive),  # see _conflicts
+    "train.dtype": Field(str, one_of("float32", "bfloat16")),
+    "train.batch_norm_groups": Field(int, not_negative),
+    "train.log_every_steps": Field(int, positive),
+    "train.tensorboard": Field(bool),
+    "train.profile_steps": Field(tuple),
+    "train.compilation_cache": Field(bool),
+    "optimizer.learning_rate": Field(float, not_negative),
+    "optimizer.schedule": Field(str, one_of("steps", "cosine", "one_cycle")),
+    "optimizer.warmup_epochs": Field(
+        float, not_negative, value_of("optimizer.schedule", "steps", "cosine")
+    ),
+    "optimizer.drop_epochs": Field(
+        tuple, numbers, value_of("optimizer.schedule", "steps")
+    ),
+    "optimizer.drop_factor": Field(float, not_negative, DROPS),
+    "optimizer.min_learning_rate": Field(float, not_negative),
+    "optimizer.momentum": Field(float, not_negative),
+    "optimizer.nesterov": Field(bool, needs=switched_on("optimizer.momentum")),
+    "optimizer.rate_in_velocity": Field(bool, needs=switched_on("optimizer.momentum")),
+    "optimizer.weight_decay": Field(float, not_negative),
+    "eval.batch_size": Field(int, positive),
+    "eval.every_epochs": Field(float, positive),
+    "eval.checkpoint": Field(str),
+    "checkpoint.keep": Field(int, positive),
+    "checkpoint.every_steps": Field(int, not_negative),
 }
+# Fields that some nets have; nets.create checks the others.
+NET_FIELDS = {
+    "net.depth": Field(int, at_most(10_000)),
+    "net.dropout": Field(float, share),
+}
+
+
+def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
+    """Raises ValueError for each field of `changed` that has no effect.
+
+    changed: the fields that the user has set, not those of a recipe, which may have
+    lost their effect by what the user has set. Zero, False and () are no request.
+    """
+    values = flatten(config)
+    needs = {x: FIELDS[x].needs for x in changed if x in FIELDS and values[x]}
+    _refuse(
+        [
+            f"{field}={values[field]!r} has no effect: it requires {need.remedy}"
+            for field, need in needs.items()
+            if need and not need.holds(config)
+        ]
+    )
 
 
 def check_config(
@@ -92,7 +214,8 @@ def check_config(
     training: whether conflicts that affect training only are errors too. Raises
     ValueError that lists all problems.
     """
-    problems = [*_field_problems(config)]
+    _refuse([*_schema_problems(config)])
+    problems = [*_value_problems(config)]
     net = None
     try:
         input_pipeline.check(config.data)
@@ -151,22 +274,68 @@ def check_test_data(config: ConfigDict, test: input_pipeline.Split) -> None:
     _refuse([*_class_problems(config, test.class_names)])
 
 
-def _field_problems(config: ConfigDict) -> Iterator[str]:
+def _schema_problems(config: ConfigDict) -> Iterator[str]:
+    """Describes unknown and missing fields, and values of another type."""
+    values = flatten(config)
+    for field, value in values.items():
+        known = (FIELDS | NET_FIELDS).get(field)
+        if known and not _is_a(known.type, value):
+            yield (
+                f"{field} must be of type {known.type.__name__}, got {value!r} of type "
+                f"{type(value).__name__}"
+            )
+        elif not known and not field.startswith("net."):  # nets.create knows those
+            yield f"there is no field {field}{hint(field, FIELDS)}"
+    if missing := sorted(FIELDS.keys() - values.keys()):
+        yield (
+            f"fields are missing: {', '.join(missing)}; begin with get_config() of a "
+            "file in configs/"
+        )
+
+
+def hint(field: str, known: Iterable[str], prefix: str = "") -> str:
+    """Suggests the field of the same name, else one with a similar name."""
+    section, _, name = field.rpartition(".")
+    split = [(x, *x.rpartition(".")[::2]) for x in known]
+    same = [x for x, _, leaf in split if leaf == name]
+    siblings = {leaf: x for x, above, leaf in split if above == section}
+    if same:
+        near = difflib.get_close_matches(field, same, 1, 0.0)
+    elif siblings:  # a common section makes any two names similar
+        near = difflib.get_close_matches(name, siblings, 1)
+        near = [siblings[leaf] for leaf in near]
+    else:
+        near = difflib.get_close_matches(field, [x for x, *_ in split], 1)
+    if not near:
+        return (
+            "; its file in configs/ has the fields of a net, configs/common.py others"
+        )
+    kind = f" ({FIELDS[near[0]].type.__name__})" if near[0] in FIELDS else ""
+    return f"; did you mean {prefix}{near[0]}{kind}?"
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return kind is type(value)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _value_problems(config: ConfigDict) -> Iterator[str]:
     for field, value in flatten(config).items():
         if problem := _problem(field, value):
             yield f"{field} {problem}, got {value!r}"
 
 
 def _problem(field: str, value: Any) -> str:
+    known = (FIELDS | NET_FIELDS).get(field)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             return "must be finite"
         # Far beyond any net, but small enough to fail before time and memory do.
-        count = isinstance(number, int) and field not in RULES
+        count = isinstance(number, int) and (not known or known.rule is anything)
         if field.startswith("net.") and count and abs(number) > 1_000_000:
             return "must be at most 1,000,000"
-    rule = RULES.get(field)
-    return rule(value) if rule else ""
+    return known.rule(value) if known else ""
 
 
 def _conflicts(config: ConfigDict, mesh: Mesh) -> Iterator[str]:

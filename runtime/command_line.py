@@ -6,12 +6,14 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from runtime.workdir import flatten
+from runtime.checks import check_effects, hint
+from runtime.workdir import CONFIG_JSON, flatten, load_config_json
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -25,35 +27,71 @@ def parse(argv: Sequence[str]) -> list[str]:
     help_wanted = any(re.match(r"--?(help|h$|\?)", arg) for arg in argv)
     try:
         if not help_wanted:
-            _check(argv)
+            argv = _with_config(argv)
+            before = flatten(_check(argv))
         unused = flags.FLAGS(argv)[1:]
         if unused:
             raise ValueError(f"{unused[0]!r} belongs to no flag")
         if "workdir" in flags.FLAGS and flags.FLAGS.workdir is None:
             raise ValueError(f"--workdir is missing; {argv[0]} --help lists the flags")
+        if not help_wanted:
+            after = flatten(flags.FLAGS.config)
+            changed = [field for field in after if after[field] != before.get(field)]
+            check_effects(flags.FLAGS.config, changed)
     except (flags.Error, ValueError, TypeError) as error:
         sys.exit(f"error: {error}")
     return argv[:1]
 
 
-def _check(argv: Sequence[str]) -> None:
-    """Raises ValueError for a config file or an override path that cannot work."""
+class ConfigParser(flags.ArgumentParser):
+    """Parses the value of --config, as load_config_file does."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        return load_config_file(argument).lock()
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def _with_config(argv: Sequence[str]) -> Sequence[str]:
+    """Adds --config=WORKDIR/config.json if --config is missing and the file exists."""
+    if _value(argv, "config") is not None:
+        return argv
+    path = os.path.join(os.path.expanduser(_value(argv, "workdir") or ""), CONFIG_JSON)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"--config is missing, and {path} of an earlier run does not exist; "
+            f"{argv[0]} --help lists the flags"
+        )
+    return [argv[0], f"--config={path}", *argv[1:]]
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """Returns the last value given to a flag, or None."""
     value = None
     for i, arg in enumerate(argv):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", arg, re.DOTALL):
+        if match := re.fullmatch(rf"--?{flag}(?:=(.*))?", arg, re.DOTALL):
             value = match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
-    if value is None:
-        raise ValueError(f"--config is missing; {argv[0]} --help lists the flags")
-    config = load_config_file(value)
+    return value
+
+
+def _check(argv: Sequence[str]) -> ConfigDict:
+    """Returns the configuration without overrides.
+
+    Raises ValueError for a config file or an override path that cannot work.
+    """
+    config = load_config_file(_value(argv, "config"))
     for arg in argv:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
             check_path(config, match[1])
+    return config
 
 
 def load_config_file(value: str) -> ConfigDict:
     """Returns get_config(ARGUMENT) of a 'FILE.py' or 'FILE.py:ARGUMENT'.
 
-    Raises ValueError for a file that cannot be loaded or that returns no ConfigDict.
+    Or the configuration in a config.json. Raises ValueError for a file that cannot be
+    loaded or that returns no ConfigDict.
     """
     path, colon, argument = value.partition(":")
     if not os.path.isfile(path):
@@ -65,10 +103,12 @@ def load_config_file(value: str) -> ConfigDict:
             f"--config: {path or 'the file'} {kind}; configs/ has {', '.join(files)}"
             + hint
         )
+    if path.endswith(".json") and not colon:
+        return load_config_json(pathlib.Path(path))
     if not path.endswith(".py"):
         raise ValueError(
             f"--config={path} is not a Python file; it must end in .py and define "
-            "get_config()"
+            "get_config(), or be the config.json of a workdir"
         )
     spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
@@ -79,8 +119,15 @@ def load_config_file(value: str) -> ConfigDict:
     except ValueError as error:
         raise ValueError(f"--config={value}: {error}") from error
     except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [
+            f", line {x.lineno}" for x in frames if x.filename == os.path.abspath(path)
+        ]
+        where = lines[-1] if lines else ""
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--config={value} cannot be loaded: {reason}") from error
+        raise ValueError(
+            f"--config={value} cannot be loaded{where}: {reason}"
+        ) from error
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ValueError(
@@ -109,21 +156,12 @@ def check_path(config: ConfigDict, path: str) -> None:
                 "sub-fields; set it as a whole"
             )
         if part not in node:
-            raise ValueError(f"{flag}: there is no field {part!r}{_hint(config, path)}")
+            near = hint(path, flatten(config), "--config.")
+            raise ValueError(f"{flag}: there is no field {part!r}{near}")
         node = node[part]
     if isinstance(node, ConfigDict):
         fields = ", ".join(f"{path}.{name}" for name in node)
         raise ValueError(f"{flag} is a section; set one of its fields: {fields}")
-
-
-def _hint(config: ConfigDict, path: str) -> str:
-    """Suggests the field of the same name, else the most similar path."""
-    known, leaf = list(flatten(config)), path.rpartition(".")[2]
-    same = [x for x in known if x.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(path, same or known, 1, 0.0 if same else 0.6)
-    if near:
-        return f"; did you mean --config.{near[0]}?"
-    return "; fields of the net are in the --config file, others in configs/common.py"
 
 
 def runs(

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 import input_pipeline
 
+CONFIG_JSON = "config.json"
 FORMAT = 2  # of config.json
 _OWN_KEYS = ("format", "data_set")  # of config.json, beside the fields of the config
 PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
@@ -38,22 +39,27 @@ def save_config(
 ) -> None:
     """Writes config.json: the fields of `config` and the facts about its data set."""
     own = {"format": FORMAT, "data_set": dataclasses.asdict(facts)}
-    write_json(pathlib.Path(workdir) / "config.json", config.to_dict() | own)
+    write_json(pathlib.Path(workdir) / CONFIG_JSON, config.to_dict() | own)
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
-    """Loads the configuration from config.json; lists become tuples, as in configs/."""
-    fields = _read_config(workdir)
+    """Loads the configuration of a run from its config.json."""
+    return load_config_json(pathlib.Path(workdir) / CONFIG_JSON)
+
+
+def load_config_json(path: pathlib.Path) -> ConfigDict:
+    """Loads a configuration; lists become tuples, as in configs/."""
+    fields = _read_json(path)
     return ConfigDict({k: v for k, v in fields.items() if k not in _OWN_KEYS})
 
 
 def load_facts(workdir: str | os.PathLike) -> input_pipeline.Facts:
     """Loads the facts about the data set of a run from config.json."""
-    return input_pipeline.Facts(**_read_config(workdir)["data_set"])
+    fields = _read_json(pathlib.Path(workdir) / CONFIG_JSON)
+    return input_pipeline.Facts(**fields["data_set"])
 
 
-def _read_config(workdir: str | os.PathLike) -> dict[str, Any]:
-    path = pathlib.Path(workdir) / "config.json"
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         fields = _to_tuples(json.loads(path.read_text()))
         written = fields.get("format", 1)
@@ -100,7 +106,7 @@ def evaluation_changes(config: ConfigDict, workdir: str | os.PathLike) -> list[s
 
 
 def _compare(config, workdir) -> Iterator[tuple[str, Any, Any]]:
-    if not (pathlib.Path(workdir) / "config.json").exists():
+    if not (pathlib.Path(workdir) / CONFIG_JSON).exists():
         return
     old, new = flatten(load_config(workdir)), flatten(config)
     for field in sorted(old.keys() | new.keys()):

@@ -24,6 +24,7 @@ REFUSED = {
     "text as config": ("README.md", {}, "README.md get_config()"),
     "type": (DIGITS, {"train.batch_size": "many"}, "train.batch_size=many int"),
     "flag type": (DIGITS, {"data.flip": "perhaps"}, "data.flip perhaps"),
+    "no effect": (DIGITS, {"data.image_size": 64}, "data.image_size=64 data.crop"),
     "huge": (DIGITS, {"net.depth": 10**30}, "net.depth 10,000"),
     "no batch": (DIGITS, {"train.batch_size": 0}, "train.batch_size positive 0"),
     "no step": (DIGITS, {"train.epochs": 1e-10}, "train.epochs 1e-10 step"),
@@ -43,7 +44,7 @@ REFUSED = {
     "no such mode": (DIGITS, {"--mode": "test"}, "mode test train eval"),
     "stray word": (DIGITS, {"again": None}, "'again'"),
     "no workdir": (DIGITS, {"--workdir": ""}, "--workdir empty"),
-    "no config": (None, {}, "--config --help"),
+    "no config": (None, {}, "--config config.json --help"),
 }
 # The same for runs in an existing workdir.
 REFUSED_THERE = {

@@ -5,10 +5,12 @@ import importlib
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
+from ml_collections import ConfigDict
 
 import input_pipeline
 import optimizers
-from configs import xdensenet
+from configs import common
 from runtime import checks
 from runtime.devices import make_mesh
 from tests.support.words import words
@@ -127,28 +129,116 @@ def test_all_problems_are_listed_at_once():
         assert word in str(error.value)
 
 
-def test_every_rule_belongs_to_a_field():
-    """A renamed field must not lose its rule."""
-    fields = set(checks.flatten(xdensenet.get_config()))
-    assert set(checks.RULES) <= fields
+def test_every_field_is_in_the_table_with_its_type():
+    fields = checks.flatten(common.base())
+    assert {x: type(value) for x, value in fields.items()} == {
+        x: field.type for x, field in checks.FIELDS.items()
+    }
 
 
 def test_every_number_has_a_rule():
     """Building the net, augment.check and input_pipeline.check check the others."""
-    fields = checks.flatten(xdensenet.get_config())
-    numbers = {
+    assert not {
         name
-        for name, value in fields.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        for name, field in checks.FIELDS.items()
+        if field.type in (int, float) and field.rule is checks.anything
         if not name.startswith(("net.", "data.", "augment."))
     }
-    assert numbers <= set(checks.RULES)
+
+
+# What a file of one's own, a notebook or a config.json may hold, and the message.
+WRONG_FIELDS = {
+    "misspelt": ({"train.bacth_size": 4}, "train.bacth_size train.batch_size (int)?"),
+    "of torch": ({"optimizer.lr": 0.5}, "no field optimizer.lr configs/common.py"),
+    "of the net": ({"net.dpeth": 8}, "'densenet' 'dpeth' 'depth'"),
+    "of the wiring": ({"net.wiring.compres": 8}, "net.wiring 'compres' 'compress'"),
+    "section": ({"trian.epochs": 1.0}, "trian.epochs train.epochs (float)?"),
+    "text": ({"train.epochs": "1"}, "train.epochs type float '1' type str"),
+    "fraction": ({"train.batch_size": 8.5}, "train.batch_size type int 8.5 float"),
+    "truth": ({"train.batch_size": True}, "train.batch_size type int True bool"),
+    "number": ({"data.flip": 1}, "data.flip type bool 1 type int"),
+    "none": ({"data.dir": None}, "data.dir type str None"),
+    "depth": ({"net.depth": "20"}, "net.depth type int '20'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FIELDS)
+def test_unknown_fields_and_wrong_types_are_refused(name):
+    fields, message = WRONG_FIELDS[name]
+    values = checks.flatten(configured("xdensenet", {})) | fields
+    refuse(ConfigDict(traverse_util.unflatten_dict(values, sep=".")), message)
+
+
+def test_missing_fields_are_refused():
+    config = configured("xdensenet", {}).unlock()
+    del config.train.epochs, config.eval
+    refuse(config, "missing: eval.batch_size eval.checkpoint train.epochs get_config()")
+
+
+def test_whole_numbers_are_accepted_for_floats():
+    values = checks.flatten(configured("xdensenet", {})) | {"train.epochs": 3}
+    config = ConfigDict(traverse_util.unflatten_dict(values, sep="."))
+    checks.check_config(config, make_mesh(jax.devices()[:1]))
+
+
+EXPANDER, DENSE = {"net.wiring.kind": "expander"}, {"net.wiring.kind": "dense"}
+GROUPED = {"net.wiring.kind": "grouped"}
+INTERLEAVED = {"net.wiring.kind": "interleaved"}
+PHOTOGRAPHS, PADDED = {"data.crop": "inception"}, {"data.crop": "pad"}
+STEPS, ONE_CYCLE = {"optimizer.schedule": "steps"}, {"optimizer.schedule": "one_cycle"}
+STOPPED = {"optimizer.momentum": 0.0}
+# A value of a field, settings in which it has an effect, and in which it has none.
+NEEDS = {
+    "net.graph_seed": (5, EXPANDER, GROUPED),
+    "net.wiring.compress": (4, EXPANDER, DENSE),
+    "net.wiring.sampling": ("per_input", EXPANDER, DENSE),
+    "net.wiring.groups": (4, GROUPED, INTERLEAVED),
+    "net.wiring.primary_groups": (4, INTERLEAVED, EXPANDER),
+    "net.wiring.secondary_groups": (4, INTERLEAVED, GROUPED),
+    "data.pad": (2, PADDED, PHOTOGRAPHS),
+    "data.border": ("white", PADDED, {"data.pad": 0}),
+    "data.image_size": (64, PHOTOGRAPHS, PADDED),
+    "data.photograph_mean": ((1.0, 2.0, 3.0), PHOTOGRAPHS, PADDED),
+    "data.photograph_std": ((1.0, 2.0, 3.0), PHOTOGRAPHS, PADDED),
+    "augment.randaugment_magnitude": (5.0, {"augment.randaugment_ops": 2}, {}),
+    "augment.cutmix_probability": (
+        1.0,
+        {"augment.cutmix": 1.0},
+        {"augment.mixup": 1.0},
+    ),
+    "optimizer.warmup_epochs": (1.0, {"optimizer.schedule": "cosine"}, ONE_CYCLE),
+    "optimizer.drop_epochs": ((5.0,), STEPS, ONE_CYCLE),
+    "optimizer.drop_factor": (0.5, STEPS, {"optimizer.drop_epochs": ()}),
+    "optimizer.nesterov": (True, {}, STOPPED),
+    "optimizer.rate_in_velocity": (True, {}, STOPPED),
+}
+
+
+def test_every_field_with_a_need_is_tested():
+    assert {x for x, field in checks.FIELDS.items() if field.needs} == NEEDS.keys()
+
+
+@pytest.mark.parametrize("field", NEEDS)
+def test_a_field_without_effect_is_refused(field):
+    value, effective, idle = NEEDS[field]
+    checks.check_effects(configured("xdensenet", effective | {field: value}), [field])
+    with pytest.raises(
+        ValueError, match=words(f"{field}={value!r} no effect requires")
+    ):
+        checks.check_effects(configured("xdensenet", idle | {field: value}), [field])
+
+
+def test_what_a_recipe_has_set_may_lose_its_effect():
+    """Fields set to nothing, too."""
+    config = configured("cfmz", PHOTOGRAPHS | {"data.pad": 0})
+    assert config.data.border == "mean"
+    checks.check_effects(config, ["data.crop", "data.pad"])
 
 
 def test_schedules_are_those_of_the_optimizers():
     for name in optimizers.SCHEDULES:
-        assert checks.RULES["optimizer.schedule"](name) == ""
-    assert checks.RULES["optimizer.schedule"]("other") != ""
+        assert checks.FIELDS["optimizer.schedule"].rule(name) == ""
+    assert checks.FIELDS["optimizer.schedule"].rule("other") != ""
 
 
 @pytest.mark.parametrize(

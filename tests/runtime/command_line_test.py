@@ -5,7 +5,9 @@ import pathlib
 import pytest
 
 from configs import xdensenet
+from input_pipeline import Facts
 from runtime import command_line
+from runtime.workdir import save_config
 from tests.support.words import words
 
 # --config, and words that the message must contain.
@@ -30,16 +32,16 @@ BAD_FILES = {
     "\0": "",
 }
 PATHS = {
-    "train.batchsize": "'batchsize' train.batch_size?",
-    "traim.batch_size": "'traim' train.batch_size?",
+    "train.batchsize": "'batchsize' train.batch_size (int)?",
+    "traim.batch_size": "'traim' train.batch_size (int)?",
     "train.batch_size.x": "train.batch_size int sub-fields",
     "train.dtype.x": "train.dtype str sub-fields",
     "optimizer.drop_epochs[0]": "optimizer.drop_epochs[0] whole optimizer.drop_epochs=",
     "data.mean[0]": "data.mean[0] whole data.mean=",
     "data": "data section data.name",
     "net.wiring": "net.wiring section net.wiring.kind",
-    "net.primary_groups": "'primary_groups' net.wiring.primary_groups?",
-    "net.compress": "'compress' net.wiring.compress?",
+    "net.primary_groups": "'primary_groups' net.wiring.primary_groups (int)?",
+    "net.compress": "'compress' net.wiring.compress (int)?",
     "": "''",
     "train.": "''",
     "train..batch_size": "''",
@@ -58,6 +60,29 @@ def test_a_config_file_of_ones_own_that_is_wrong(tmp_path, text):
     path = tmp_path / "own.py"
     path.write_text(text)
     with pytest.raises(ValueError, match=words(f"{path} {BAD_FILES[text]}")):
+        command_line.load_config_file(str(path))
+
+
+def test_the_line_of_a_mistake_is_named(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from configs import xdensenet\n"
+        "def get_config():\n"
+        "    config = xdensenet.get_config()\n"
+        "    config.train.epochs = '1'\n"
+    )
+    with pytest.raises(ValueError, match=words(f"{path} line 4 'epochs' float")):
+        command_line.load_config_file(str(path))
+
+
+def test_the_config_of_a_run_can_be_used_again(tmp_path):
+    config = xdensenet.get_config()
+    facts = Facts(("a", "b"), (32, 32, 3), (0.0,) * 3, (1.0,) * 3, 9)
+    save_config(tmp_path, config, facts)
+    path = tmp_path / "config.json"
+    assert command_line.load_config_file(str(path)) == config
+    path.write_text("{")
+    with pytest.raises(ValueError, match=words(f"{path} read")):
         command_line.load_config_file(str(path))
 
 
