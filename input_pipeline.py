@@ -69,9 +69,9 @@ def check(data: ConfigDict) -> None:
         problems.append(f"data.image_size must be at least 8, got {data.image_size}")
     for field in ("mean", "std"):
         if (value := tuple(data[field])) and not _per_channel(value, field == "std"):
+            numbers = "3 positive numbers" if field == "std" else "3 numbers"
             problems.append(
-                f"data.{field} must be 3 numbers from 0 to 255"
-                f"{', not 0' if field == 'std' else ''}, or (), got {value}"
+                f"data.{field} must be {numbers}, one per channel, or (), got {value}"
             )
     if not problems:
         pipeline(data)
@@ -282,11 +282,13 @@ def batches(
         return share(plan(config, len(examples), step), index, count)
 
     draw(start_step)  # raises errors now, not with the first batch
+    border = config.data.border
+    if mean is None:
+        mean = facts(config.data, examples).mean if border == "dataset_mean" else (0.0,)
     if pipeline(config.data) == "device":
-        padded = pad(config.data, examples, mean)
+        padded = examples.padded(config.data.pad, border, mean)
         return _device_batches(padded, examples.labels, draw, start_step)
-    options = _border(config.data, examples, mean)
-    return examples.train_batches(draw, start_step, **options)
+    return examples.train_batches(draw, start_step, border=border, mean=mean)
 
 
 def preview(
@@ -301,20 +303,8 @@ def preview(
         return next(examples.train_batches(lambda _: rows, 0))
     chosen = examples.take(rows.index)
     rows = dataclasses.replace(rows, index=np.arange(len(chosen)))
-    return apply_plan(pad(config.data, chosen, mean), chosen.labels, rows)
-
-
-def pad(
-    data: ConfigDict, examples: InMemory, mean: Sequence[float] | None = None
-) -> np.ndarray:
-    """Returns the training images with the border that random crops are taken from."""
-    return examples.padded(data.pad, **_border(data, examples, mean))
-
-
-def _border(data: ConfigDict, examples: Split, mean: Sequence[float] | None) -> dict:
-    if mean is None and data.border == "dataset_mean":
-        mean = facts(data, examples).mean
-    return {"border": data.border, "mean": mean or (0.0,)}
+    padded = chosen.padded(config.data.pad, config.data.border, mean)
+    return apply_plan(padded, chosen.labels, rows)
 
 
 def _device_batches(padded, labels, draw, start_step):

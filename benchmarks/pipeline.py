@@ -212,9 +212,9 @@ def waits(variant: str) -> dict:
 
 def device_path(config, examples):
     """Returns a function that starts a batch on the device and returns it."""
-    padded = input_pipeline.pad(config.data, examples)
+    padded = examples.padded(config.data.pad, config.data.border)
     data = jax.device_put((padded, examples.labels))
-    plans = input_pipeline.plans(config, len(examples.labels))
+    plans = input_pipeline.plans(config, len(examples))
     apply_plan = jax.jit(input_pipeline.apply_plan)
     return lambda: apply_plan(*data, next(plans))
 

@@ -50,10 +50,6 @@ class OnDisk:
         return len(self.labels)
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.size, self.size, 3
 
@@ -129,7 +125,7 @@ def _train_batches(photographs, draw, start_step, workers):
             yield image, [(make, plan, image, i) for i in range(len(plan.index))]
             step += 1
 
-    consequence = "replaced by the next one that could be decoded"
+    consequence = "replaced by the next in order"
     try:
         for image, rows in _in_threads(batches(), workers):
             failures += [x for row in rows for x in row.failures]
@@ -202,9 +198,9 @@ def _log(failures: list[str], consequence: str) -> None:
     if failures:
         different = sorted(set(failures))
         logging.warning(
-            "%d damaged images in this pass, each %s: %s",
-            len(different),
+            "damaged images in this pass, %s: %d (%s)",
             consequence,
+            len(different),
             "; ".join(different[:3]) + ("; ..." if len(different) > 3 else ""),
         )
         failures.clear()

@@ -89,10 +89,6 @@ class InMemory:
         return len(self.labels)
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.images.shape[1:]
 

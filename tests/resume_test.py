@@ -236,7 +236,7 @@ def test_photographs_and_what_recipes_ask_for_go_on_the_same(tmp_path, cache):
         data__name=write_folders(tmp_path),
         data__crop="inception",
         data__image_size=32,
-        data__pipeline="tf.data",
+        data__pipeline="threads",
         net__num_classes=4,
         train__batch_size=24,  # the ninth of 200 images has 8
         train__epochs=4.0,

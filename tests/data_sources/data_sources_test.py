@@ -98,7 +98,7 @@ def test_normalisation_is_the_users_then_the_recipes(data):
 @pytest.mark.parametrize("std", [(1.0, 1.0), (1.0, 0.0, 1.0), ("a", "b", "c")])
 def test_impossible_statistics_are_refused(data, std):
     data.name, data.std = "digits", std
-    with pytest.raises(DataError, match=r"data\.std must be 3 numbers"):
+    with pytest.raises(DataError, match=r"data\.std must be 3 positive numbers"):
         input_pipeline.load(data, "test")
 
 
