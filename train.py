@@ -27,7 +27,7 @@ from runtime.clock import Clock
 from runtime.devices import make_mesh, place
 from runtime.dispatch import make_advance
 from runtime.processes import Preempted, check_agreement, sigterm
-from runtime.reporting import Reporter, log_run, write_confusion
+from runtime.reporting import Reporter, log_run, profile_range, write_confusion
 from runtime.workdir import (
     PATHS,
     WorkdirError,
@@ -204,6 +204,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     facts = input_pipeline.facts(config.data, train)
     checks.check_data(config, mesh, facts, test)
     clock = Clock.of(config, facts.num_train)
+    profile_range(config, clock.total)
     if _is_complete(config, workdir, clock.total):
         logging.info("%s already holds this run, complete", workdir)
         return summary(read_rows(workdir / "metrics.csv"))

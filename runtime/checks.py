@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import input_pipeline
 from augment.check import check as check_augment
 from nets import cost
+from runtime.reporting import profile_range
 from runtime.workdir import flatten
 
 
@@ -224,6 +225,10 @@ def check_config(
     try:
         if not any(problem.startswith("net.") for problem in problems):
             net = cost.build(config.net)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        profile_range(config)
     except ValueError as error:
         problems.append(str(error))
     if training and not problems:  # conflicts between valid fields
