@@ -50,7 +50,7 @@ def max_of_slices(x: jax.Array, size: int, stride: int, padding: int) -> jax.Arr
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """Averages (N, H, W, C) to (N, C), which is at least float32 for an exact head."""
+    """Averages (N, H, W, C) to (N, C) in at least float32, for an exact classifier."""
     return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -5,10 +5,9 @@ entry only makes its tests faster.
 """
 
 import functools
-import importlib
-import pathlib
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+from tests.support.families import FAMILIES
+
 FORMS = {
     "alexnet": dict(image_size=63, hidden=1024, dropout=0.0, batch_norm=True),
     "cfmz_resnet": dict(depth=8),
@@ -44,9 +43,8 @@ def image_size(name: str) -> int:
 def smallest_row(name: str) -> dict:
     """Returns the net of the row with the fewest parameters; LookupError if none."""
     rows = []
-    for path in sorted(CONFIGS.glob("*.py")):
-        family = importlib.import_module(f"configs.{path.stem}")
-        for variant, row in getattr(family, "VARIANTS", {}).items():
+    for family in FAMILIES.values():
+        for variant, row in family.VARIANTS.items():
             net = family.get_config(variant).net.to_dict()
             if net["name"] == name:
                 rows.append((min(row.parameters.values()), net))
