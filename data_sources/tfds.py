@@ -103,10 +103,12 @@ def not_found(data: ConfigDict, root: pathlib.Path) -> DataError:
 
 def _nearest(root: pathlib.Path, name: str) -> list[str]:
     """Returns names similar to an unknown one, and nothing for a known one."""
+    names = {*KNOWN, *(os.listdir(root) if root.is_dir() else [])}
+    if name in names:
+        return []  # saves the seconds of the import
     import tensorflow_datasets as tfds
 
-    here = {x.name for x in root.iterdir()} if root.is_dir() else set()
-    names = {*KNOWN, *here, *tfds.list_builders(with_community_datasets=False)}
+    names.update(tfds.list_builders(with_community_datasets=False))
     if name in names:
         return []
     return difflib.get_close_matches(name, names, n=3) or sorted(KNOWN)
