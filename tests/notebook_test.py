@@ -1,15 +1,19 @@
-"""The notebook's cells, in their order, as plain Python."""
+"""The notebook runs from top to bottom, and installs what a Colab runtime needs."""
 
+import importlib.metadata
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "tour.ipynb"
 MAGIC = "%"  # IPython's own lines
 CHECKS = """
+assert after_three[0] == 0.25 and 0.94 < after_three[1] < 0.96, after_three
 assert layer.kernel.shape == (1, 1, len(outputs)) and max(outputs) == 31
 assert all(result["test_accuracy"] > 0.85 for result in results.values()), results
 assert (logits.argmax(-1) == examples.labels[:10]).sum() > 7
@@ -18,20 +22,88 @@ assert sorted(groups) == ["densenet dense, digits", "densenet expander, digits"]
 
 
 @pytest.fixture(scope="module")
-def code():
+def cells():
     """The code cells."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def test_no_results_are_stored(code):
-    assert all(not cell["outputs"] and not cell["execution_count"] for cell in code)
+def _plain(cell) -> str:
+    lines = [line for line in cell["source"] if not line.startswith(MAGIC)]
+    return "".join([*lines, "\n"])
+
+
+def test_no_results_are_stored(cells):
+    assert all(not cell["outputs"] and not cell["execution_count"] for cell in cells)
+
+
+@pytest.fixture
+def colab(cells, tmp_path, monkeypatch):
+    """Runs the first cell as on Colab and returns what it asks pip for.
+
+    The runtime has an accelerator, as nvidia-smi or the environment reports it, and a
+    version of jax. The process sees only the CPU.
+    """
+
+    def run(version: str, smi: str = "", tpu: bool = False) -> str:
+        commands = []
+
+        def fake_run(command, **_):
+            commands.append(command)
+            if command[0] == "git":
+                (tmp_path / "wirings").mkdir()
+                shutil.copy(NOTEBOOK.parents[1] / "pyproject.toml", "wirings")
+            return types.SimpleNamespace(stdout=smi)
+
+        found = importlib.metadata.version
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda x: version if x == "jax" else found(x)
+        )
+        monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("colab"))
+        monkeypatch.setattr(subprocess, "run", fake_run)
+        monkeypatch.setattr(shutil, "which", lambda name: name if smi else None)
+        monkeypatch.setattr("glob.glob", lambda _: ["/dev/accel0"] if tpu else [])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.chdir(tmp_path)
+        source = _plain(cells[0]).replace('REPOSITORY = ""', 'REPOSITORY = "here"')
+        failure = ""
+        try:
+            exec(compile(source, "cell", "exec"), {})
+        except RuntimeError as error:
+            failure = str(error)
+        (pip,) = [command for command in commands if command[1:3] == ["-m", "pip"]]
+        assert not any("tensorflow" in text for text in pip)  # Colab has its own
+        return " ".join(text for text in pip if text.startswith("jax")), failure
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("runtime", "extra"),
+    [
+        ({"smi": "Driver Version: 550.54  CUDA Version: 12.4 |"}, "cuda12"),
+        ({"smi": "Driver Version: 580.82  CUDA Version: 13.0 |"}, "cuda13"),
+        ({"tpu": True}, "tpu"),
+    ],
+)
+def test_an_old_jax_is_replaced_together_with_its_plugin(colab, runtime, extra):
+    pip, failure = colab("0.7.2", **runtime)
+    assert pip.startswith(f"jax[{extra}]")
+    assert f"jax does not see the {extra} device" in failure  # here is only a CPU
+
+
+def test_a_runtime_without_accelerator_gets_plain_jax(colab):
+    pip, failure = colab("0.7.2")
+    assert pip.startswith(("jax<", "jax>"))
+    assert not failure
+
+
+def test_a_new_enough_jax_is_left_alone(colab):
+    assert colab("0.11.2", tpu=True)[0] == ""
 
 
 @pytest.mark.slow
-def test_the_tour_runs(code, tmp_path):
-    lines = [line for cell in code for line in [*cell["source"], "\n"]]
+def test_the_tour_runs(cells, tmp_path):
     program = tmp_path / "tour.py"
-    plain = "".join(line for line in lines if not line.startswith(MAGIC))
-    program.write_text(plain + CHECKS)
+    program.write_text("".join(map(_plain, cells)) + CHECKS)
     subprocess.run([sys.executable, program], cwd=NOTEBOOK.parent, check=True)
