@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 import train
 from runtime import command_line, dispatch, reporting
+from runtime.workdir import runs
 
 config_flags.DEFINE_config_file(
     "config", None, "configs/FAMILY.py:VARIANT,DATA,RECIPE, or the config.json of a run"
@@ -36,7 +37,7 @@ def main(_):
             processes.join()
         if FLAGS.config.train.compilation_cache:
             dispatch.use_compilation_cache()
-        for config, workdir in command_line.runs(FLAGS.config, FLAGS.workdir):
+        for config, workdir in runs(FLAGS.config, FLAGS.workdir):
             result = work[FLAGS.mode](config, workdir)
             if logging.level_info():  # process 0 alone prints
                 print(reporting.final_summary(result, workdir))

@@ -38,6 +38,7 @@ from runtime.workdir import (
     load_facts,
     lock,
     read_rows,
+    runs,
     save_config,
 )
 
@@ -188,16 +189,23 @@ def _averaged(variables: dict) -> dict:
     return {k: jax.tree.map(jnp.copy, variables[k]) for k in ("params", "stats")}
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | os.PathLike
+) -> dict | list[dict]:
     """Trains for config.train.epochs, resuming from the newest checkpoint in workdir.
 
     Returns the last row of metrics.csv (`step`, `epoch`, `learning_rate`, `train_*`,
     `test_*`), and `step` and `test_*` of the best row as `best_*`. Returns at once if
-    the run is complete. Raises ValueError (DataError and CheckpointError are
-    subclasses) for a run that cannot work, FloatingPointError if the loss or the
-    weights are not finite, and Preempted after SIGTERM.
+    the run is complete. With config.seeds > 1, trains a run for each seed in
+    workdir/seed<seed> and returns a list of their results.
+
+    Raises ValueError (DataError and CheckpointError are subclasses) for a run that
+    cannot work, FloatingPointError if the loss or the weights are not finite, and
+    Preempted after SIGTERM.
     """
-    workdir, mesh = pathlib.Path(workdir), make_mesh()
+    if config.seeds != 1:
+        return [train_and_evaluate(*run) for run in runs(config, workdir)]
+    [(config, workdir)], mesh = runs(config, workdir), make_mesh()
     _check_agreement(config, workdir)
     net = checks.check_config(config, mesh)
     train, test = input_pipeline.load_both(config.data)
@@ -350,12 +358,17 @@ def summary(rows: list[dict]) -> dict:
     return rows[-1] | {f"best_{k}": v for k, v in best.items()}
 
 
-def evaluate_checkpoint(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+def evaluate_checkpoint(
+    config: ConfigDict, workdir: str | os.PathLike
+) -> dict | list[dict]:
     """Evaluates checkpoint config.eval.checkpoint of a workdir on the test images.
 
-    Returns its `step` and `test_*`. Normalises images as in training.
+    Returns its `step` and `test_*`; with config.seeds > 1, a list of these dicts.
+    Normalises images as in training.
     """
-    workdir, mesh = pathlib.Path(workdir), make_mesh()
+    if config.seeds != 1:
+        return [evaluate_checkpoint(*run) for run in runs(config, workdir)]
+    [(config, workdir)], mesh = runs(config, workdir), make_mesh()
     _check_agreement(config, workdir)
     checks.check_config(config, mesh, training=False)
     facts = load_facts(workdir)

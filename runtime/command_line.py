@@ -1,4 +1,4 @@
-"""The command line: flags and config files, with one-line errors, and their runs."""
+"""The command line: flags and config files, with one-line errors."""
 
 import difflib
 import importlib.util
@@ -7,7 +7,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -97,10 +97,11 @@ def load_config_file(value: str) -> ConfigDict:
     if not os.path.isfile(path):
         files = sorted(x.name for x in CONFIGS.glob("*.py") if x.stem not in SHARED)
         near = difflib.get_close_matches(os.path.basename(path), files, n=1)
-        hint = f"; did you mean configs/{near[0]}?" if near else ""
+        ours = min(os.path.relpath(CONFIGS), str(CONFIGS), key=len)
+        hint = f"; did you mean {ours}/{near[0]}?" if near else ""
         kind = "is a directory" if os.path.isdir(path) else "does not exist"
         raise ValueError(
-            f"--config: {path or 'the file'} {kind}; configs/ has {', '.join(files)}"
+            f"--config: {path or 'the file'} {kind}; {ours}/ has {', '.join(files)}"
             + hint
         )
     if path.endswith(".json") and not colon:
@@ -162,30 +163,3 @@ def check_path(config: ConfigDict, path: str) -> None:
     if isinstance(node, ConfigDict):
         fields = ", ".join(f"{path}.{name}" for name in node)
         raise ValueError(f"{flag} is a section; set one of its fields: {fields}")
-
-
-def runs(
-    config: ConfigDict, workdir: str | pathlib.Path
-) -> Iterator[tuple[ConfigDict, pathlib.Path]]:
-    """Yields (config, workdir) of each run that a configuration asks for.
-
-    One run in the workdir itself, or config.seeds runs with seeds config.seed,
-    config.seed + 1, ... in workdir/seed<seed>.
-    """
-    if not str(workdir):
-        raise ValueError("--workdir must not be empty")
-    if "://" in str(workdir):
-        raise ValueError(
-            f"--workdir={workdir} is a URL, not a directory: mount the bucket "
-            "(e.g. with gcsfuse) and give its path"
-        )
-    workdir = pathlib.Path(os.path.expanduser(workdir))
-    if config.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
-    if config.seeds == 1:
-        yield config, workdir
-        return
-    for seed in range(config.seed, config.seed + config.seeds):
-        run = config.copy_and_resolve_references()
-        run.update(seed=seed, seeds=1)
-        yield run, workdir / f"seed{seed}"

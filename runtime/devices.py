@@ -11,11 +11,30 @@ STACKED = PartitionSpec(None, "data")  # (steps, batch, ...)
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with one axis, 'data', over `devices` (default: all devices)."""
-    devices = jax.devices() if devices is None else devices
+    """Returns a mesh with one axis, 'data', over `devices` (default: all devices).
+
+    Raises ValueError if JAX's environment variables make a run impossible.
+    """
+    devices = _all_devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,)
     )
+
+
+def _all_devices() -> list[jax.Device]:
+    if jax.config.jax_disable_jit:
+        raise ValueError(
+            "JAX_DISABLE_JIT is set, but a run compiles its steps in advance: unset "
+            "it; jax.debug.print and jax.debug.breakpoint also work in compiled steps"
+        )
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # "cuda" without CUDA: no message
+        reason = str(error) or "its plugin is not installed, or finds no device"
+        raise ValueError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here "
+            f"({reason}): unset it, or set JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

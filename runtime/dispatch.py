@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import itertools
+import os
 import time
 from collections.abc import Callable
 
@@ -24,17 +25,17 @@ MAX_IN_FLIGHT = 4
 def use_compilation_cache() -> None:
     """Stores compiled programs in the user's cache directory.
 
-    Keeps the user's own choice ($JAX_COMPILATION_CACHE_DIR).
+    The user's own settings ($JAX_COMPILATION_CACHE_DIR and its like) have precedence.
     """
+    if not jax.config.jax_enable_compilation_cache:
+        return
     if not jax.config.jax_compilation_cache_dir:
         path = input_pipeline.cache_directory() / "jax"
         jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    logging.info("compiled programs are cached in %s", _cache())
-
-
-def _cache() -> str:
-    return jax.config.jax_compilation_cache_dir
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    directory = jax.config.jax_compilation_cache_dir
+    logging.info("compiled programs are cached in %s", directory)
 
 
 def make_train_step(train_step: Callable, mesh: Mesh) -> Callable:

@@ -34,6 +34,34 @@ class WorkdirError(ValueError):
     """A file of a workdir is missing, damaged, in use or cannot be written."""
 
 
+def runs(
+    config: ConfigDict, workdir: str | os.PathLike
+) -> Iterator[tuple[ConfigDict, pathlib.Path]]:
+    """Yields (config, workdir) of each run that a configuration asks for.
+
+    One run in the workdir itself, or config.seeds runs with seeds config.seed,
+    config.seed + 1, ... in workdir/seed<seed>. Raises ValueError for an impossible
+    workdir or number of seeds.
+    """
+    if not str(workdir):
+        raise ValueError("--workdir must not be empty")
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--workdir={workdir} is a URL, not a directory: mount the bucket "
+            "(e.g. with gcsfuse) and give its path"
+        )
+    workdir = pathlib.Path(os.path.expanduser(workdir))
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+    if config.seeds == 1:
+        yield config, workdir
+        return
+    for seed in range(config.seed, config.seed + config.seeds):
+        run = config.copy_and_resolve_references()
+        run.update(seed=seed, seeds=1)
+        yield run, workdir / f"seed{seed}"
+
+
 def save_config(
     workdir: str | os.PathLike, config: ConfigDict, facts: input_pipeline.Facts
 ) -> None:

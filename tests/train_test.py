@@ -375,3 +375,20 @@ def test_it_learns(npz, tmp_path):
     result = train.train_and_evaluate(configured(npz, train__epochs=6.0), tmp_path)
     assert result["test_accuracy"] > 0.9
     assert result["best_test_accuracy"] >= result["test_accuracy"]
+
+
+def test_a_notebook_can_do_what_the_command_line_does(tmp_path, monkeypatch):
+    """Several seeds in one process, ~, and paths relative to the current directory."""
+    save_images(tmp_path / "small.npz", 8)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    config = configured("small.npz", "cfmz_resnet", train__epochs=0.4, seed=3)
+    config.seeds = 2
+    results = train.train_and_evaluate(config, "~/run")
+    assert [result["step"] for result in results] == [3, 3]
+    assert results[0]["train_loss"] != results[1]["train_loss"]
+    assert sorted(path.name for path in home.iterdir()) == ["run"]
+    assert sorted(path.name for path in (home / "run").iterdir()) == ["seed3", "seed4"]
+    assert (config.seed, config.seeds) == (3, 2)

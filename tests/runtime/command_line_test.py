@@ -1,7 +1,5 @@
 """Config files and override paths that cannot work, and the runs of several seeds."""
 
-import pathlib
-
 import pytest
 
 from configs import xdensenet
@@ -109,34 +107,11 @@ def test_every_field_can_be_overridden():
         command_line.check_path(config, path)
 
 
-def test_one_run_lives_in_the_workdir_itself(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
-    config = xdensenet.get_config()
-    ((run, workdir),) = command_line.runs(config, "~/run")
-    assert workdir == pathlib.Path("/home/somebody/run")
-    assert run == config
-
-
-def test_several_seeds_have_directories_of_their_own(tmp_path):
-    config = xdensenet.get_config()
-    config.update(seed=3, seeds=2)
-    runs = list(command_line.runs(config, tmp_path))
-    assert [(run.seed, run.seeds, workdir.name) for run, workdir in runs] == [
-        (3, 1, "seed3"),
-        (4, 1, "seed4"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("workdir", "seeds", "message"),
-    [
-        ("", 1, "--workdir empty"),
-        ("gs://bucket/run", 1, "gs://bucket/run bucket gcsfuse"),
-        ("run", 0, "seeds 1 0"),
-    ],
-)
-def test_a_workdir_or_a_number_of_seeds_that_cannot_be(workdir, seeds, message):
-    config = xdensenet.get_config()
-    config.seeds = seeds
-    with pytest.raises(ValueError, match=words(message)):
-        list(command_line.runs(config, workdir))
+def test_a_missing_config_is_named_by_a_path_that_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=words("did you mean /configs/cfmz.py")
+    ) as error:
+        command_line.load_config_file("configs/cfmz.py")
+    path = str(error.value).rpartition(" ")[2].rstrip("?")
+    assert command_line.load_config_file(path).variant == "20"

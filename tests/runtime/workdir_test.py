@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -9,6 +10,7 @@ from input_pipeline import Facts
 from runtime import workdir
 from runtime.workdir import WorkdirError, as_csv, read_rows
 from tests.support.full_disk import files_no_larger_than
+from tests.support.words import words
 
 FACTS = Facts(("cat", "caf\udce9"), (32, 32, 3), (1 / 3, 2.0, 3.0), (4.0, 5.0, 6.0), 9)
 
@@ -156,3 +158,36 @@ def test_failed_write_leaves_the_old_content(tmp_path):
     with files_no_larger_than(10), pytest.raises(WorkdirError, match=str(path)):
         workdir.write_text(path, "new" * 1000)
     assert path.read_text() == "old"
+
+
+def test_one_run_lives_in_the_workdir_itself(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    run_config = config()
+    ((run, folder),) = workdir.runs(run_config, "~/run")
+    assert folder == pathlib.Path("/home/somebody/run")
+    assert run == run_config
+
+
+def test_several_seeds_have_directories_of_their_own(tmp_path):
+    run_config = config()
+    run_config.update(seed=3, seeds=2)
+    runs = list(workdir.runs(run_config, tmp_path))
+    assert [(run.seed, run.seeds, folder.name) for run, folder in runs] == [
+        (3, 1, "seed3"),
+        (4, 1, "seed4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "seeds", "message"),
+    [
+        ("", 1, "--workdir empty"),
+        ("gs://bucket/run", 1, "gs://bucket/run bucket gcsfuse"),
+        ("run", 0, "seeds 1 0"),
+    ],
+)
+def test_a_workdir_or_a_number_of_seeds_that_cannot_be(folder, seeds, message):
+    run_config = config()
+    run_config.seeds = seeds
+    with pytest.raises(ValueError, match=words(message)):
+        list(workdir.runs(run_config, folder))
