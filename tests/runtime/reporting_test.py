@@ -238,7 +238,7 @@ def test_tensorboard_receives_everything_once(tmp_path, events):
     assert fields["train.batch_size"] == 16
     assert fields["optimizer.drop_epochs"] == str(CONFIG.optimizer.drop_epochs)
     assert sheet[:2] == ("images", 0)
-    grid = sheet[2]["training_images"]
+    grid = sheet[2]()["training_images"]  # made in the thread
     assert grid.shape == (6, 9, 3)
     np.testing.assert_array_equal(grid[2:4, 3:6], images[4])  # second row, second place
     assert not grid[4:].any()
