@@ -9,7 +9,6 @@ One plan per step, drawn in numpy, defines the batch. Three pipelines carry it o
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -128,9 +127,7 @@ def facts(data: ConfigDict, train_split: Split) -> Facts:
     """
     mean, std = tuple(data.mean), tuple(data.std)
     if not (mean and std):
-        name = re.split("[:/]", data.name)[0]
-        npz = data.name.endswith(".npz")  # perhaps in a folder called like the set
-        if data.recipe.mean and data.recipe.name == name and not npz:
+        if data.recipe.mean and data_sources.is_of_recipe(data):
             known = tuple(data.recipe.mean), tuple(data.recipe.std)
         elif data.crop == "pad":
             known = data_sources.statistics(train_split.images)

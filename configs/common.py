@@ -121,7 +121,9 @@ def base() -> ConfigDict:
             # memory, the exact values of the training images.
             mean=(),
             std=(),
-            # The data set that the recipe is made for, and its normalisation.
+            # The data set that the recipe is made for, and its normalisation. Its
+            # images are decoded as stored, like the original's and TFDS's; all others
+            # as a viewer shows them: upright (EXIF), transparency over white.
             recipe=dict(name="", mean=(), std=()),
             photograph_mean=DATA_SETS[IMAGENET].mean,
             photograph_std=DATA_SETS[IMAGENET].std,

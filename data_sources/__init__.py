@@ -21,6 +21,7 @@ from data_sources.split import (
     DataError,
     InMemory,
     check_labels,
+    is_of_recipe,
     statistics,
     tensorflow,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "InMemory",
     "OnDisk",
     "find",
+    "is_of_recipe",
     "load",
     "statistics",
     "tensorflow",
@@ -128,4 +130,5 @@ def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
     if data.crop == "pad":
         return InMemory(images, labels, names)
     options = data.crop, data.image_size, data.on_error
-    return OnDisk(labels, names, read, name, *options)
+    as_stored = source is SOURCES["tfds"] or is_of_recipe(data)
+    return OnDisk(labels, names, read, name, *options, as_stored)

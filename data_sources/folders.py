@@ -7,10 +7,10 @@ import pathlib
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image
 
 from data_sources import crops
-from data_sources.split import DataError, check_memory
+from data_sources.photographs import undecodable
+from data_sources.split import DataError, check_memory, is_of_recipe
 
 SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 EXTENSIONS = (".jpg", ".jpeg", ".png")  # in any case
@@ -41,14 +41,12 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
     images, good, failures = None, [], []
     for i, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
-                pixels = crops.rgb(image)
+            with crops.open_image(path) as image:
+                pixels = crops.rgb(image, is_of_recipe(data))
         except Exception as error:  # Pillow raises anything on damaged files
-            failure = f"{path} cannot be decoded: {error}"
+            failure, remedy = undecodable(path, error)
             if data.on_error != "skip":
-                raise DataError(
-                    f"{failure}. Restore it, or set --config.data.on_error=skip"
-                ) from error
+                raise DataError(f"{failure}. {remedy}") from error
             failures.append(failure)
             continue
         if images is None:
@@ -64,12 +62,10 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
         good.append(i)
     if not good:
         raise DataError(
-            f"all {len(paths)} images are damaged; the first error: {failures[0]}"
+            f"none of {len(paths)} images can be read; the first error: {failures[0]}"
         )
     if failures:
-        logging.warning(
-            "skipped %d damaged images: %s", len(failures), "; ".join(failures[:3])
-        )
+        logging.warning("skipped %d images: %s", len(failures), "; ".join(failures[:3]))
     return images[: len(good)], labels[good], class_names
 
 

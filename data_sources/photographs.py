@@ -35,7 +35,7 @@ class OnDisk:
     """A split of encoded images: labels (N,) int32 and how to read the N images.
 
     read: number -> encoded image; name: number -> its name in messages. crop, size,
-    on_error: config.data.crop, .image_size, .on_error.
+    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops.
     """
 
     labels: np.ndarray
@@ -45,6 +45,7 @@ class OnDisk:
     crop: str
     size: int
     on_error: str
+    as_stored: bool
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,7 +104,11 @@ def _train_batches(photographs, draw, start_step, workers):
 
     def make(plan, image, i):
         crop = lambda content: crops.random_crop(
-            content, photographs.crop, photographs.size, plan.draws[i]
+            content,
+            photographs.crop,
+            photographs.size,
+            plan.draws[i],
+            photographs.as_stored,
         )
         reasons = []
         for number in range(plan.index[i], plan.index[i] + MAX_FAILURES_IN_A_ROW):
@@ -144,7 +149,7 @@ def _test_batches(photographs, batch_size, process_index, process_count, workers
 
     def make(image, i, number):
         crop = lambda content: crops.center_crop(
-            content, photographs.crop, photographs.size
+            content, photographs.crop, photographs.size, photographs.as_stored
         )
         reasons = []
         present = _decode(photographs, number, crop, image[i], reasons)
@@ -178,14 +183,21 @@ def _decode(
         out[:] = crop(photographs.read(number))
     except Exception as error:  # the decoders raise anything
         check_open_files(error)
-        failure = f"{photographs.name(number)} cannot be decoded: {first_line(error)}"
+        failure, remedy = undecodable(photographs.name(number), error)
         if photographs.on_error == "raise":
-            raise DataError(
-                f"{failure}. Restore it, or set --config.data.on_error=skip"
-            ) from error
+            raise DataError(f"{failure}. {remedy}") from error
         failures.append(failure)
         return False
     return True
+
+
+def undecodable(name: str | os.PathLike, error: Exception) -> tuple[str, str]:
+    """Returns why an image cannot be decoded, and the remedy."""
+    skip = "--config.data.on_error=skip"
+    if isinstance(error, DataError):  # an intact image of an unsupported kind
+        return f"{name} {error}", f"{skip} skips such images"
+    reason = f"{name} cannot be decoded: {first_line(error)}"
+    return reason, f"Restore it, or set {skip}"
 
 
 def first_line(error: Exception) -> str:

@@ -12,10 +12,12 @@ import functools
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
+from ml_collections import ConfigDict
 
 BORDERS = ("zero", "mean", "dataset_mean", "white", "reflect")
 STEPS_PER_BLOCK = 128
@@ -49,6 +51,13 @@ def check_open_files(error: Exception) -> None:
         raise DataError(
             f"{reason}: raise the limit with `ulimit -n`, or write fewer shards"
         ) from error
+
+
+def is_of_recipe(data: ConfigDict) -> bool:
+    """Returns whether data.name is the data set that the recipe is made for."""
+    name = re.split("[:/]", data.name)[0]
+    npz = data.name.lower().endswith(".npz")  # perhaps in a folder called like the set
+    return data.recipe.name == name != "" and not npz
 
 
 def check_labels(

@@ -258,7 +258,7 @@ def _decode(records: Sequence[bytes], stored: Stored, skip: bool):
         image = Image.open(io.BytesIO(example[image_key]))
         if image.size != (width, height):
             raise ValueError(f"size {image.size}, expected {(width, height)}")
-        images[i], labels[i] = crops.rgb(image), example[label_key]
+        images[i], labels[i] = crops.rgb(image, as_stored=True), example[label_key]
 
     def decode(start):
         for i in range(start, min(start + 500, len(records))):
