@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 import data_sources
@@ -49,6 +50,32 @@ def load(data: ConfigDict, split: str) -> Split:
 def load_both(data: ConfigDict) -> tuple[Split, Split]:
     """Loads the training and the test split."""
     return load(data, "train"), load(data, "test")
+
+
+def map_classes(split: Split, class_names: tuple[str, ...], name: str) -> Split:
+    """Returns a split whose labels are numbers of these classes, matched by name.
+
+    name: of the data set, for messages. Raises DataError if the names differ.
+    """
+    if split.class_names == class_names:
+        return split
+    names = sorted(set(class_names))
+    if sorted(split.class_names) != names or len(names) != len(class_names):
+        different = sorted({*split.class_names} ^ {*class_names}) or ["a name twice"]
+        raise DataError(
+            f"the classes of {name} are {_listed(split.class_names)}; those of the run "
+            f"are {_listed(class_names)}; only one of them has {_listed(different)}: "
+            "use the data set that the run was trained on, or another --workdir"
+        )
+    logging.info("the classes of %s are in another order: mapped by name", name)
+    numbers = np.array([class_names.index(x) for x in split.class_names], np.int32)
+    labels = numbers[split.labels]
+    return dataclasses.replace(split, labels=labels, class_names=class_names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names):,})" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def check(data: ConfigDict) -> None:
@@ -105,7 +132,8 @@ def pipeline(data: ConfigDict) -> str:
 class Facts:
     """The properties of a data set that a trained net depends on.
 
-    mean, std: per channel, on the scale 0..255.
+    mean, std: per channel, on the scale 0..255. digests: of the training and the test
+    split, if known.
     """
 
     class_names: tuple[str, ...]
@@ -113,15 +141,17 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_train: int
+    digests: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
 
-def facts(data: ConfigDict, train_split: Split) -> Facts:
+def facts(data: ConfigDict, train_split: Split, *others: Split) -> Facts:
     """Returns the facts about a data set, with the normalisation to use.
 
+    others: further splits, for their digests.
     That is data.mean and data.std, else the recipe's for its own data set, else
     ImageNet's for photographs and the exact statistics of images in memory.
     """
@@ -135,7 +165,12 @@ def facts(data: ConfigDict, train_split: Split) -> Facts:
             known = tuple(data.photograph_mean), tuple(data.photograph_std)
         mean, std = mean or known[0], std or known[1]
     return Facts(
-        train_split.class_names, train_split.image_shape, mean, std, len(train_split)
+        train_split.class_names,
+        train_split.image_shape,
+        mean,
+        std,
+        len(train_split),
+        tuple(split.digest for split in (train_split, *others)),
     )
 
 

@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from runtime.clock import Clock
 
 
-def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:
+def schedule(config: ConfigDict, num_examples: int, offset: int = 0) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    config: the whole configuration; num_examples: the number of training images.
+    config: the whole configuration; num_examples: the number of training images;
+    offset: of the run's Clock.
     Raises ValueError if config.optimizer.schedule is unknown or does not fit into the
     steps of the run.
     """
@@ -33,10 +34,10 @@ def schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:
         )
     drops = [clock.step_of(epoch) for epoch in recipe.drop_epochs]
     rate = SCHEDULES[recipe.schedule](recipe, total, warmup, drops)
-    if warmup == 0:
-        return rate
-    # optax has warm-up for cosine only, and logs a warning if it takes no steps.
-    return lambda step: rate(step) * jnp.minimum(step / warmup, 1.0)
+    if warmup:  # optax has it for cosine only
+        plain = rate
+        rate = lambda step: plain(step) * jnp.minimum(step / warmup, 1.0)
+    return (lambda step: rate(step - offset)) if offset else rate
 
 
 def _steps(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.Schedule:

@@ -21,7 +21,7 @@ import input_pipeline
 import metrics
 import nets
 import optimizers
-from runtime import checks
+from runtime import checks, resume
 from runtime.checkpoints import Checkpoints
 from runtime.clock import Clock
 from runtime.devices import make_mesh, place
@@ -31,7 +31,6 @@ from runtime.reporting import Reporter, log_run, profile_range, write_confusion
 from runtime.workdir import (
     PATHS,
     WorkdirError,
-    changes,
     evaluation_changes,
     flatten,
     load_config,
@@ -40,6 +39,7 @@ from runtime.workdir import (
     read_rows,
     runs,
     save_config,
+    take_net,
 )
 
 # Constants folded into random keys. Of a step's key: its devices take 0, 1, ...
@@ -203,17 +203,25 @@ def train_and_evaluate(
     cannot work, FloatingPointError if the loss or the weights are not finite, and
     Preempted after SIGTERM.
     """
+    checks.check_fields(config)
     if config.seeds != 1:
         return [train_and_evaluate(*run) for run in runs(config, workdir)]
     [(config, workdir)], mesh = runs(config, workdir), make_mesh()
     _check_agreement(config, workdir)
     net = checks.check_config(config, mesh)
     train, test = input_pipeline.load_both(config.data)
-    facts = input_pipeline.facts(config.data, train)
+    old = resume.find(workdir)
+    if old:
+        names = old.facts.class_names, config.data.name
+        train, test = (input_pipeline.map_classes(x, *names) for x in (train, test))
+    facts = input_pipeline.facts(config.data, train, test)
     checks.check_data(config, mesh, facts, test)
     clock = Clock.of(config, facts.num_train)
     profile_range(config, clock.total)
-    if _is_complete(config, workdir, clock.total):
+    changes = old.changes(config, facts) if old else []
+    if old:
+        facts = old.keep_normalization(config, facts)
+    if old and not changes and old.complete:
         logging.info("%s already holds this run, complete", workdir)
         return summary(read_rows(workdir / "metrics.csv"))
     with (
@@ -223,13 +231,23 @@ def train_and_evaluate(
         program, state = create_train_state(config, facts)
         log_run(config, facts, net, mesh)
         state = place(state, mesh)
-        state, step = _resume(config, workdir, checkpoints, state, clock.total)
-        if step == clock.total:
+        state, step = _restore(checkpoints, state)
+        if old:
+            clock = clock.resume(old.clock, step)
+            program = _delay(program, config, facts, clock.offset)
+        if step >= clock.total:
+            resume.check_end(config, workdir, clock, step, changes)
             return summary(read_rows(workdir / "metrics.csv"))
-        save_config(workdir, config, facts)
+        if step:
+            for change in changes:
+                logging.warning("resuming with %s", change)
+            at = step, clock.epoch(step)
+            logging.info("resuming %s from step %d (epoch %.2f)", workdir, *at)
+        save_config(workdir, config, facts, clock.offset)
         reporter = Reporter(workdir, clock, step, config)
         step_fn = functools.partial(train_step, program)
-        advance = make_advance(config, step_fn, mesh, train, facts, state, step)
+        first = step - clock.offset  # of the plans for the present settings
+        advance = make_advance(config, step_fn, mesh, train, facts, state, first)
         evaluator = evaluate.make_evaluator(
             config, program.definition, program.normalization, mesh, test
         )
@@ -270,35 +288,20 @@ def _check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
     check_agreement(fields, last, workdir)
 
 
-def _is_complete(config: ConfigDict, workdir: pathlib.Path, total: int) -> bool:
-    """Returns whether workdir holds exactly this run, up to its last step."""
-    with Checkpoints(workdir) as checkpoints:
-        if total not in checkpoints.steps() or changes(config, workdir):
-            return False
-    rows = read_rows(workdir / "metrics.csv")
-    return bool(rows) and rows[-1]["step"] == total
-
-
-def _resume(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    total: int,
-) -> tuple[TrainState, int]:
+def _restore(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
     """Returns the newest state in workdir and its step, or the given state and 0."""
-    if not checkpoints.steps():
-        return state, 0
-    state, step = checkpoints.restore(state, "last")
-    if step > total:
-        raise ValueError(
-            f"{workdir} already holds step {step}, but this run ends at step {total} "
-            f"(train.epochs={config.train.epochs:g}): use another --workdir"
-        )
-    for change in changes(config, workdir):
-        logging.warning(change)
-    logging.info("resuming %s from step %d", workdir, step)
-    return state, step
+    return checkpoints.restore(state, "last") if checkpoints.steps() else (state, 0)
+
+
+def _delay(
+    program: Program, config: ConfigDict, facts: input_pipeline.Facts, offset: int
+) -> Program:
+    """Returns the program with a learning rate that is `offset` steps later."""
+    if not offset:
+        return program
+    rate = optimizers.schedule(config, facts.num_train, offset)
+    optimizer = optimizers.create(config.optimizer, rate)
+    return dataclasses.replace(program, rate=rate, optimizer=optimizer)
 
 
 def _augmented_images(
@@ -366,19 +369,26 @@ def evaluate_checkpoint(
     Returns its `step` and `test_*`; with config.seeds > 1, a list of these dicts.
     Normalises images as in training.
     """
+    checks.check_fields(config)
     if config.seeds != 1:
         return [evaluate_checkpoint(*run) for run in runs(config, workdir)]
     [(config, workdir)], mesh = runs(config, workdir), make_mesh()
     _check_agreement(config, workdir)
+    facts, config = load_facts(workdir), take_net(config, workdir)
     checks.check_config(config, mesh, training=False)
-    facts = load_facts(workdir)
     test = input_pipeline.load(config.data, "test")
-    checks.check_test_data(config, test)
+    test = input_pipeline.map_classes(test, facts.class_names, config.data.name)
     definition, variables, step = _load(
         config, workdir, config.eval.checkpoint, lambda x: place(x, mesh)
     )
     for change in evaluation_changes(config, workdir):
         logging.warning(change)
+    if test.image_shape != facts.image_shape:
+        logging.warning(
+            "evaluating images %s, the run was trained on %s",
+            test.image_shape,
+            facts.image_shape,
+        )
     normalization = _normalization(config, facts)
     evaluator = evaluate.make_evaluator(config, definition, normalization, mesh, test)
     means, confusion = evaluator(variables)

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -53,6 +54,11 @@ class OnDisk:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.size, self.size, 3
+
+    @property
+    def digest(self) -> int:
+        """The CRC-32 of the labels."""
+        return zlib.crc32(np.ascontiguousarray(self.labels))
 
     def take(self, index: np.ndarray) -> "OnDisk":
         """Returns the split of the chosen examples."""

@@ -207,6 +207,11 @@ def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
     )
 
 
+def check_fields(config: ConfigDict) -> None:
+    """Raises ValueError for unknown and missing fields, and values of another type."""
+    _refuse([*_schema_problems(config)])
+
+
 def check_config(
     config: ConfigDict, mesh: Mesh, *, training: bool = True
 ) -> nnx.Module:
@@ -215,7 +220,7 @@ def check_config(
     training: whether conflicts that affect training only are errors too. Raises
     ValueError that lists all problems.
     """
-    _refuse([*_schema_problems(config)])
+    check_fields(config)
     problems = [*_value_problems(config)]
     net = None
     try:
@@ -274,13 +279,7 @@ def check_data(
     _refuse(problems)
 
 
-def check_test_data(config: ConfigDict, test: input_pipeline.Split) -> None:
-    """Checks a configuration for evaluation against the test split."""
-    _refuse([*_class_problems(config, test.class_names)])
-
-
 def _schema_problems(config: ConfigDict) -> Iterator[str]:
-    """Describes unknown and missing fields, and values of another type."""
     values = flatten(config)
     for field, value in values.items():
         known = (FIELDS | NET_FIELDS).get(field)

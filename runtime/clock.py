@@ -38,7 +38,9 @@ class Chunk(NamedTuple):
 class Clock:
     """Converts between the steps and the epochs of a run, and schedules its dispatches.
 
-    steps_per_epoch is a whole number if each epoch ends with a smaller batch.
+    steps_per_epoch is a whole number if each epoch ends with a smaller batch. offset:
+    the steps of a run, less those that the same epoch takes under its present settings;
+    not 0 once it has been resumed with another batch size or number of images.
     """
 
     steps_per_epoch: float
@@ -49,6 +51,7 @@ class Clock:
     log_every: int
     eval_every_epochs: float
     save_every: int
+    offset: int = 0
 
     @classmethod
     def of(cls, config: ConfigDict, num_examples: int) -> "Clock":
@@ -79,11 +82,21 @@ class Clock:
             save_every=config.checkpoint.every_steps,
         )
 
+    def resume(self, old: "Clock", step: int) -> "Clock":
+        """Returns this clock for a run that has taken `step` steps of another clock.
+
+        The run continues in the epoch that it has reached.
+        """
+        offset = old.offset
+        if self.steps_per_epoch != old.steps_per_epoch:
+            offset = step - self.step_of(old.epoch(step))
+        return dataclasses.replace(self, offset=offset, total=self.total + offset)
+
     def epoch(self, step: int) -> float:
-        return step / self.steps_per_epoch
+        return (step - self.offset) / self.steps_per_epoch
 
     def step_of(self, epoch: float) -> int:
-        return step_of_epoch(epoch, self.steps_per_epoch)
+        return step_of_epoch(epoch, self.steps_per_epoch) + self.offset
 
     def chunks(self, step: int) -> Iterator[Chunk]:
         """Yields the rest of the run after `step` steps, one dispatch at a time.
@@ -103,7 +116,8 @@ class Clock:
         most = min(self.steps_per_dispatch, stop - step)
         if not self.smaller_last:
             return most
-        whole = self.steps_per_epoch - 1 - step % self.steps_per_epoch
+        done = (step - self.offset) % self.steps_per_epoch
+        whole = self.steps_per_epoch - 1 - done
         return min(most, whole or 1)
 
     def _next_eval(self, step: int) -> int:

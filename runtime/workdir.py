@@ -19,10 +19,11 @@ import input_pipeline
 
 CONFIG_JSON = "config.json"
 FORMAT = 2  # of config.json
-_OWN_KEYS = ("format", "data_set")  # of config.json, beside the fields of the config
+# Keys of config.json that are no fields of the configuration.
+_OWN_KEYS = ("format", "data_set", "step_offset")
 PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
 # Fields of the net and the data that do not affect evaluation: it has its own crop and
-# no dropout, and graphs come from the checkpoint.
+# no dropout, and graphs come from the checkpoint. The net is that of the run.
 TRAINING_ONLY = (
     *(*PATHS, "data.download", "data.pipeline", "data.flip", "data.pad"),
     *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
@@ -63,10 +64,17 @@ def runs(
 
 
 def save_config(
-    workdir: str | os.PathLike, config: ConfigDict, facts: input_pipeline.Facts
+    workdir: str | os.PathLike,
+    config: ConfigDict,
+    facts: input_pipeline.Facts,
+    step_offset: int = 0,
 ) -> None:
-    """Writes config.json: the fields of `config` and the facts about its data set."""
-    own = {"format": FORMAT, "data_set": dataclasses.asdict(facts)}
+    """Writes config.json: the fields of `config` and the facts about its data set.
+
+    step_offset: of the run's Clock.
+    """
+    own = {"data_set": dataclasses.asdict(facts), "step_offset": step_offset}
+    own["format"] = FORMAT
     write_json(pathlib.Path(workdir) / CONFIG_JSON, config.to_dict() | own)
 
 
@@ -87,6 +95,11 @@ def load_facts(workdir: str | os.PathLike) -> input_pipeline.Facts:
     return input_pipeline.Facts(**fields["data_set"])
 
 
+def load_step_offset(workdir: str | os.PathLike) -> int:
+    """Loads the offset of a run's Clock from config.json."""
+    return _read_json(pathlib.Path(workdir) / CONFIG_JSON)["step_offset"]
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         fields = _to_tuples(json.loads(path.read_text()))
@@ -94,6 +107,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         age = "an older" if written < FORMAT else "a newer"
         if written == FORMAT:
             input_pipeline.Facts(**fields["data_set"])
+            int(fields["step_offset"])
     except FileNotFoundError as error:
         raise WorkdirError(f"{path} does not exist; is --workdir correct?") from error
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -118,8 +132,9 @@ def _to_tuples(value: Any) -> Any:
 def changes(config: ConfigDict, workdir: str | os.PathLike) -> list[str]:
     """Describes each field that differs from the workdir's config.json, if any."""
     return [
-        f"resuming with {field}={new} (the run was started with {old})"
+        f"{field}={new} (the run was started with {old})"
         for field, old, new in _compare(config, workdir)
+        if field not in PATHS
     ]
 
 
@@ -128,9 +143,27 @@ def evaluation_changes(config: ConfigDict, workdir: str | os.PathLike) -> list[s
     return [
         f"evaluating with {field}={new} (the run was trained with {old})"
         for field, old, new in _compare(config, workdir)
-        if field.startswith(("net.", "data.", "train.dtype"))
-        and field not in TRAINING_ONLY
+        if field.startswith(("data.", "train.dtype")) and field not in TRAINING_ONLY
     ]
+
+
+def take_net(config: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
+    """Returns the configuration with the net of a run, to evaluate its checkpoints.
+
+    Warns of fields that this changes.
+    """
+    run, fields = load_config(workdir), config.to_dict()
+    ignored = [
+        f"{field}={old} (not {new})"
+        for field, old, new in _compare(config, workdir)
+        if field.startswith(("net.", "train.ema")) and field not in TRAINING_ONLY
+    ]
+    if ignored:
+        logging.warning("evaluating the net of the run: %s", ", ".join(ignored))
+    lowering = {"lowering": config.net.get("lowering", "auto")}
+    fields["net"] = run.net.to_dict() | lowering
+    fields["train"]["ema"] = run.train.ema
+    return ConfigDict(fields)
 
 
 def _compare(config, workdir) -> Iterator[tuple[str, Any, Any]]:

@@ -1,5 +1,6 @@
 """A batch is a function of (seed, step): the same bits in each pipeline."""
 
+import dataclasses
 import itertools
 import pathlib
 import subprocess
@@ -57,6 +58,34 @@ def by_hand(config, examples, steps):
             crop = padded[i, y : y + height, x : x + width]
             images.append(crop[:, ::-1] if mirrored else crop)
         yield {"image": np.stack(images), "label": examples.labels[plan.index]}
+
+
+def test_labels_follow_the_names_of_their_classes():
+    """A folder of another order has the same labels by name."""
+    examples = make_examples(3)
+    names = ("2", "0", "1")
+    mapped = input_pipeline.map_classes(examples, names, "flowers")
+    assert mapped.class_names == names
+    assert [names[i] for i in mapped.labels] == ["0", "1", "2"]
+    assert mapped.labels.dtype == np.int32
+    assert input_pipeline.map_classes(mapped, names, "flowers") is mapped
+
+
+@pytest.mark.parametrize(
+    "names", [("0", "1"), ("0", "1", "cow"), ("0", "1", "2", "3"), ("0", "1", "1", "2")]
+)
+def test_other_classes_are_refused_with_both_lists(names):
+    message = f"flowers are 0, 1, 2; those of the run are {', '.join(names)}"
+    with pytest.raises(DataError, match=message):
+        input_pipeline.map_classes(make_examples(3), names, "flowers")
+
+
+def test_a_digest_tells_splits_apart():
+    examples = make_examples()
+    other_images = dataclasses.replace(examples, images=examples.images ^ 1)
+    other_labels = dataclasses.replace(examples, labels=examples.labels[::-1])
+    splits = (examples, make_examples(), other_images, other_labels)
+    assert [x.digest == examples.digest for x in splits] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 10])

@@ -6,13 +6,13 @@ from configs import cfmz, xdensenet
 from runtime.clock import Clock, step_of_epoch, steps_per_epoch
 
 
-def clock(**fields):
+def clock(images=1437, **fields):
     """A clock of 45 steps per epoch."""
     config = xdensenet.get_config("22-8-2,digits")
     config.update_from_flattened_dict(
         {k.replace("__", "."): v for k, v in fields.items()}
     )
-    return Clock.of(config, 1437)
+    return Clock.of(config, images)
 
 
 def ends(clock, action, start=0):
@@ -69,6 +69,46 @@ def test_checkpoints_are_saved_between_evaluations_too():
     times = clock(train__epochs=2.0, eval__every_epochs=1.0, checkpoint__every_steps=20)
     assert ends(times, "evaluate") == [45, 90]
     assert ends(times, "save") == [20, 40, 45, 60, 80, 90]
+
+
+@pytest.mark.parametrize(
+    ("fields", "images"),
+    [
+        ({"train__batch_size": 64}, 1437),
+        ({"train__batch_size": 8}, 1437),
+        ({"train__last_batch": "partial"}, 1437),
+        ({}, 2000),
+        ({}, 700),
+    ],
+)
+def test_progress_is_counted_in_epochs_whatever_the_batch(fields, images):
+    """A run of 3 epochs in batches of 32 continues after one of them."""
+    old, other = (
+        clock(train__epochs=3.0),
+        fields | {"train__epochs": 3.0, "eval__every_epochs": 1.0},
+    )
+    fresh = clock(**other, images=images)
+    new = fresh.resume(old, 45)
+    assert old.epoch(45) <= new.epoch(45) < old.epoch(45) + 1 / new.steps_per_epoch
+    assert new.total - 45 == fresh.total - fresh.step_of(old.epoch(45))
+    assert new.epoch(new.total) == fresh.epoch(fresh.total)
+    assert [new.epoch(x) >= 2 for x in ends(new, "evaluate", 45)] == [True, True]
+    again = old.resume(new, new.total)  # and back
+    assert again.epoch(new.total) >= 3
+    assert fresh.resume(new, 50) == new  # nothing has changed since
+
+
+def test_an_unchanged_clock_has_no_offset():
+    assert clock().resume(clock(train__epochs=3.0), 45) == clock()
+
+
+def test_smaller_batches_end_the_passes_of_a_resumed_run():
+    fields = dict(data__pipeline="device", train__steps_per_dispatch=4)
+    fields |= dict(train__last_batch="partial", train__epochs=3.0)
+    new = clock(**fields, train__batch_size=64).resume(clock(**fields), 45)
+    assert (new.steps_per_epoch, new.offset) == (23, 22)
+    alone = [x for x in new.chunks(45) if (x.end - 22) % 23 == 0]
+    assert [chunk.steps for chunk in alone] == [1, 1]
 
 
 DISPATCHES = [

@@ -1,0 +1,114 @@
+"""What a resumed run takes over from its workdir, and what may have changed."""
+
+import dataclasses
+import pathlib
+
+from ml_collections import ConfigDict
+
+from input_pipeline import Facts
+from runtime.checkpoints import Checkpoints
+from runtime.clock import Clock
+from runtime.workdir import (
+    CONFIG_JSON,
+    changes,
+    load_config,
+    load_facts,
+    load_step_offset,
+    read_rows,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run in a workdir, as it was started or resumed for the last time.
+
+    last_step: of its checkpoints.
+    """
+
+    workdir: pathlib.Path
+    config: ConfigDict
+    facts: Facts
+    clock: Clock
+    last_step: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step of its configuration is saved and evaluated."""
+        rows, total = read_rows(self.workdir / "metrics.csv"), self.clock.total
+        return self.last_step == total and bool(rows) and rows[-1]["step"] == total
+
+    def changes(self, config: ConfigDict, facts: Facts) -> list[str]:
+        """Describes what has changed, one line for each field and for the data."""
+        return changes(config, self.workdir) + data_changes(self.facts, facts)
+
+    def keep_normalization(self, config: ConfigDict, facts: Facts) -> Facts:
+        """Returns the facts with the normalisation of this run.
+
+        Raises ValueError if `config` sets another one.
+        """
+        for field in ("mean", "std"):
+            old, new = self.config.data[field], config.data[field]
+            if old != new:
+                raise ValueError(
+                    f"data.{field} cannot change within a run: {self.workdir} was "
+                    f"started with {old}, not {new}; use another --workdir"
+                )
+        return dataclasses.replace(facts, mean=self.facts.mean, std=self.facts.std)
+
+
+def find(workdir: pathlib.Path) -> Run | None:
+    """Returns the run in a workdir, or None if it has no checkpoint.
+
+    Also if config.json is missing, which the user may have deleted: the checkpoints are
+    then resumed without comparison.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+    if not steps or not (workdir / CONFIG_JSON).exists():
+        return None
+    config, facts = load_config(workdir), load_facts(workdir)
+    clock, offset = Clock.of(config, facts.num_train), load_step_offset(workdir)
+    clock = dataclasses.replace(clock, offset=offset, total=clock.total + offset)
+    return Run(workdir, config, facts, clock, steps[-1])
+
+
+def data_changes(old: Facts, new: Facts) -> list[str]:
+    """Describes how the data set of a run has changed, one line for each split."""
+    if old.num_train != new.num_train:
+        return [
+            f"{new.num_train:,} training images (the run was started with "
+            f"{old.num_train:,})"
+        ]
+    if old.image_shape != new.image_shape:
+        return []  # another crop, which is a change of the configuration
+    digests = zip(("training", "test"), old.digests, new.digests, strict=False)
+    return [
+        f"other {split} images or labels than the run was started with"
+        for split, before, after in digests
+        if before != after
+    ]
+
+
+def check_end(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    clock: Clock,
+    step: int,
+    changes: list[str],
+) -> None:
+    """Raises ValueError for a run that was to be resumed, but has no steps left."""
+    remedy = (
+        "set more --config.train.epochs to train on, or use another --workdir "
+        f"(--config.init_from={workdir} starts from these weights)"
+    )
+    if step > clock.total:
+        raise ValueError(
+            f"{workdir} already holds step {step}, but this run ends at step "
+            f"{clock.total} (train.epochs={config.train.epochs:g}): {remedy}"
+        )
+    if changes:
+        raise ValueError(
+            f"{workdir} already holds a complete run, up to epoch "
+            f"{clock.epoch(step):g}, that was trained otherwise: "
+            f"{'; '.join(changes)}: {remedy}"
+        )
