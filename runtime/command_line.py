@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from runtime.checks import check_effects, hint
+from runtime.checks import check_effects, check_fields, hint
 from runtime.workdir import CONFIG_JSON, flatten, load_config_json
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -81,6 +81,7 @@ def _check(argv: Sequence[str]) -> ConfigDict:
     Raises ValueError for a config file or an override path that cannot work.
     """
     config = load_config_file(_value(argv, "config"))
+    check_fields(config)
     for arg in argv:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
             check_path(config, match[1])
