@@ -93,12 +93,13 @@ def check(data: ConfigDict) -> None:
         problems.append(f"data.pad must not be negative, got {data.pad}")
     if data.image_size < 8:
         problems.append(f"data.image_size must be at least 8, got {data.image_size}")
-    for field in ("mean", "std"):
-        if (value := tuple(data[field])) and not _per_channel(value, field == "std"):
-            numbers = "3 positive numbers" if field == "std" else "3 numbers"
-            problems.append(
-                f"data.{field} must be {numbers}, one per channel, or (), got {value}"
-            )
+    values = {f"recipe.{x}": data.recipe[x] for x in ("mean", "std")}
+    values |= {x: value for x, value in data.items() if x.endswith(("mean", "std"))}
+    problems += [
+        f"data.{field} {problem}"
+        for field, value in values.items()
+        if value and (problem := _problem(f"data.{field}", tuple(value)))
+    ]
     if not problems:
         pipeline(data)
         data_sources.find(data)
@@ -106,9 +107,23 @@ def check(data: ConfigDict) -> None:
     raise DataError("; ".join(problems))
 
 
-def _per_channel(value: tuple, positive: bool) -> bool:
-    numbers = all(isinstance(x, (int, float)) for x in value)
-    return numbers and len(value) == 3 and (not positive or min(value) > 0)
+def _problem(field: str, value: tuple) -> str:
+    """Returns what is wrong with a mean or std that is not empty, or ""."""
+    numbers, std = (
+        all(isinstance(x, (int, float)) for x in value),
+        field.endswith("std"),
+    )
+    if not numbers or len(value) != 3 or (std and min(value) <= 0):
+        kind = "3 positive numbers" if std else "3 numbers"
+        return f"must be {kind}, one per channel, or (), got {value}"
+    # A mean of zeros and a std of ones change nothing, on any scale.
+    if min(value) >= 0 and max(value) <= 1 and not {*value} <= {0, 1}:
+        scaled = ",".join(f"{255 * x:g}" for x in value)
+        return (
+            f"is on the scale 0..1, got {value}, but images are on the scale 0..255: "
+            f"set --config.{field}=({scaled})"
+        )
+    return ""
 
 
 def pipeline(data: ConfigDict) -> str:

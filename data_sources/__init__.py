@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from data_sources import archives, digits, folders, tfds
@@ -20,6 +21,7 @@ from data_sources.split import (
     BORDERS,
     DataError,
     InMemory,
+    absent_labels,
     check_labels,
     is_of_recipe,
     statistics,
@@ -80,7 +82,7 @@ def find(data: ConfigDict) -> tuple[Source, pathlib.Path | None]:
 def _find(data: ConfigDict) -> tuple[str, pathlib.Path | None]:
     if data.name == "digits":
         return "digits", digits.FILE
-    if data.name.endswith(".npz"):
+    if data.name.lower().endswith(".npz"):
         folder = pathlib.Path(os.path.expanduser(data.dir))
         return "npz", folder / os.path.expanduser(data.name)
     root = _root(data)
@@ -127,6 +129,11 @@ def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
             labels, names, read, name = source.open(path, data, split)
     names = tuple(map(str, names))
     labels = check_labels(data.name, split, labels, len(names))
+    if split == "train" and (absent := absent_labels(labels, len(names))):
+        logging.warning(
+            "%s: no training image has the label %s, of %d classes",
+            *(data.name, absent, len(names)),
+        )
     if data.crop == "pad":
         return InMemory(images, labels, names)
     options = data.crop, data.image_size, data.on_error

@@ -15,9 +15,19 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_sources import pickles
-from data_sources.split import DataError, reading
+from data_sources.split import DataError, absent_labels, reading
 
 MAX_CLASSES = 20_000  # of an .npz: evaluation counts in an array (classes, classes)
+SAVEZ = (
+    "write an .npz file with numpy.savez(file, x_train=..., y_train=..., x_test=..., "
+    "y_test=...)"
+)
+SIGNATURES = {  # of files that are taken for an .npz
+    b"\x93NUMPY": "a single array, as numpy.save writes it",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+    b"MATLAB": "a MATLAB file",
+}
 
 
 class Archive(NamedTuple):
@@ -169,10 +179,10 @@ def _pickled(content: bytes, label: bytes):
 def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
     """Returns x_SPLIT, y_SPLIT and the classes of a file written by numpy.savez.
 
-    The arrays are x_train, y_train, x_test and y_test. x: uint8, (N, H, W),
-    (N, H, W, 1) or (N, H, W, 3); grey images get three equal channels. y: integers from
-    0, (N,) or (N, 1). num_classes, optional: an integer; without it, the largest label
-    of both splits + 1.
+    The arrays are x_train, y_train, x_test and y_test; the last two suffice for the
+    test split. x: uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); grey images get three
+    equal channels. y: integers from 0, (N,) or (N, 1). num_classes, optional: an
+    integer; without it, every label up to the largest must occur in y_train.
     """
     required = ["x_train", "y_train", "x_test", "y_test"]
     if not path.is_file():
@@ -181,12 +191,14 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
         )
     logging.info("reading %s (%s)", data.name, split)
     with reading(path):
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is not a zip file, as numpy.savez writes it")
+        _check_signature(path)
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in required if name not in file.files]
+            needed = required[2:] if split == "test" else required
+            missing = [name for name in needed if name not in file.files]
             names = {f"x_{split}", "y_train", "y_test", "num_classes"}
-            arrays = {name: file[name] for name in names & set(file.files)}
+            arrays = {
+                name: _array(path, file, name) for name in names & set(file.files)
+            }
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("it holds files that are not arrays")
     if missing:
@@ -202,11 +214,12 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
             f"{path}: x_{split} is {images.dtype} {images.shape}, expected uint8 "
             "(N, H, W), (N, H, W, 1) or (N, H, W, 3)"
         )
-    for name in ("y_train", "y_test"):
+    for name in {"y_train", "y_test"} & set(arrays):
         array, n = arrays[name], arrays[name].size
         if array.dtype.kind not in "iu" or array.shape not in ((n,), (n, 1)):
             raise DataError(
-                f"{path}: {name} is {array.dtype} {array.shape}, expected integers (N,)"
+                f"{path}: {name} is {array.dtype} {array.shape}, expected integers "
+                "(N,), the classes numbered from 0"
             )
     labels = arrays[f"y_{split}"].reshape(-1)
     if len(labels) != len(images):
@@ -214,6 +227,31 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
     if grey:
         images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=-1)
     return images, labels, range(_num_classes(path, arrays))
+
+
+def _check_signature(path: pathlib.Path) -> None:
+    """Raises DataError for a file of another kind, ValueError for an unknown one."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for signature, kind in SIGNATURES.items():
+        if start.startswith(signature):
+            raise DataError(f"{path} is {kind}: {SAVEZ}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a zip file, as numpy.savez writes it")
+
+
+def _array(path: pathlib.Path, file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        return file[name]
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise
+        raise DataError(
+            f"{path}: {name} is an array of Python objects, as numpy makes it of "
+            "images of several sizes. Save images of one size as uint8 (N, H, W, 3) "
+            "and labels as integers (N,); images of several sizes are read from "
+            "NAME/{train,test}/CLASS/*.png"
+        ) from error
 
 
 def _num_classes(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> int:
@@ -228,14 +266,30 @@ def _num_classes(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> int:
                 f"{path}: num_classes must lie in 1..{MAX_CLASSES:,}, got {classes}"
             )
         return classes
-    both = arrays["y_train"].size + arrays["y_test"].size
-    largest = max(int(arrays[y].max(initial=0)) for y in ("y_train", "y_test"))
-    if largest >= both:
+    test = arrays["y_test"]
+    train = arrays.get("y_train", test)
+    labels = np.concatenate([train.reshape(-1), test.reshape(-1)])
+    classes = int(labels.max(initial=0)) + 1
+    if not train.size or labels.min() < 0:
+        return classes  # refused by check_labels
+    if absent := absent_labels(labels, classes):
+        if absent == "0":
+            raise DataError(
+                f"{path}: the labels start at 1, no image has the label 0: subtract 1 "
+                "from y_train and y_test"
+            )
+        count = len(np.unique(labels))
         raise DataError(
-            f"{path}: label {largest} exceeds the number of images ({both}); if it is "
-            "right, add an array num_classes"
+            f"{path}: the labels go up to {classes - 1}, but no image has the label "
+            f"{absent}: number the {count} classes 0..{count - 1} (for example by "
+            "numpy.unique(y, return_inverse=True)[1], of y_train and y_test together)"
         )
-    return largest + 1
+    if absent := absent_labels(train, classes):
+        raise DataError(
+            f"{path}: no training image has the label {absent}, only test images do: "
+            f"add training images, or, if this is right, an array num_classes={classes}"
+        )
+    return classes
 
 
 def _svhn(root: pathlib.Path, parts: list[str]):

@@ -69,11 +69,22 @@ def check_labels(
         raise DataError(f"{name}: the {split} split is empty")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
+        remedy = (
+            ": subtract 1 from all labels" if (low, high) == (1, num_classes) else ""
+        )
         raise DataError(
             f"{name}: {split} labels lie in {low}..{high}, but {num_classes} classes "
-            f"are numbered 0..{num_classes - 1}"
+            f"are numbered 0..{num_classes - 1}{remedy}"
         )
     return labels.astype(np.int32)
+
+
+def absent_labels(labels: np.ndarray, num_classes: int) -> str:
+    """Returns the labels in 0..num_classes - 1 that never occur, e.g. '0, 3..9'."""
+    edges = [-1, *np.unique(labels).tolist(), num_classes]
+    absent = [(a + 1, b - 1) for a, b in itertools.pairwise(edges) if b - a > 1]
+    texts = [str(a) if a == b else f"{a}..{b}" for a, b in absent]
+    return ", ".join(texts[:5] + ["..."] * (len(texts) > 5))
 
 
 def check_memory(count: int, shape: Sequence[int]) -> None:

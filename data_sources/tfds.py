@@ -33,6 +33,17 @@ WITHOUT_TEST = ("imagenet2012",)
 # Our names of sets that TFDS names differently, and the splits to train on.
 JOINED = {"svhn_cropped_extra": ("svhn_cropped", "train+extra")}
 KNOWN = ("digits", *archives.CIFAR, "imagenet2012", *archives.SVHN)
+FILES = {  # that are often given instead of an .npz
+    ".npy": "a single array (.npy)",
+    ".h5": "an HDF5 file",
+    ".hdf5": "an HDF5 file",
+    ".mat": "a MATLAB file",
+    ".pkl": "a pickle",
+    ".pt": "a PyTorch file",
+    ".pth": "a PyTorch file",
+    ".csv": "a table",
+    ".zip": "an archive; unpack it",
+}
 CONNECT_SECONDS = 10.0
 
 
@@ -77,10 +88,13 @@ def not_found(data: ConfigDict, root: pathlib.Path) -> DataError:
     """Returns the error for a set that is not in `root` and may not be downloaded."""
     name = data.name
     path = pathlib.Path(os.path.expanduser(name))
-    if path.is_file():
+    kind = FILES.get(path.suffix.lower())
+    found = path.is_file() or (root / path).is_file()
+    if kind or found:
         return DataError(
-            f"{name} is a file: --config.data.name takes an .npz file, a directory "
-            "with train/CLASS/*.jpg, or the name of a data set"
+            f"{name} is {kind or 'a file'}{'' if found else ', and does not exist'}: "
+            "--config.data.name takes an .npz file, a directory with "
+            f"train/CLASS/*.jpg, or the name of a data set; {archives.SAVEZ}"
         )
     if path.is_absolute():
         return DataError(

@@ -254,6 +254,33 @@ def test_check_names_every_impossible_value_and_reads_nothing(tmp_path):
         input_pipeline.check(data)
 
 
+@pytest.mark.parametrize("field", ["mean", "photograph_mean", "recipe.mean"])
+def test_normalisation_on_the_scale_0_to_1_is_refused_with_the_right_values(field):
+    config = make_config(name="digits")
+    imagenet = {f"data.{field}": (0.485, 0.456, 0.406)}
+    imagenet[f"data.{field.replace('mean', 'std')}"] = (0.229, 0.224, 0.225)
+    config.update_from_flattened_dict(imagenet)
+    with pytest.raises(DataError) as error:
+        input_pipeline.check(config.data)
+    for field, scaled in zip(
+        imagenet, ("(123.675,116.28,103.53)", "(58.395,57.12,57.375)"), strict=True
+    ):
+        assert f"--config.{field}={scaled}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # none
+        ((104.0, 117.0, 123.0), (1.0, 1.0, 1.0)),  # Caffe's
+        ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+        ((0.5, 3.0, 0.5), (0.5, 3.0, 0.5)),
+    ],
+)
+def test_other_normalisations_are_accepted(mean, std):
+    input_pipeline.check(make_config(name="digits", mean=mean, std=std).data)
+
+
 def test_batches_that_do_not_divide_are_refused_with_both_numbers():
     config = make_config(9, pipeline="device")
     with pytest.raises(DataError, match=r"batch of 9 .* 2 processes"):

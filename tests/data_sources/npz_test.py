@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from absl import logging
 
 import input_pipeline
 from configs import common
@@ -31,10 +32,18 @@ def test_npz_returns_its_arrays(data, tmp_path, absolute):
 
 
 @pytest.mark.parametrize("shape", [(9, 8, 6), (9, 8, 6, 1)])
-def test_npz_may_be_grey_and_have_more_classes_than_labels(data, tmp_path, shape):
+def test_npz_may_be_grey_and_have_more_classes_than_labels(
+    data, tmp_path, monkeypatch, shape
+):
     grey = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
-    data.name = str(save_npz(tmp_path, x_train=grey, num_classes=11))
+    path = save_npz(tmp_path, x_train=grey, num_classes=11)
+    data.name = str(path.rename(path.with_suffix(".NPZ")))
+    logged = []
+    monkeypatch.setattr(logging, "warning", lambda text, *x: logged.append(text % x))
     examples = input_pipeline.load(data, "train")
+    assert logged == [
+        f"{data.name}: no training image has the label 4..10, of 11 classes"
+    ]
     assert examples.class_names == tuple(map(str, range(11)))
     for channel in range(3):
         np.testing.assert_array_equal(
@@ -60,7 +69,20 @@ def test_npz_may_be_grey_and_have_more_classes_than_labels(data, tmp_path, shape
         (dict(x_train=np.uint8(3)), r"uint8 \(\), expected uint8"),
         (dict(y_train=np.int64(3)), r"y_train is int64 \(\)"),
         (dict(x_train=np.zeros((9, 0, 6, 3), np.uint8)), "expected uint8"),
-        (dict(y_test=np.array([0, 1, 2, 13])), r"label 13 exceeds .*\(13\)"),
+        (dict(y_train=np.arange(9) % 4 + 1, num_classes=4), "subtract 1 from all"),
+        (
+            dict(y_train=np.arange(9) % 4 + 1, y_test=np.arange(4) + 1),
+            "the labels start at 1, .* subtract 1 from y_train and y_test",
+        ),
+        (
+            dict(y_train=np.arange(9) % 3 * 10, y_test=np.array([0, 10, 20, 0])),
+            r"20, but no image has the label 1\.\.9, 11\.\.19: .* 3 classes 0\.\.2",
+        ),
+        (dict(y_test=np.array([0, 1, 2, 2**40])), r"no image has the label 4\.\.109"),
+        (
+            dict(y_test=np.array([0, 1, 4, 3])),
+            "no training image has the label 4, .* add training .* num_classes=5",
+        ),
         (dict(x_test=None), "lacks the arrays x_test"),
         (dict(x_train=np.zeros((0, 8, 6, 3), np.uint8), y_train=np.arange(0)), "empty"),
     ],
@@ -142,8 +164,44 @@ def test_an_unusable_npz_is_one_error_that_names_it(data, tmp_path, spoil):
 
 
 @pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (npy(np.zeros(3)), "a single array, as numpy.save writes it"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\x1f\x8b\x08", "a gzip archive"),
+    ],
+)
+def test_files_of_other_kinds_are_not_called_damaged(data, tmp_path, content, kind):
+    data.name = str(tmp_path / "mine.npz")
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(DataError, match=f"mine.npz is {kind}: write an .npz file"):
+        input_pipeline.load(data, "train")
+
+
+@pytest.mark.parametrize("name", ["x_train", "y_train", "y_test"])
+def test_arrays_of_objects_are_named(data, tmp_path, name):
+    objects = np.array([None, *map(np.zeros, range(8))], object)
+    data.name = str(save_npz(tmp_path, **{name: objects}))
+    with pytest.raises(DataError, match=f"npz: {name} is an array of Python objects"):
+        input_pipeline.load(data, "train")
+
+
+def test_the_test_split_of_an_npz_needs_no_training_arrays(data, tmp_path):
+    data.name = str(save_npz(tmp_path, x_train=None, y_train=None))
+    examples = input_pipeline.load(data, "test")
+    np.testing.assert_array_equal(examples.labels, range(4))
+    with pytest.raises(DataError, match="lacks the arrays x_train, y_train; required"):
+        input_pipeline.load(data, "train")
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("mine.npy", r"mine\.npy is a single array .* does not exist: .*numpy\.savez"),
+        (
+            "there.h5",
+            r"there\.h5 is an HDF5 file: .*write an \.npz file with",
+        ),
         ("notes.txt", r"notes\.txt is a file: .* takes an \.npz file, a directory"),
         ("empty", "empty not found"),
         ("x" * 300, "File name too long"),
@@ -155,7 +213,8 @@ def test_an_unusable_npz_is_one_error_that_names_it(data, tmp_path, spoil):
 def test_an_unusable_name_is_one_error(
     data, tmp_path, monkeypatch, name, message, crop
 ):
-    (tmp_path / "notes.txt").write_text("hello")
+    for file in ("notes.txt", "there.h5"):
+        (tmp_path / file).write_text("hello")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     data.update(name=name, crop=crop)
