@@ -17,13 +17,14 @@ EXTENSIONS = (".jpg", ".jpeg", ".png")  # in any case
 
 
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """Returns root/NAME, or NAME itself if it is a path, if it has a folder 'train'."""
+    """Returns root/NAME, or NAME itself if it is a path, if it has a split's folder."""
     path = pathlib.Path(os.path.expanduser(name))
     candidates = [] if ".." in path.parts else [root / path]
     if os.path.dirname(name):
         candidates.append(path)
-    found = (x for x in candidates if path.name and (x / "train").is_dir())
-    return next(found, None)
+    splits = [name for names in SPLITS.values() for name in names]
+    found = (x for x in candidates if any((x / name).is_dir() for name in splits))
+    return next(found, None) if path.name else None
 
 
 def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
@@ -85,9 +86,11 @@ def _list(
     if a folder is missing or empty, if there is only one class, or if the classes of
     both splits differ. Logs the files skipped because of their extension.
     """
-    folders = {name: _split_folder(directory, name) for name in SPLITS}
+    # The test images suffice to evaluate: a run knows the classes that it has learned.
+    needed = SPLITS if split == "train" else (split,)
+    folders = {name: _split_folder(directory, name) for name in needed}
     classes = {name: _class_names(folder) for name, folder in folders.items()}
-    if differing := sorted(set(classes["train"]) ^ set(classes["test"])):
+    if differing := sorted(set(classes[split]) ^ set(classes["test"])):
         listed = ", ".join(differing[:5])
         raise DataError(
             f"{folders['train']} has {len(classes['train'])} classes, "

@@ -23,6 +23,22 @@ def own(tmp_path):
     return make_config(tmp_path)
 
 
+def test_the_test_folder_alone_can_be_read(own):
+    """As --mode=eval does: with an empty class folder for training, or none."""
+    folder = pathlib.Path(own.data.dir, "tiny")
+    wanted = input_pipeline.load(own.data, "test")
+    (folder / "train").rename(folder / "elsewhere")
+    empty = folder / "train" / "n01"
+    empty.mkdir(parents=True)
+    for remove in (empty.rmdir, empty.parent.rmdir, lambda: None):
+        alone = input_pipeline.load(own.data, "test")
+        assert alone.class_names == wanted.class_names
+        np.testing.assert_array_equal(alone.labels, wanted.labels)
+        remove()
+    with pytest.raises(DataError, match="has no folder train"):
+        input_pipeline.load(own.data, "train")
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     texts = []
