@@ -22,13 +22,17 @@ def make_evaluator(
     normalization: Mapping,
     mesh: Mesh,
     split: input_pipeline.Split,
+    variables: dict,
 ) -> Callable[[dict], tuple[dict[str, float], np.ndarray]]:
     """Returns the evaluator of a split: variables -> (means, confusion matrix).
 
-    See `evaluate`. Its program is compiled in the first call.
+    See `evaluate`. Runs an empty batch with the given variables, so that the program
+    is compiled and a batch that does not fit raises MemoryError now, before training.
     """
     eval_step = make_eval_step(definition, mesh, normalization)
-    batch_size = padded_batch_size(config.eval.batch_size, mesh.size)
+    batch_size = min(config.eval.batch_size, len(split))
+    batch_size = padded_batch_size(batch_size, mesh.size)
+    _try_batch(eval_step, variables, batch_size, split, mesh, config.net.num_classes)
 
     def evaluator(variables):
         batches = input_pipeline.batches(
@@ -37,6 +41,25 @@ def make_evaluator(
         return evaluate(eval_step, variables, batches, mesh, config.net.num_classes)
 
     return evaluator
+
+
+def _try_batch(eval_step, variables, batch_size, split, mesh, num_classes) -> None:
+    count = batch_size // jax.process_count()
+    batch = {
+        "image": np.zeros((count, *split.image_shape), np.uint8),
+        "label": np.zeros(count, np.int32),
+        "mask": np.zeros(count, np.float32),
+    }
+    try:
+        totals = place(metrics.zeros(num_classes, confusion=True), mesh)
+        jax.block_until_ready(eval_step(variables, totals, shard(batch, mesh)))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"a test batch of {batch_size} images does not fit: choose a smaller "
+            "--config.eval.batch_size"
+        ) from error
 
 
 def make_eval_step(

@@ -235,7 +235,9 @@ def train_and_evaluate(
         if old:
             clock = clock.resume(old.clock, step)
             program = _delay(program, config, facts, clock.offset)
-        if step >= clock.total:
+        # A crash in the first evaluation leaves a checkpoint that awaits it.
+        pending = clock.is_evaluated(step) and not checkpoints.row(step)
+        if step >= clock.total and not pending:
             resume.check_end(config, workdir, clock, step, changes)
             return summary(read_rows(workdir / "metrics.csv"))
         if step:
@@ -243,18 +245,24 @@ def train_and_evaluate(
                 logging.warning("resuming with %s", change)
             at = step, clock.epoch(step)
             logging.info("resuming %s from step %d (epoch %.2f)", workdir, *at)
+        checkpoints.check_room(state)
         save_config(workdir, config, facts, clock.offset)
         reporter = Reporter(workdir, clock, step, config)
         step_fn = functools.partial(train_step, program)
         first = step - clock.offset  # of the plans for the present settings
         advance = make_advance(config, step_fn, mesh, train, facts, state, first)
         evaluator = evaluate.make_evaluator(
-            config, program.definition, program.normalization, mesh, test
+            config,
+            program.definition,
+            program.normalization,
+            mesh,
+            test,
+            state.eval_variables(),
         )
         if step == 0:
             reporter.sheet(lambda: _augmented_images(config, program, train, facts))
         with contextlib.closing(reporter), sigterm() as stopped:
-            for chunk in clock.chunks(step):
+            for chunk in clock.chunks(step, evaluate_first=pending):
                 state, totals, bad_step = advance(state, chunk.steps)
                 reporter.trained(chunk.end, totals)
                 stop = stopped() or not reporter.finite
@@ -263,6 +271,9 @@ def train_and_evaluate(
                         _refuse(bad_step, checkpoints)
                         row = None
                         if chunk.evaluate:
+                            # A failure of the first evaluation loses no step.
+                            if not reporter.rows:
+                                checkpoints.save(chunk.end, state)
                             means, confusion = evaluator(state.eval_variables())
                             row = _train_row(program, clock, chunk.end, totals) | means
                             # On disk before the checkpoint that refers to it.
@@ -390,7 +401,9 @@ def evaluate_checkpoint(
             facts.image_shape,
         )
     normalization = _normalization(config, facts)
-    evaluator = evaluate.make_evaluator(config, definition, normalization, mesh, test)
+    evaluator = evaluate.make_evaluator(
+        config, definition, normalization, mesh, test, variables
+    )
     means, confusion = evaluator(variables)
     try:
         write_confusion(workdir, confusion, test.class_names, f"-{step}")

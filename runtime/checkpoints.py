@@ -79,6 +79,26 @@ class Checkpoints:
         found = (re.fullmatch(rf"(\d+)(?:{REPLACED})?", name) for name in names)
         return sorted({int(match[1]) for match in found if match})
 
+    def row(self, step: int) -> dict[str, float]:
+        """Returns the metrics of a step; empty if it was saved before its evaluation.
+
+        Empty as well if the checkpoint cannot be read.
+        """
+        with contextlib.suppress(_DamageError):
+            return self._table(step)["row"]
+        return {}
+
+    def check_room(self, state: Any) -> None:
+        """Raises CheckpointError if there is no room for a checkpoint of `state`."""
+        if jax.process_index() != 0:
+            return
+        try:
+            self._check_disk(sum(x.nbytes for x in jax.tree.leaves(state)))
+        except OSError as error:
+            raise CheckpointError(
+                f"no checkpoint can be written to {self.directory}: {error}"
+            ) from error
+
     def save(self, step: int, state: Any, row: dict[str, float] | None = None) -> None:
         """Copies `state`, a pytree of arrays, and writes it in the background.
 
@@ -215,10 +235,9 @@ class Checkpoints:
         """Returns the steps with the metric, best first and earliest first if equal."""
         scores = {}
         for step in self.steps():
-            with contextlib.suppress(_DamageError):
-                score = self._table(step)["row"].get(metrics.BEST_METRIC, math.nan)
-                if math.isfinite(score) and step not in self._damaged:
-                    scores[step] = score
+            score = self.row(step).get(metrics.BEST_METRIC, math.nan)
+            if math.isfinite(score) and step not in self._damaged:
+                scores[step] = score
         return sorted(scores, key=lambda step: (-scores[step], step))
 
     def _path(self, step: int) -> pathlib.Path:
@@ -230,15 +249,20 @@ class Checkpoints:
         """Prepares a write: cleans up, checks the disk, moves an equal step aside."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._clean_up()
+        self._check_disk(bytes_wanted)
+        path = self.directory / str(step)
+        if path.exists():
+            path.rename(self.directory / f"{step}{REPLACED}")
+
+    def _check_disk(self, bytes_wanted: int) -> None:
         # Orbax would notice a full disk late, with a traceback for each array.
-        bytes_free = shutil.disk_usage(self.directory).free
+        exists = self.directory.is_dir()
+        folder = self.directory if exists else self.directory.parent
+        bytes_free = shutil.disk_usage(folder).free
         if bytes_free < bytes_wanted:
             raise OSError(
                 f"disk full: {bytes_wanted:,} bytes needed, {bytes_free:,} free"
             )
-        path = self.directory / str(step)
-        if path.exists():
-            path.rename(self.directory / f"{step}{REPLACED}")
 
     def _clean_up(self) -> None:
         """Finishes what a kill or an error has interrupted."""

@@ -98,18 +98,25 @@ class Clock:
     def step_of(self, epoch: float) -> int:
         return step_of_epoch(epoch, self.steps_per_epoch) + self.offset
 
-    def chunks(self, step: int) -> Iterator[Chunk]:
+    def chunks(self, step: int, *, evaluate_first: bool = False) -> Iterator[Chunk]:
         """Yields the rest of the run after `step` steps, one dispatch at a time.
 
+        evaluate_first: begins with the evaluation after `step`, a chunk without steps.
         Chunks end at evaluations and checkpoints, whose steps do not depend on where
         the run was resumed. Every evaluation is saved; the last step is evaluated.
         """
+        if evaluate_first:
+            yield Chunk(0, step, evaluate=True, save=True)
         while step < self.total:
             next_eval, next_save = self._next_eval(step), self._next_save(step)
             steps = self._dispatch(step, min(next_eval, next_save))
             step += steps
             evaluate = step == next_eval
             yield Chunk(steps, step, evaluate, save=evaluate or step == next_save)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Returns whether an evaluation follows the first `step` steps."""
+        return 0 < step <= self.total and self._next_eval(step - 1) == step
 
     def _dispatch(self, step: int, stop: int) -> int:
         """Returns how many steps one dispatch runs: a smaller batch goes alone."""

@@ -94,9 +94,9 @@ def make_advance(
 ) -> Callable:
     """Returns (state, count) -> (state, totals, bad_step): the next `count` steps.
 
-    The first call continues at `step`. Compiles the program for full batches before it
-    returns; the one for a smaller last batch of an epoch is compiled in another thread
-    while the first steps run.
+    The first call continues at `step`; a count of 0 changes nothing. Compiles the
+    program for full batches before it returns; the one for a smaller last batch of an
+    epoch is compiled in another thread while the first steps run.
     """
     make = _device_path if config.data.pipeline == "device" else _host_path
     abstract = jax.tree.map(  # the state itself is donated by the first step
@@ -109,6 +109,8 @@ def make_advance(
     in_flight = collections.deque()
 
     def advance_in_flight(state, count):
+        if not count:
+            return state, state.totals, state.bad_step
         state, totals, bad_step = advance(state, count)
         in_flight.append(bad_step)
         if len(in_flight) > MAX_IN_FLIGHT:

@@ -22,7 +22,7 @@ from runtime.workdir import (
 class Run:
     """A run in a workdir, as it was started or resumed for the last time.
 
-    last_step: of its checkpoints.
+    last_step: of its checkpoints; evaluated: whether that one was evaluated.
     """
 
     workdir: pathlib.Path
@@ -30,12 +30,14 @@ class Run:
     facts: Facts
     clock: Clock
     last_step: int
+    evaluated: bool
 
     @property
     def complete(self) -> bool:
         """Whether the last step of its configuration is saved and evaluated."""
         rows, total = read_rows(self.workdir / "metrics.csv"), self.clock.total
-        return self.last_step == total and bool(rows) and rows[-1]["step"] == total
+        ended = self.last_step == total and self.evaluated
+        return ended and bool(rows) and rows[-1]["step"] == total
 
     def changes(self, config: ConfigDict, facts: Facts) -> list[str]:
         """Describes what has changed, one line for each field and for the data."""
@@ -64,12 +66,13 @@ def find(workdir: pathlib.Path) -> Run | None:
     """
     with Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
+        evaluated = bool(steps) and bool(checkpoints.row(steps[-1]))
     if not steps or not (workdir / CONFIG_JSON).exists():
         return None
     config, facts = load_config(workdir), load_facts(workdir)
     clock, offset = Clock.of(config, facts.num_train), load_step_offset(workdir)
     clock = dataclasses.replace(clock, offset=offset, total=clock.total + offset)
-    return Run(workdir, config, facts, clock, steps[-1])
+    return Run(workdir, config, facts, clock, steps[-1], evaluated)
 
 
 def data_changes(old: Facts, new: Facts) -> list[str]:

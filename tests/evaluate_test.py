@@ -103,3 +103,21 @@ def test_batches_are_rounded_up_to_the_devices():
     sizes = [(1, 8, 8), (8, 8, 8), (9, 8, 16), (250, 8, 256), (250, 1, 250)]
     for given, devices, wanted in sizes:
         assert evaluate.padded_batch_size(given, devices) == wanted
+
+
+def test_a_batch_that_does_not_fit_is_noticed_in_advance(net, examples, monkeypatch):
+    def make_eval_step(*_):
+        def eval_step(variables, totals, batch):
+            shapes.append(batch["image"].shape)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 TB")
+
+        return eval_step
+
+    shapes = []
+    monkeypatch.setattr(evaluate, "make_eval_step", make_eval_step)
+    config = xdensenet.get_config("22-8-2,digits")
+    config.eval.batch_size = 10**12  # never more than the examples
+    mesh = make_mesh(jax.devices()[:2])
+    with pytest.raises(MemoryError, match=r"of 38 images .* --config.eval.batch_size"):
+        evaluate.make_evaluator(config, net[0], NORMALIZATION, mesh, examples, net[1])
+    assert shapes == [(38, 8, 8, 3)]

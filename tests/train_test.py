@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import evaluate
 import input_pipeline
 import nets
 import train
+from runtime.checkpoints import Checkpoints
 from runtime.devices import make_mesh
 from runtime.dispatch import MAX_IN_FLIGHT, make_device_steps
 from runtime.workdir import read_rows
@@ -392,3 +394,22 @@ def test_a_notebook_can_do_what_the_command_line_does(tmp_path, monkeypatch):
     assert sorted(path.name for path in home.iterdir()) == ["run"]
     assert sorted(path.name for path in (home / "run").iterdir()) == ["seed3", "seed4"]
     assert (config.seed, config.seeds) == (3, 2)
+
+
+def test_a_crash_in_the_first_evaluation_loses_no_step(npz, tmp_path, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("crash")
+
+    config = configured(npz, "cfmz_resnet", train__epochs=1.0)
+    wanted = train.train_and_evaluate(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            train.train_and_evaluate(config, tmp_path / "run")
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.steps() == [7]
+        assert checkpoints.row(7) == {}
+    assert train.train_and_evaluate(config, tmp_path / "run") == wanted
+    assert len(read_rows(tmp_path / "run" / "metrics.csv")) == 1
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.row(7) == read_rows(tmp_path / "run" / "metrics.csv")[0]

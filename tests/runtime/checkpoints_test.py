@@ -391,3 +391,26 @@ def test_log_of_a_save_is_empty(tmp_path, caplog):
     save_steps(tmp_path, [1])
     assert restored(tmp_path)[1] == 1
     assert [record for record in caplog.records if record.name == "absl"] == []
+
+
+def test_too_little_space_for_one_checkpoint_is_noticed_in_advance(
+    tmp_path, monkeypatch
+):
+    state = {"kernel": jnp.zeros((5, 5)), "step": np.int32(0)}
+    usage = shutil.disk_usage(tmp_path)._replace(free=103)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with Checkpoints(tmp_path) as checkpoints:
+        message = "no checkpoint can be written to .* 104 bytes needed, 103 free"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.check_room(state)
+        checkpoints.check_room({"kernel": state["kernel"]})
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_row_of_a_step(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": np.zeros(1)}, {"test_accuracy": 0.5})
+        checkpoints.save(2, {"x": np.zeros(1)})
+        checkpoints.wait()
+        rows = [checkpoints.row(step) for step in (1, 2, 3)]
+    assert rows == [{"test_accuracy": 0.5}, {}, {}]

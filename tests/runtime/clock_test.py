@@ -160,3 +160,17 @@ def test_a_smaller_batch_is_dispatched_alone():
 def test_a_run_without_steps_or_with_too_many_is_refused(epochs, message):
     with pytest.raises(ValueError, match=f"train.epochs={epochs} is {message}"):
         clock(train__epochs=epochs)
+
+
+def test_an_evaluation_can_be_made_up_for_before_the_next_step():
+    times = clock(train__epochs=3.0)
+    first, second, *_ = times.chunks(45, evaluate_first=True)
+    assert first == (0, 45, True, True)
+    assert second.steps == 1
+    assert [chunk.end for chunk in times.chunks(135, evaluate_first=True)] == [135]
+
+
+def test_every_evaluated_step_is_known():
+    times = clock(train__epochs=1.0, eval__every_epochs=0.4, checkpoint__every_steps=7)
+    evaluated = [step for step in range(100) if times.is_evaluated(step)]
+    assert evaluated == ends(times, "evaluate") == [18, 36, 45]
