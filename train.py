@@ -21,7 +21,7 @@ import input_pipeline
 import metrics
 import nets
 import optimizers
-from runtime import checks, resume
+from runtime import checks, pretrained, resume
 from runtime.checkpoints import Checkpoints
 from runtime.clock import Clock
 from runtime.devices import make_mesh, place
@@ -120,6 +120,13 @@ def create_train_state(
         seed=config.seed,
     )
     return program, state
+
+
+def _initialize(config: ConfigDict, state: TrainState) -> TrainState:
+    """Returns the state with the weights of config.init_from."""
+    variables = pretrained.initialize(state.variables(), config.init_from)
+    ema = _averaged(variables) if config.train.ema else {}
+    return dataclasses.replace(state, **variables, ema=ema)
 
 
 def _normalization(config: ConfigDict, facts: input_pipeline.Facts) -> dict:
@@ -232,6 +239,8 @@ def train_and_evaluate(
         log_run(config, facts, net, mesh)
         state = place(state, mesh)
         state, step = _restore(checkpoints, state)
+        if config.init_from and not step:
+            state = place(_initialize(config, state), mesh)
         if old:
             clock = clock.resume(old.clock, step)
             program = _delay(program, config, facts, clock.offset)

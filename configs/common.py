@@ -77,6 +77,9 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initial weights, order of examples and augmentation
     config.seeds = 1  # number of runs, with consecutive seeds, in WORKDIR/seed0, ...
+    # Workdir of a run to start from: the weights of its best checkpoint, or those of
+    # another as WORKDIR@last or WORKDIR@STEP. '': random weights.
+    config.init_from = ""
     config.variant = ""  # row of the family's VARIANTS, for logs and tables
     config.recipe = ""  # one of RECIPES, for tables
 

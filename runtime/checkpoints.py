@@ -88,6 +88,18 @@ class Checkpoints:
             return self._table(step)["row"]
         return {}
 
+    def template(self, which: str | int) -> dict[str, np.ndarray]:
+        """Returns arrays like those of a checkpoint, by path, to restore them into."""
+        reasons = ""
+        for step in self._candidates(which):
+            try:
+                table = self._table(step)["arrays"]
+            except _DamageError as damage:
+                reasons += f"\n  {step}: {damage}"
+                continue
+            return {path: _empty(form) for path, (form, _) in table.items()}
+        raise self._unreadable(reasons)
+
     def check_room(self, state: Any) -> None:
         """Raises CheckpointError if there is no room for a checkpoint of `state`."""
         if jax.process_index() != 0:
@@ -162,7 +174,7 @@ class Checkpoints:
         readable one does not fit the template.
         """
         self.wait()
-        wanted, reasons = _flatten(template), ""
+        wanted, reasons = by_path(template), ""
         for step in self._candidates(which):
             try:
                 arrays = self._read(step, wanted, partial)
@@ -175,7 +187,10 @@ class Checkpoints:
                 continue
             leaves = [_place(arrays[path], leaf) for path, leaf in wanted.items()]
             return jax.tree.unflatten(jax.tree.structure(template), leaves), step
-        raise CheckpointError(
+        raise self._unreadable(reasons)
+
+    def _unreadable(self, reasons: str) -> CheckpointError:
+        return CheckpointError(
             f"no readable checkpoint in {self.directory}; damaged:{reasons}\n"
             "Nothing was deleted. Restore the files from a copy, or use another "
             "--workdir."
@@ -299,7 +314,7 @@ class Checkpoints:
         )
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def by_path(tree: Any) -> dict[str, Any]:
     """Returns {'params/block.0/kernel': array}, in the order of the tree's leaves."""
     flat = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -311,7 +326,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _host_copy(tree: Any) -> dict[str, np.ndarray]:
-    flat = _flatten(tree)
+    flat = by_path(tree)
     for path, leaf in flat.items():
         number = jax.dtypes.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool
         if not number or not leaf.size:  # orbax refuses empty arrays
@@ -326,6 +341,12 @@ def _host_copy(tree: Any) -> dict[str, np.ndarray]:
 def _describe(array: Any) -> str:
     """Returns dtype and shape as in the table and in messages: float32[3,3,16,64]."""
     return f"{array.dtype}{list(array.shape)}".replace(" ", "")
+
+
+def _empty(form: str) -> np.ndarray:
+    """Returns an array of the given _describe."""
+    dtype, _, shape = form.rstrip("]").partition("[")
+    return np.empty([int(n) for n in shape.split(",") if n], dtype)
 
 
 def _digest(array: np.ndarray) -> list:

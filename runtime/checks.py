@@ -107,6 +107,7 @@ DROPS = Need(
 FIELDS = {
     "seed": Field(int, seed),
     "seeds": Field(int, positive),
+    "init_from": Field(str),
     "variant": Field(str),
     "recipe": Field(str),
     "net.name": Field(str),

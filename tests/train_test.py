@@ -19,8 +19,8 @@ import train
 from runtime.checkpoints import Checkpoints
 from runtime.devices import make_mesh
 from runtime.dispatch import MAX_IN_FLIGHT, make_device_steps
-from runtime.workdir import read_rows
-from tests.support import compiling, tiny
+from runtime.workdir import load_facts, read_rows, save_config
+from tests.support import compiling, launch, tiny
 from tests.support.stepping import (
     BATCH,
     SLOWLY,
@@ -413,3 +413,27 @@ def test_a_crash_in_the_first_evaluation_loses_no_step(npz, tmp_path, monkeypatc
     assert len(read_rows(tmp_path / "run" / "metrics.csv")) == 1
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.row(7) == read_rows(tmp_path / "run" / "metrics.csv")[0]
+
+
+def test_a_run_starts_from_the_weights_of_another(npz, tmp_path):
+    """The net that is trained has other classes and would have other graphs."""
+    source, data = tmp_path / "source", dict(np.load(npz))
+    config = configured(npz, "cfmz_resnet", seed=1)
+    facts = input_pipeline.facts(config.data, *input_pipeline.load_both(config.data))
+    with Checkpoints(source) as checkpoints:
+        _, state = train.create_train_state(config, facts)
+        checkpoints.save(7, state, {"test_accuracy": 0.5})
+    save_config(source, config, facts)
+    for name in ("y_train", "y_test"):
+        data[name] = np.arange(len(data[name])) % 3
+    np.savez(tmp_path / "three.npz", **data)
+    fields = dict(net__num_classes=3, net__graph_seed=5, init_from=str(source))
+    fields |= dict(train__epochs=0.1, optimizer__learning_rate=0.0)
+    config = configured(tmp_path / "three.npz", "cfmz_resnet", **fields)
+    train.train_and_evaluate(config, tmp_path / "run")
+    before, after = launch.arrays(source), launch.arrays(tmp_path / "run")
+    variables = [k for k in before if k.startswith(("params/", "wiring/"))]
+    fresh = [k for k in variables if not np.array_equal(before[k], after[k])]
+    assert fresh == ["params/classifier/kernel", "params/classifier_norm/scale"]
+    assert any(k.startswith("wiring/") for k in variables)
+    assert load_facts(tmp_path / "run").class_names == ("0", "1", "2")

@@ -1,0 +1,81 @@
+"""Weights to start from: those of another run (config.init_from)."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+from absl import logging
+
+from runtime.checkpoints import Checkpoints, by_path
+from runtime.workdir import CONFIG_JSON
+
+KINDS = ("params", "stats", "wiring")  # of the variables of a net
+
+
+def initialize(variables: dict, source: str) -> dict:
+    """Returns the variables of a net with those of another run.
+
+    variables: params, stats and wiring, as nets.split returns them. source: as in
+    load_weights. A layer with an array of another shape, such as a classifier for other
+    classes, is not changed and its name is logged. Raises ValueError if the layers of
+    the two nets are not the same, or if most parameters have other shapes.
+    """
+    weights, ours = load_weights(source), by_path(variables)
+    if different := sorted(weights.keys() ^ ours.keys()):
+        path = different[0]
+        has = "has no" if path in ours else "also has"
+        raise ValueError(
+            f"init_from={source} is another net than this config's: {len(different)} "
+            f"arrays differ; it {has} {path}. Set the fields of its config.net"
+        )
+    fresh = {_layer(x) for x in ours if ours[x].shape != weights[x].shape}
+    params = [path for path in ours if path.startswith("params/")]
+    sizes = {path: ours[path].size for path in params}
+    if 2 * sum(sizes[x] for x in params if _layer(x) in fresh) > sum(sizes.values()):
+        path = next(x for x in ours if ours[x].shape != weights[x].shape)
+        raise ValueError(
+            f"init_from={source} is another net than this config's: most parameters "
+            f"have other shapes; {path} has {weights[path].shape}, here "
+            f"{ours[path].shape}. Set the fields of its config.net"
+        )
+    if fresh:
+        names = ", ".join(sorted(fresh))
+        logging.info("not from %s, because shapes differ: %s", source, names)
+    leaves = [ours[x] if _layer(x) in fresh else weights[x] for x in ours]
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+
+def _layer(path: str) -> str:
+    """Returns 'blocks/0/conv1' for 'params/blocks/0/conv1/kernel'."""
+    return path.partition("/")[2].rpartition("/")[0]
+
+
+def load_weights(source: str) -> dict[str, np.ndarray]:
+    """Loads the weights of a run by path: 'params/...', 'stats/...' and 'wiring/...'.
+
+    source: WORKDIR for its best checkpoint, WORKDIR@last or WORKDIR@STEP. Takes the
+    weights that the run evaluates: the moving averages, if it has any. Raises
+    ValueError (CheckpointError is a subclass) if there are none.
+    """
+    folder, which = os.path.expanduser(source), "best"
+    if "@" in folder and not os.path.isdir(folder):
+        folder, _, which = folder.rpartition("@")
+    if not os.path.isfile(os.path.join(folder, CONFIG_JSON)):
+        raise ValueError(
+            f"init_from={source}: {folder} is not the workdir of a run: it has no "
+            f"{CONFIG_JSON}"
+        )
+    with Checkpoints(pathlib.Path(folder)) as checkpoints:
+        template = checkpoints.template(which)
+        kinds = (*KINDS, "ema")
+        template = {k: v for k, v in template.items() if k.split("/")[0] in kinds}
+        arrays, step = checkpoints.restore(template, which, partial=True)
+    logging.info("initial weights from step %d in %s", step, folder)
+    averages = {
+        path.removeprefix("ema/"): array
+        for path, array in arrays.items()
+        if path.startswith("ema/")
+    }
+    weights = {path: x for path, x in arrays.items() if not path.startswith("ema/")}
+    return weights | averages
