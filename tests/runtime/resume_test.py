@@ -130,7 +130,7 @@ def test_changed_data_is_described(fields, message):
 
 def test_the_normalisation_of_a_run_is_kept(tmp_path):
     config = configured("small.npz")
-    run = resume.Run(tmp_path, config, FACTS, Clock.of(config, 100), 7)
+    run = resume.Run(tmp_path, config, FACTS, Clock.of(config, 100), 7, True)
     grown = dataclasses.replace(FACTS, mean=(0.0,) * 3, std=(9.0,) * 3, num_train=120)
     kept = run.keep_normalization(config, grown)
     assert kept == dataclasses.replace(FACTS, num_train=120)
