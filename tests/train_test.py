@@ -87,7 +87,7 @@ def test_statistics_per_device_are_those_of_groups(images, name):
 
 @EVERY_NET
 def test_synchronised_statistics_cost_two_sums_a_layer(images, name):
-    steps = Steps(configured(images, name), 8)
+    steps = Steps(configured(images, name, **SLOWLY), 8)  # compiled above already
     layers = len(jax.tree.leaves(steps.state.stats)) // 2
     sums = 3 if name == "gunn" else 2  # its backward pass computes the units again
     assert compiling.collectives(steps.compiled).keys() == {"all-reduce"}
