@@ -409,6 +409,8 @@ def evaluate_checkpoint(
             test.image_shape,
             facts.image_shape,
         )
+    elif facts.digests[1:] not in ((), (test.digest,)):
+        logging.warning("evaluating other test images or labels than the run did")
     normalization = _normalization(config, facts)
     evaluator = evaluate.make_evaluator(
         config, definition, normalization, mesh, test, variables

@@ -57,10 +57,13 @@ def _with_config(argv: Sequence[str]) -> Sequence[str]:
     """Adds --config=WORKDIR/config.json if --config is missing and the file exists."""
     if _value(argv, "config") is not None:
         return argv
-    path = os.path.join(os.path.expanduser(_value(argv, "workdir") or ""), CONFIG_JSON)
-    if not os.path.isfile(path):
+    workdir = pathlib.Path(os.path.expanduser(_value(argv, "workdir") or "."))
+    path = workdir / CONFIG_JSON
+    if not path.is_file():
+        seeds = sorted(str(x.parent) for x in workdir.glob(f"seed*/{CONFIG_JSON}"))
+        hint = f" (--workdir may be one of {', '.join(seeds)})" if seeds else ""
         raise ValueError(
-            f"--config is missing, and {path} of an earlier run does not exist; "
+            f"--config is missing, and {path} of an earlier run does not exist{hint}; "
             f"{argv[0]} --help lists the flags"
         )
     return [argv[0], f"--config={path}", *argv[1:]]

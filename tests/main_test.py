@@ -106,6 +106,9 @@ def results(cache, tmp_path_factory):
             flags = ["--mode=eval", "--config.train.batch_size=2000"]
             flags.append(f"--config.eval.checkpoint={which}")
             runs[f"eval {which}"] = arguments(reference, DIGITS, *flags)
+        last = ["--mode=eval", "--config.eval.checkpoint=last"]
+        runs["eval own"] = [f"--workdir={reference}", *last]
+        runs["eval other"] = arguments(reference, DIGITS, *last, net__depth=16)
         before = {name: files(name) for name in ("damaged", "other")}
         nothing = folder / "nothing"
         runs["eval nothing"] = arguments(nothing, DIGITS, "--mode=eval")
@@ -170,12 +173,14 @@ def test_a_quiet_run_says_nothing(results):
 def test_eval_takes_the_requested_checkpoint(results, cache):
     rows = read_rows(launch.reference(cache) / "metrics.csv")
     best = max(rows, key=lambda row: row["test_accuracy"])
-    for name, row in {"last": rows[-1], "180": rows[-1], "best": best}.items():
+    wanted = {"best": best} | dict.fromkeys(("last", "180", "own", "other"), rows[-1])
+    for name, row in wanted.items():  # "own": without --config
         result = results[f"eval {name}"]
         assert result["code"] == 0
         said = f"{row['test_accuracy']:.2%} (step {row['step']})"
         assert said in result["out"]
         assert f"{row['test_loss']:.4f}" in result["out"]
+    assert "the net of the run: net.depth=10 (not 16)" in results["eval other"]["err"]
 
 
 WITHOUT_TENSORFLOW = """

@@ -115,3 +115,11 @@ def test_a_missing_config_is_named_by_a_path_that_works(tmp_path, monkeypatch):
         command_line.load_config_file("configs/cfmz.py")
     path = str(error.value).rpartition(" ")[2].rstrip("?")
     assert command_line.load_config_file(path).variant == "20"
+
+
+def test_without_config_the_runs_of_a_workdir_are_named(tmp_path):
+    path = tmp_path / "seed1" / "config.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match=words(f"--config {path.parent} --help")):
+        command_line.parse(["main.py", f"--workdir={tmp_path}"])
