@@ -2,7 +2,7 @@
 
 config.data.name is 'digits' (embedded), the path of an .npz file, or a set in
 config.data.dir: prepared by TFDS, an archive as its authors published it, or a folder
-with one subfolder per class.
+with one subfolder per class, which may lie elsewhere. The first that exists is read.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from data_sources import archives, digits, folders, tfds
+from data_sources import archives, digits, folders, missing, tfds
 from data_sources.crops import CROPS
 from data_sources.photographs import OnDisk
 from data_sources.split import (
@@ -63,39 +63,45 @@ SOURCES = {
 }
 
 
-def find(data: ConfigDict) -> tuple[Source, pathlib.Path | None]:
-    """Returns the source of config.data and its path, None if it must be downloaded.
+def find(
+    data: ConfigDict,
+) -> tuple[Source, pathlib.Path | None, list[pathlib.Path]]:
+    """Returns the source of config.data, its path, and others that have its name.
 
-    Raises DataError if there is none, or if it cannot be read with data.crop.
+    The path is None if the set must be downloaded. Raises DataError if there is none,
+    or if it cannot be read with data.crop.
     """
     with _accessing(data):
-        kind, path = _find(data)
+        [(kind, path), *others] = _find(data)
     source = SOURCES[kind]
     if data.crop != "pad" and not source.open:
         raise DataError(
             f"data.crop={data.crop!r} reads photographs, but {data.name} holds small "
             "images, which are read into memory: set --config.data.crop=pad"
         )
-    return source, path
+    return source, path, [path for _, path in others]
 
 
-def _find(data: ConfigDict) -> tuple[str, pathlib.Path | None]:
-    if data.name == "digits":
-        return "digits", digits.FILE
-    if data.name.lower().endswith(".npz"):
+def _find(data: ConfigDict) -> list[tuple[str, pathlib.Path | None]]:
+    """Returns the kind and path of each set that data.name may mean, by preference."""
+    root, name = _root(data), data.name
+    if name == "digits":
+        if others := folders.find(root, name):
+            raise DataError(
+                f"digits is the name of the embedded digits and of the folder "
+                f"{others[0]}: set --config.data.name={others[0].absolute()} to read "
+                "the folder, or another --config.data.dir to read the digits"
+            )
+        return [("digits", digits.FILE)]
+    if name.lower().endswith(".npz"):
         folder = pathlib.Path(os.path.expanduser(data.dir))
-        return "npz", folder / os.path.expanduser(data.name)
-    root = _root(data)
-    for kind, find_path in (
-        ("tfds", tfds.find),
-        ("archive", archives.find),
-        ("folders", folders.find),
-    ):
-        if path := find_path(root, data.name):
-            return kind, path
-    if not data.download:
-        raise tfds.not_found(data, root)
-    return "tfds", None
+        return [("npz", folder / os.path.expanduser(name))]
+    found = [("tfds", tfds.find(root, name)), ("archive", archives.find(root, name))]
+    found += [("folders", path) for path in folders.find(root, name)]
+    found = [(kind, path) for kind, path in found if path]
+    if not found and not data.download:
+        raise missing.not_found(data, root)
+    return found or [("tfds", None)]
 
 
 def _root(data: ConfigDict) -> pathlib.Path:
@@ -119,7 +125,10 @@ def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
     thread. Uses the network only if data.download is set. Raises DataError if the data
     is missing, damaged or misnamed.
     """
-    source, path = find(data)
+    source, path, others = find(data)
+    if others and split == "test":  # each run loads it, once
+        listed = " or ".join(map(str, others))
+        logging.info("%s is read from %s, not from %s", data.name, path, listed)
     if path is None:
         path = tfds.download(data, _root(data))
     with _accessing(data):

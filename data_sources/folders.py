@@ -1,4 +1,7 @@
-"""Image folders with one subfolder per class: NAME/{train,test}/CLASS/*.jpg."""
+"""Image folders with one folder per class: NAME/{train,test}/CLASS/*.jpg.
+
+Images in sub-folders of a class belong to it.
+"""
 
 import collections
 import os
@@ -12,19 +15,35 @@ from data_sources import crops
 from data_sources.photographs import undecodable
 from data_sources.split import DataError, check_memory, is_of_recipe
 
-SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+# The names of their folders, in any case; the first that exists.
+SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation"),
+}
 EXTENSIONS = (".jpg", ".jpeg", ".png")  # in any case
+# Folders of operating systems and storage devices, besides hidden ones.
+SYSTEM = (
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+)
 
 
-def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """Returns root/NAME, or NAME itself if it is a path, if it has a split's folder."""
+def find(root: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """Returns root/NAME and, if it is a path, NAME itself: those with a split."""
     path = pathlib.Path(os.path.expanduser(name))
     candidates = [] if ".." in path.parts else [root / path]
     if os.path.dirname(name):
         candidates.append(path)
-    splits = [name for names in SPLITS.values() for name in names]
-    found = (x for x in candidates if any((x / name).is_dir() for name in splits))
-    return next(found, None) if path.name else None
+    found = [
+        x
+        for x in candidates
+        if path.name and any(split_folders(x, split) for split in SPLITS)
+    ]
+    return found[: 1 if len(found) > 1 and os.path.samefile(*found) else 2]
 
 
 def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
@@ -34,11 +53,7 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
     on_error='skip', damaged files are skipped and logged. Raises DataError that names a
     file which is damaged or has another size.
     """
-    paths, labels, class_names = _list(directory, split)
-    logging.info(
-        "reading %s (%s, %s images) from %s",
-        *(data.name, split, f"{len(paths):,}", directory),
-    )
+    paths, labels, class_names = _list(directory, data.name, split)
     images, good, failures = None, [], []
     for i, path in enumerate(paths):
         try:
@@ -72,77 +87,156 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
 
 def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
     """Returns labels (N,), class names, functions of i: encoded image i, its name."""
-    del data
-    paths, labels, class_names = _list(directory, split)
+    paths, labels, class_names = _list(directory, data.name, split)
     return labels, class_names, lambda i: paths[i].read_bytes(), lambda i: str(paths[i])
 
 
 def _list(
-    directory: pathlib.Path, split: str
+    directory: pathlib.Path, set_name: str, split: str
 ) -> tuple[list[pathlib.Path], np.ndarray, list[str]]:
     """Returns the files of a split in order, their labels (N,) int32, the class names.
 
     Classes are numbered in the sorted order of their folders' names. Raises DataError
     if a folder is missing or empty, if there is only one class, or if the classes of
-    both splits differ. Logs the files skipped because of their extension.
+    both splits differ. The test folder suffices to evaluate: a run knows the classes
+    that it has learned. Logs the files that are skipped.
     """
-    # The test images suffice to evaluate: a run knows the classes that it has learned.
-    needed = SPLITS if split == "train" else (split,)
-    folders = {name: _split_folder(directory, name) for name in needed}
+    folders = _choose(directory, split)
     classes = {name: _class_names(folder) for name, folder in folders.items()}
-    if differing := sorted(set(classes[split]) ^ set(classes["test"])):
+    if differing := sorted({*classes[split]} ^ {*classes["test"]}):
         listed = ", ".join(differing[:5])
         raise DataError(
             f"{folders['train']} has {len(classes['train'])} classes, "
             f"{folders['test']} {len(classes['test'])}; only one of them has {listed}"
         )
-    if len(classes[split]) < 2:
+    folder, names = folders[split], classes[split]
+    if len(names) < 2:
+        inner = subfolders(folder / names[0])
         raise DataError(
-            f"{folders[split]} has only the class {classes[split][0]}: at least 2 "
-            "class folders are required"
+            f"{folder} has only the class {names[0]}: at least 2 class folders are "
+            "required"
+            + (f"; move those in {names[0]} ({', '.join(inner[:5])})" if inner else "")
         )
-    paths, labels, skipped = [], [], collections.Counter()
-    for label, name in enumerate(classes[split]):
-        found, others = _files(folders[split] / name)
+    paths, labels, skipped, deeper = [], [], collections.Counter(), []
+    for label, name in enumerate(names):
+        found, extensions = _files(folder / name)
         if not found:
+            listed = contents(folder / name)
             raise DataError(
-                f"{folders[split] / name} has no images ({', '.join(EXTENSIONS)})"
+                f"{folder / name} has no images ({', '.join(EXTENSIONS)}): {listed}"
             )
         paths += found
         labels += [label] * len(found)
-        skipped.update(others)
+        deeper += [x for x in found if x.parent != folder / name]
+        skipped.update(extensions)
+    logging.info(
+        "reading %s (%s, %s images) from %s",
+        *(set_name, split, f"{len(paths):,}", folder),
+    )
+    if deeper:
+        logging.warning(
+            "%s: %d images lie in sub-folders of their class, such as %s",
+            *(folder, len(deeper), deeper[0].parent),
+        )
+    if loose := sum(x.lower().endswith(EXTENSIONS) for x in _file_names(folder)):
+        logging.warning("%s: skipped %d images outside of class folders", folder, loose)
     if skipped:
         listed = ", ".join(f"{n} {extension}" for extension, n in skipped.most_common())
         logging.warning(
             "%s: skipped %d files with unsupported extensions (%s); supported: %s",
-            *(folders[split], skipped.total(), listed, ", ".join(EXTENSIONS)),
+            *(folder, skipped.total(), listed, ", ".join(EXTENSIONS)),
         )
-    return paths, np.array(labels, np.int32), classes[split]
+    return paths, np.array(labels, np.int32), names
 
 
-def _split_folder(directory: pathlib.Path, split: str) -> pathlib.Path:
-    for name in SPLITS[split]:
-        if (directory / name).is_dir():
-            return directory / name
-    raise DataError(f"{directory} has no folder {' or '.join(SPLITS[split])}")
+def _choose(directory: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
+    """Returns the folders that a split requires: for 'train', of both splits.
+
+    A test folder without labels, which has no class of the training images, is passed
+    over if there is another.
+    """
+    train = split_folders(directory, "train")[:1]
+    classes = {name for folder in train for name in subfolders(folder)}
+    tests = split_folders(directory, "test")
+    fits = lambda x: classes & {*subfolders(x)} if classes else len(subfolders(x)) > 1
+    test = [x for x in tests if fits(x)][:1] or tests[:1]
+    found = {"train": train, "test": test} if split == "train" else {"test": test}
+    for name, folders in found.items():
+        if not folders:
+            raise DataError(
+                f"{directory} has no folder {' or '.join(SPLITS[name])}: "
+                f"{contents(directory)}. Rename a folder, or move some images of each "
+                f"class to {directory / name}/CLASS"
+            )
+    if split == "test" and test != tests[:1]:
+        logging.warning("%s has no labels: testing on %s", tests[0], test[0])
+    return {name: folder for name, [folder] in found.items()}
+
+
+def split_folders(directory: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """Returns the folders of a split that exist, the preferred one first."""
+    found = subfolders(directory) if os.path.isdir(directory) else []
+    by_rank = {name: i for i, name in enumerate(SPLITS[split])}
+    found = [x for x in found if x.lower() in by_rank]
+    # On Linux, Train and train may both exist.
+    found.sort(key=lambda x: (by_rank[x.lower()], x not in by_rank))
+    return [directory / name for name in found]
 
 
 def _class_names(folder: pathlib.Path) -> list[str]:
+    if names := subfolders(folder):
+        return names
+    raise DataError(
+        f"{folder} has no folders, one for each class is required: {contents(folder)}"
+    )
+
+
+def subfolders(folder: pathlib.Path) -> list[str]:
+    """Returns the sorted names of the folders in a folder, without system folders."""
     with os.scandir(folder) as entries:
-        names = sorted(
-            x.name for x in entries if x.is_dir() and not x.name.startswith(".")
-        )
-    if not names:
-        raise DataError(
-            f"{folder} has no class folders: one for each class is required"
-        )
-    return names
+        return sorted(x.name for x in entries if x.is_dir() and not _ignored(x.name))
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
+
+
+def _file_names(folder: pathlib.Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [x.name for x in entries if not x.is_dir() and not _ignored(x.name)]
+
+
+def contents(folder: pathlib.Path) -> str:
+    """Describes what a folder holds, for error messages."""
+    parts, names = [], _file_names(folder)
+    if inner := subfolders(folder):
+        listed = ", ".join(inner[:5] + ["..."] * (len(inner) > 5))
+        parts.append(f"the {len(inner)} folders {listed}" if inner[1:] else inner[0])
+    images = sum(name.lower().endswith(EXTENSIONS) for name in names)
+    if images:
+        parts.append(f"{images} images")
+    if others := len(names) - images:
+        endings = sorted({pathlib.Path(x).suffix or x for x in names} - {*EXTENSIONS})
+        parts.append(f"{others} other files ({', '.join(endings[:5])})")
+    return f"it holds {' and '.join(parts) or 'nothing'}"
 
 
 def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    """Returns the images of a folder, sorted, and the extensions of its other files."""
-    with os.scandir(folder) as entries:
-        names = sorted(x.name for x in entries if not x.name.startswith("."))
-    found = [x for x in names if x.lower().endswith(EXTENSIONS)]
-    others = [pathlib.Path(x).suffix.lower() or "none" for x in set(names) - {*found}]
-    return [folder / name for name in found], others
+    """Returns the images in a folder and below, and its other files' extensions."""
+    found, others, seen = [], [], set()
+
+    def refuse(error):
+        raise error
+
+    for here, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # a circle of links
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [x for x in inner if not _ignored(x)]
+        for name in names:
+            if name.lower().endswith(EXTENSIONS) and not _ignored(name):
+                found.append(os.path.join(here, name))
+            elif not _ignored(name):
+                others.append(pathlib.Path(name).suffix.lower() or "none")
+    return [pathlib.Path(x) for x in sorted(found)], others

@@ -33,17 +33,6 @@ WITHOUT_TEST = ("imagenet2012",)
 # Our names of sets that TFDS names differently, and the splits to train on.
 JOINED = {"svhn_cropped_extra": ("svhn_cropped", "train+extra")}
 KNOWN = ("digits", *archives.CIFAR, "imagenet2012", *archives.SVHN)
-FILES = {  # that are often given instead of an .npz
-    ".npy": "a single array (.npy)",
-    ".h5": "an HDF5 file",
-    ".hdf5": "an HDF5 file",
-    ".mat": "a MATLAB file",
-    ".pkl": "a pickle",
-    ".pt": "a PyTorch file",
-    ".pth": "a PyTorch file",
-    ".csv": "a table",
-    ".zip": "an archive; unpack it",
-}
 CONNECT_SECONDS = 10.0
 
 
@@ -84,38 +73,7 @@ def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
     return max(found, key=lambda x: tuple(map(int, x.name.split("."))), default=None)
 
 
-def not_found(data: ConfigDict, root: pathlib.Path) -> DataError:
-    """Returns the error for a set that is not in `root` and may not be downloaded."""
-    name = data.name
-    path = pathlib.Path(os.path.expanduser(name))
-    kind = FILES.get(path.suffix.lower())
-    found = path.is_file() or (root / path).is_file()
-    if kind or found:
-        return DataError(
-            f"{name} is {kind or 'a file'}{'' if found else ', and does not exist'}: "
-            "--config.data.name takes an .npz file, a directory with "
-            f"train/CLASS/*.jpg, or the name of a data set; {archives.SAVEZ}"
-        )
-    if path.is_absolute():
-        return DataError(
-            f"{name} has no {name.rstrip('/')}/train/CLASS/*.jpg. A TFDS data set is "
-            "named without its directory, which is --config.data.dir"
-        )
-    if nearest := _nearest(root, _base(name)):
-        return DataError(
-            f"unknown data set {_base(name)!r}; nearest: {', '.join(nearest)}. "
-            f"{root.absolute()} has no folder {name}/train/CLASS either"
-        )
-    files = ["a TFDS directory", f"{name}/train/CLASS/*.jpg"]
-    expected = " or ".join([*files, *archives.file_names(name)])
-    return DataError(
-        f"{name} not found in {root.absolute()} (expected {expected}). Set "
-        "--config.data.dir, pass --config.data.download=True to download it there, or "
-        "use --config.data.name=digits, which needs no files"
-    )
-
-
-def _nearest(root: pathlib.Path, name: str) -> list[str]:
+def nearest(root: pathlib.Path, name: str) -> list[str]:
     """Returns names similar to an unknown one, and nothing for a known one."""
     names = {*KNOWN, *(os.listdir(root) if root.is_dir() else [])}
     if name in names:
@@ -132,9 +90,9 @@ def download(data: ConfigDict, root: pathlib.Path) -> pathlib.Path:
     """Downloads and prepares a set with TFDS, which imports TensorFlow for it."""
     import tensorflow_datasets as tfds
 
-    if nearest := _nearest(root, _base(data.name)):
+    if names := nearest(root, base_name(data.name)):
         raise DataError(
-            f"unknown data set {_base(data.name)!r}; nearest: {', '.join(nearest)}"
+            f"unknown data set {base_name(data.name)!r}; nearest: {', '.join(names)}"
         )
     logging.info("downloading %s to %s", data.name, root)
     try:
@@ -161,12 +119,12 @@ def _connect(url: str) -> None:
         raise OSError(f"no connection to {url}: {error}") from error
 
 
-def _base(name: str) -> str:
+def base_name(name: str) -> str:
     return re.split("[:/]", name)[0]
 
 
 def _name_in_tfds(name: str) -> str:
-    base = _base(name)
+    base = base_name(name)
     return JOINED.get(base, (base,))[0] + name[len(base) :]
 
 
@@ -186,9 +144,8 @@ def describe(directory: pathlib.Path, name: str, split: str) -> Stored:
         raise DataError(
             f"{directory} does not hold images with one class each, but {features}"
         )
-    names = (
-        HELD_OUT if split == "test" else (JOINED.get(_base(name), ("", "train"))[1],)
-    )
+    train = JOINED.get(base_name(name), ("", "train"))[1]
+    names = HELD_OUT if split == "test" else (train,)
     if split == "test" and builder.name in WITHOUT_TEST:
         names = names[1:]
     stored = [name for name in names if {*name.split("+")} <= {*splits}]

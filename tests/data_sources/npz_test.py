@@ -203,7 +203,7 @@ def test_the_test_split_of_an_npz_needs_no_training_arrays(data, tmp_path):
             r"there\.h5 is an HDF5 file: .*write an \.npz file with",
         ),
         ("notes.txt", r"notes\.txt is a file: .* takes an \.npz file, a directory"),
-        ("empty", "empty not found"),
+        ("empty", "empty has no folder train .* it holds nothing"),
         ("x" * 300, "File name too long"),
         ("x" * 300 + ".npz", "File name too long|no file"),
         ("a\0b", "unknown data set"),

@@ -57,7 +57,7 @@ def test_class_folders_must_agree(own):
     with pytest.raises(DataError, match=r"train/n03 has no images"):
         input_pipeline.load(own.data, "train")
     (folder / "val").rename(folder / "held_out")
-    with pytest.raises(DataError, match="has no folder test or val or valid or"):
+    with pytest.raises(DataError, match="has no folder test or testing or val or"):
         input_pipeline.load(own.data, "test")
 
 
