@@ -1,5 +1,6 @@
 """Evaluation: every example exactly once, for any batch size and number of devices."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -15,6 +16,9 @@ import metrics
 import nets
 from runtime.devices import REPLICATED, SHARDED, place, shard
 
+# Of config.eval.views: how many views of an image are averaged.
+VIEWS = {"center": 1, "flip": 2, "tencrop": 10}
+
 
 def make_evaluator(
     config: ConfigDict,
@@ -23,30 +27,38 @@ def make_evaluator(
     mesh: Mesh,
     split: input_pipeline.Split,
     variables: dict,
+    views: str = "center",
 ) -> Callable[[dict], tuple[dict[str, float], np.ndarray]]:
     """Returns the evaluator of a split: variables -> (means, confusion matrix).
 
-    See `evaluate`. Runs an empty batch with the given variables, so that the program
-    is compiled and a batch that does not fit raises MemoryError now, before training.
+    See `evaluate`. views: one of VIEWS; eval.batch_size counts the views of all images.
+    Runs an empty batch with the given variables, so that the program is compiled and a
+    batch that does not fit raises MemoryError now, before training.
     """
-    eval_step = make_eval_step(definition, mesh, normalization)
-    batch_size = min(config.eval.batch_size, len(split))
+    eval_step = make_eval_step(definition, mesh, normalization, views)
+    image_shape, num_classes = split.image_shape, config.net.num_classes
+    if views == "tencrop":
+        split = dataclasses.replace(split, ten_crops=True)
+        image_shape = (VIEWS[views], *image_shape)
+    batch_size = min(math.ceil(config.eval.batch_size / VIEWS[views]), len(split))
     batch_size = padded_batch_size(batch_size, mesh.size)
-    _try_batch(eval_step, variables, batch_size, split, mesh, config.net.num_classes)
+    _try_batch(eval_step, variables, batch_size, image_shape, mesh, num_classes)
 
     def evaluator(variables):
         batches = input_pipeline.batches(
             config, "test", examples=split, batch_size=batch_size
         )
-        return evaluate(eval_step, variables, batches, mesh, config.net.num_classes)
+        return evaluate(eval_step, variables, batches, mesh, num_classes)
 
     return evaluator
 
 
-def _try_batch(eval_step, variables, batch_size, split, mesh, num_classes) -> None:
+def _try_batch(
+    eval_step, variables, batch_size, image_shape, mesh, num_classes
+) -> None:
     count = batch_size // jax.process_count()
     batch = {
-        "image": np.zeros((count, *split.image_shape), np.uint8),
+        "image": np.zeros((count, *image_shape), np.uint8),
         "label": np.zeros(count, np.int32),
         "mask": np.zeros(count, np.float32),
     }
@@ -63,16 +75,24 @@ def _try_batch(eval_step, variables, batch_size, split, mesh, num_classes) -> No
 
 
 def make_eval_step(
-    definition: nets.Definition, mesh: Mesh, normalization: Mapping
+    definition: nets.Definition,
+    mesh: Mesh,
+    normalization: Mapping,
+    views: str = "center",
 ) -> Callable:
     """Returns a jitted (variables, totals, batch) -> totals; batches come from shard().
 
-    normalization: mean, std and dtype of augment.normalize.
+    normalization: mean, std and dtype of augment.normalize. views: one of VIEWS; the
+    logits of the views of an image are averaged, as in fb.resnet.torch.
     """
 
     def eval_step(variables, totals, batch):
-        x = augment.normalize(batch["image"], **normalization)
+        image = batch["image"]
+        if views == "flip":
+            image = jnp.stack([image, image[:, :, ::-1]], axis=1)
+        x = augment.normalize(image.reshape(-1, *image.shape[-3:]), **normalization)
         logits, _ = definition.apply(variables, x)
+        logits = logits.reshape(-1, VIEWS[views], logits.shape[-1]).mean(axis=1)
         sums = metrics.sums(logits, batch["label"], batch["mask"], confusion=True)
         return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, "data"))
 

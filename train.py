@@ -386,7 +386,8 @@ def evaluate_checkpoint(
 ) -> dict | list[dict]:
     """Evaluates checkpoint config.eval.checkpoint of a workdir on the test images.
 
-    Returns its `step` and `test_*`; with config.seeds > 1, a list of these dicts.
+    Returns its `step` and `test_*`; with config.seeds > 1, a list of these dicts. The
+    names end in config.eval.views unless it is 'center', such as `test_loss_flip`.
     Normalises images as in training.
     """
     checks.check_fields(config)
@@ -413,14 +414,15 @@ def evaluate_checkpoint(
         logging.warning("evaluating other test images or labels than the run did")
     normalization = _normalization(config, facts)
     evaluator = evaluate.make_evaluator(
-        config, definition, normalization, mesh, test, variables
+        config, definition, normalization, mesh, test, variables, config.eval.views
     )
     means, confusion = evaluator(variables)
+    views = {"center": ""}.get(config.eval.views, f"_{config.eval.views}")
     try:
-        write_confusion(workdir, confusion, test.class_names, f"-{step}")
+        write_confusion(workdir, confusion, test.class_names, f"-{step}{views}")
     except WorkdirError as error:  # the result is printed even if it cannot be saved
         logging.warning(error)
-    return {"step": step} | means
+    return {"step": step} | {f"{name}{views}": x for name, x in means.items()}
 
 
 def restore(

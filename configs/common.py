@@ -190,6 +190,11 @@ def base() -> ConfigDict:
             batch_size=250,
             every_epochs=1.0,  # may be a fraction; a checkpoint follows each evaluation
             checkpoint="best",  # --mode=eval: best, last or a step
+            # --mode=eval: 'center' as during training; 'flip' averages the logits of
+            # the image and its mirror image, 'tencrop' those of the centre and the four
+            # corners of a photograph and of its mirror image. Results are then called
+            # test_accuracy_flip and so on.
+            views="center",
         )
     )
     config.checkpoint = ConfigDict(

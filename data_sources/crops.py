@@ -17,8 +17,10 @@ originals.
 """
 
 import io
+import itertools
 import math
 import os
+from collections.abc import Sequence
 from typing import IO
 
 import numpy as np
@@ -72,14 +74,47 @@ def center_crop(
     Before, the shorter side is resized to 8/7 of size. Raises as random_crop does.
     """
     pixels = decode(content, open_image(io.BytesIO(content)), as_stored=as_stored)
+    return _test_crop(pixels, crop, size, None)
+
+
+def ten_crops(
+    content: bytes, crop: str, size: int, as_stored: bool = False
+) -> np.ndarray:
+    """Returns the crops (10, size, size, 3) uint8 of fb.resnet.torch's TenCrop.
+
+    The centre, the upper left, upper right, lower left and lower right corners, and the
+    same of the mirrored image, which is resized as for center_crop.
+    """
+    pixels = decode(content, open_image(io.BytesIO(content)), as_stored=as_stored)
+    places = [None, *itertools.product((0, 1), repeat=2)]
+    return np.stack(
+        [
+            _test_crop(image, crop, size, place)
+            for image in (pixels, pixels[:, ::-1])
+            for place in places
+        ]
+    )
+
+
+def _test_crop(
+    pixels: np.ndarray, crop: str, size: int, place: tuple[int, int] | None
+) -> np.ndarray:
+    """Returns a crop for evaluation.
+
+    place: of a corner, 0 or 1 down and to the right; None: the centre.
+    """
     if crop == "scale_aspect":
-        return _on_canvas(pixels, size, SCALE[0], 1.0, None)
+        return _on_canvas(pixels, size, SCALE[0], 1.0, place)
     side = _in_proportion(256, size)
     if crop == "inception":
-        return _middle(pixels, side, size)
+        return _middle(pixels, side, size, place)
     height, width = resized = _shorter_side(pixels, side)
     image = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
-    top, left = (round((x - size) / 2) for x in resized)
+    top, left = (
+        [round((x - size) / 2) for x in resized]
+        if place is None
+        else np.multiply(place, np.subtract(resized, size))
+    )
     return np.asarray(image)[top : top + size, left : left + size]
 
 
@@ -114,10 +149,17 @@ def _square(width: int, height: int) -> tuple[int, int, int, int]:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _middle(pixels: np.ndarray, side: int, size: int) -> np.ndarray:
-    """fb.resnet.torch's Scale(side) and CenterCrop(size); also if no window fits."""
+def _middle(
+    pixels: np.ndarray, side: int, size: int, place: tuple[int, int] | None = None
+) -> np.ndarray:
+    """fb.resnet.torch's Scale(side) and CenterCrop(size); also if no window fits.
+
+    place: as in _test_crop.
+    """
     resized = _shorter_side(pixels, side)
     offset = tuple(math.ceil((x - size) / 2) for x in resized)
+    if place is not None:
+        offset = tuple(np.multiply(place, np.subtract(resized, size)))
     return bicubic(pixels, resized, offset, size)
 
 
@@ -272,12 +314,12 @@ def _on_canvas(
     size: int,
     scale: float,
     aspect: float,
-    place: np.ndarray | None,
+    place: Sequence[float] | None,
 ) -> np.ndarray:
     """Puts an image on IGCNets' canvas and returns a window of the canvas.
 
-    pixels: first resized to the shorter side of the original's files. place: (2,), the
-    position of the window, 0..1 down and to the right; None: centred.
+    pixels: first resized to the shorter side of the original's files. place: position
+    of the window, 0..1 down and to the right; None: centred.
     """
     height, width = _shorter_side(pixels, _in_proportion(STORED, size))
     if (height, width) != pixels.shape[:2]:
@@ -288,7 +330,9 @@ def _on_canvas(
     least = _in_proportion(256, size)
     canvas = np.maximum(least, scale * np.array((height, width)))
     room = canvas.astype(int) - size
-    offset = room // 2 if place is None else (place * (room + 1)).astype(int)
+    offset = room // 2
+    if place is not None:
+        offset = np.minimum(np.multiply(place, room + 1), room).astype(int)
     # A rim in the colour of the canvas, because OpenCV's bilinear blends into it.
     rimmed = np.empty((height + 2, width + 2, 3), np.uint8)
     rimmed[:] = CANVAS

@@ -36,7 +36,8 @@ class OnDisk:
     """A split of encoded images: labels (N,) int32 and how to read the N images.
 
     read: number -> encoded image; name: number -> its name in messages. crop, size,
-    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops.
+    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops. ten_crops:
+    whether test batches hold the ten crops of each image.
     """
 
     labels: np.ndarray
@@ -47,6 +48,7 @@ class OnDisk:
     size: int
     on_error: str
     as_stored: bool
+    ten_crops: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,7 +100,8 @@ class OnDisk:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of one pass, in order, with mask (b,) float32.
 
-        The last batch is padded with zeros, whose mask is 0. With on_error='skip', so
+        With ten_crops, image is (b, 10, H, W, 3), else (b, H, W, 3). The last batch is
+        padded with zeros, whose mask is 0. With on_error='skip', so
         are images that cannot be decoded; their number is logged at the end.
         """
         tensorflow()
@@ -154,7 +157,8 @@ def _test_batches(photographs, batch_size, process_index, process_count, workers
     failures = []
 
     def make(image, i, number):
-        crop = lambda content: crops.center_crop(
+        make_crop = crops.ten_crops if photographs.ten_crops else crops.center_crop
+        crop = lambda content: make_crop(
             content, photographs.crop, photographs.size, photographs.as_stored
         )
         reasons = []
@@ -165,7 +169,8 @@ def _test_batches(photographs, batch_size, process_index, process_count, workers
         for batch_start in range(0, total, share * process_count):
             start = batch_start + process_index * share
             numbers = range(min(start, total), min(start + share, total))
-            image = np.zeros((share, *photographs.image_shape), np.uint8)
+            views = (10,) if photographs.ten_crops else ()
+            image = np.zeros((share, *views, *photographs.image_shape), np.uint8)
             yield image, [(make, image, i, n) for i, n in enumerate(numbers)]
 
     for image, rows in _in_threads(batches(), workers):

@@ -181,6 +181,7 @@ FIELDS = {
     "eval.batch_size": Field(int, positive),
     "eval.every_epochs": Field(float, positive),
     "eval.checkpoint": Field(str),
+    "eval.views": Field(str, one_of("center", "flip", "tencrop")),
     "checkpoint.keep": Field(int, positive),
     "checkpoint.every_steps": Field(int, not_negative),
 }
@@ -237,6 +238,11 @@ def check_config(
         profile_range(config)
     except ValueError as error:
         problems.append(str(error))
+    if config.eval.views == "tencrop" and config.data.crop == "pad":
+        problems.append(
+            "eval.views='tencrop' requires crops that are smaller than the image, but "
+            "data.crop='pad' evaluates whole images: set --config.eval.views=flip"
+        )
     if training and not problems:  # conflicts between valid fields
         problems += _conflicts(config, mesh)
     _refuse(problems)

@@ -293,16 +293,22 @@ def final_summary(result: dict[str, float], workdir: pathlib.Path) -> str:
     """Returns the final summary that a command prints.
 
     `result` is that of train_and_evaluate, or of evaluate_checkpoint, which has no best
-    row.
+    row and may end its names in the views.
     """
+    metric = metrics.BEST_METRIC
 
-    def accuracy(prefix: str) -> str:
-        value = result[f"{prefix}{metrics.BEST_METRIC}"]
+    def accuracy(prefix: str, views: str = "") -> str:
+        value = result[f"{prefix}{metric}{views}"]
         return f"{value:.2%} (step {result[f'{prefix}step']})"
 
-    if f"best_{metrics.BEST_METRIC}" not in result:
-        loss = result["test_loss"]
-        return f"test accuracy {accuracy('')}, test loss {loss:.4f}, in {workdir}"
+    if f"best_{metric}" not in result:
+        name = next(name for name in result if name.startswith(metric))
+        views = name.removeprefix(metric)
+        loss, label = result[f"test_loss{views}"], views.replace("_", " ")
+        return (
+            f"test accuracy{label} {accuracy('', views)}, test loss{label} {loss:.4f}, "
+            f"in {workdir}"
+        )
     return (
         f"test accuracy  final {accuracy('')}  best {accuracy('best_')}\n"
         f"results        {workdir}: metrics.csv, best.json, config.json, checkpoints/"

@@ -1,15 +1,18 @@
 """Every test example counts once, whatever the batches and the devices."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import evaluate
 import input_pipeline
 import nets
 from configs import xdensenet
-from data_sources import InMemory
+from data_sources import InMemory, OnDisk, crops
 from runtime.devices import make_mesh
 
 COUNT, CLASSES = 37, 10
@@ -70,6 +73,55 @@ def evaluated(net, examples, batch_size, devices, spoil=False):
     )
     assert sum(counted) == COUNT
     return means, confusion
+
+
+def expected_means(net, views, labels):
+    """The means for the averaged logits of views (N, views, H, W, 3)."""
+    definition, variables = net
+    x = (views.reshape(-1, *views.shape[2:]).astype(np.float32) - 120) / 60
+    logits = np.asarray(jax.jit(definition.apply)(variables, x)[0], np.float64)
+    logits = logits.reshape(*views.shape[:2], -1).mean(1)
+    own = logits[np.arange(len(labels)), labels]
+    loss = np.log(np.exp(logits).sum(-1)) - own
+    return loss.mean(), (logits.argmax(-1) == labels).mean()
+
+
+def test_the_logits_of_an_image_and_its_mirror_image_are_averaged(net, examples):
+    images = examples.images
+    views = np.stack([images, images[:, :, ::-1]], axis=1)
+    config, mesh = xdensenet.get_config("22-8-2,digits"), make_mesh(jax.devices()[:2])
+    config.eval.batch_size = 16
+    definition, variables = net
+    evaluator = evaluate.make_evaluator(
+        config, definition, NORMALIZATION, mesh, examples, variables, "flip"
+    )
+    means, confusion = evaluator(variables)
+    loss, accuracy = expected_means(net, views, examples.labels)
+    assert means["test_loss"] == pytest.approx(loss, rel=1e-6)
+    assert means["test_accuracy"] == pytest.approx(accuracy, abs=1e-7)
+    assert confusion.sum() == COUNT
+
+
+def test_the_logits_of_ten_crops_are_averaged(net, examples):
+    def png(i):
+        file = io.BytesIO()
+        large = np.random.default_rng(i).integers(0, 256, (13, 17, 3), np.uint8)
+        Image.fromarray(large).save(file, "PNG")
+        return file.getvalue()
+
+    options = "random_resized", 8, "raise", False
+    split = OnDisk(examples.labels, examples.class_names, png, str, *options)
+    views = np.stack([crops.ten_crops(png(i), *options[:2]) for i in range(COUNT)])
+    config, mesh = xdensenet.get_config("22-8-2,digits"), make_mesh(jax.devices()[:2])
+    definition, variables = net
+    evaluator = evaluate.make_evaluator(
+        config, definition, NORMALIZATION, mesh, split, variables, "tencrop"
+    )
+    means, confusion = evaluator(variables)
+    loss, accuracy = expected_means(net, views, examples.labels)
+    assert means["test_loss"] == pytest.approx(loss, rel=1e-6)
+    assert means["test_accuracy"] == pytest.approx(accuracy, abs=1e-7)
+    assert confusion.sum() == COUNT
 
 
 def spoiled(batch):

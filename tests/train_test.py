@@ -415,6 +415,18 @@ def test_a_crash_in_the_first_evaluation_loses_no_step(npz, tmp_path, monkeypatc
         assert checkpoints.row(7) == read_rows(tmp_path / "run" / "metrics.csv")[0]
 
 
+def test_other_views_have_other_names(npz, tmp_path):
+    config = configured(npz, "cfmz_resnet", eval__views="flip")
+    facts = input_pipeline.facts(config.data, *input_pipeline.load_both(config.data))
+    with Checkpoints(tmp_path) as checkpoints:
+        _, state = train.create_train_state(config, facts)
+        checkpoints.save(7, state, {"test_accuracy": 0.5})
+    save_config(tmp_path, config, facts)
+    result = train.evaluate_checkpoint(config, tmp_path)
+    assert result.keys() == {"step", "test_accuracy_flip", "test_loss_flip"}
+    assert (tmp_path / "confusion-7_flip.csv").exists()
+
+
 def test_a_run_starts_from_the_weights_of_another(npz, tmp_path):
     """The net that is trained has other classes and would have other graphs."""
     source, data = tmp_path / "source", dict(np.load(npz))

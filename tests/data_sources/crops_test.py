@@ -1,6 +1,7 @@
 """Crops equal those of the originals, restated in plain NumPy and Pillow."""
 
 import io
+import itertools
 import math
 
 import numpy as np
@@ -176,6 +177,11 @@ def test_scale_aspect_equals_igcnets_canvas(photographs):
                 ours = crops.center_crop(content, "scale_aspect", 224)
             expected = np.rint(canvas[y : y + 224, x : x + 224])
             assert_near(ours, expected, share=0.02)
+        corners = itertools.product((0, rows), (0, columns))
+        views = crops.ten_crops(content, "scale_aspect", 224)[1:5]
+        for view, (y, x) in zip(views, corners, strict=True):
+            expected = np.rint(canvas[y : y + 224, x : x + 224])
+            assert_near(view, expected, share=0.02)
 
 
 def test_narrow_images_show_the_canvas():
@@ -369,3 +375,32 @@ def test_a_truncated_jpeg_is_refused_by_every_crop(crop, progressive):
         for appended in (b"\0" * 3000, b"\n", bytes(range(256)) * 20):
             ours = crops.random_crop(content + appended, crop, 32, draws)
             np.testing.assert_array_equal(ours, whole)
+
+
+@pytest.mark.parametrize("size", [224, 32])
+def test_ten_crops_equal_torchs(generated, size):
+    """Centre and corners of the resized image, then those of its mirror image."""
+    for content in generated:
+        pixels, side = whole(content), round(size * 256 / 224)
+        height, width = (side * x // min(pixels.shape[:2]) for x in pixels.shape[:2])
+        resized = torch_bicubic(pixels, (height, width))
+        down, right = height - size, width - size
+        corners = [(0, 0), (0, right), (down, 0), (down, right)]
+        centre = math.ceil(down / 2), math.ceil(right / 2)
+        expected = [
+            image[y : y + size, x : x + size]
+            for image in (resized, resized[:, ::-1])
+            for y, x in [centre, *corners]
+        ]
+        assert_near(crops.ten_crops(content, "inception", size), np.stack(expected))
+
+
+@pytest.mark.parametrize("crop", ["inception", "random_resized"])
+def test_the_corners_of_the_mirror_image_are_mirrored_corners(generated, crop):
+    for content in generated:
+        views = crops.ten_crops(content, crop, 32)
+        centre = crops.center_crop(content, crop, 32)
+        np.testing.assert_array_equal(views[0], centre)
+        for view, mirrored in zip((1, 2, 3, 4), (7, 6, 9, 8), strict=True):
+            assert_near(views[view], views[mirrored][:, ::-1], levels=2, share=0.05)
+        assert len({view.tobytes() for view in views}) == 10

@@ -8,6 +8,7 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+import evaluate
 import input_pipeline
 import optimizers
 from configs import common
@@ -291,3 +292,13 @@ def test_test_images_of_another_size(digits):
     smaller = type(test)(test.images[:, 1:], test.labels, test.class_names)
     with pytest.raises(ValueError, match=r"\(31, 32, 3\).*\(32, 32, 3\)"):
         checks.check_data(config, mesh, facts, smaller)
+
+
+def test_views_are_those_of_the_evaluation():
+    for views in evaluate.VIEWS:
+        assert checks.FIELDS["eval.views"].rule(views) == ""
+
+
+def test_ten_crops_require_photographs():
+    config = configured("xdensenet", {"eval.views": "tencrop"})
+    refuse(config, "eval.views='tencrop' data.crop='pad' --config.eval.views=flip")

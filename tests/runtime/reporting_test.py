@@ -362,6 +362,10 @@ def test_final_summary_names_accuracies_and_steps(tmp_path):
         assert word in text
     text = reporting.final_summary(row(400, 0.875), tmp_path)
     assert "87.50% (step 400)" in text
+    text = reporting.final_summary(
+        {"step": 400, "test_loss_flip": 0.5, "test_accuracy_flip": 0.75}, tmp_path
+    )
+    assert "test accuracy flip 75.00% (step 400), test loss flip 0.5000" in text
 
 
 def test_confusion_names_the_class_most_taken_for(tmp_path):
