@@ -48,8 +48,15 @@ def load(data: ConfigDict, split: str) -> Split:
 
 
 def load_both(data: ConfigDict) -> tuple[Split, Split]:
-    """Loads the training and the test split."""
-    return load(data, "train"), load(data, "test")
+    """Loads the training and the test split, and finds damaged test images.
+
+    Small images are decoded anyway. Photographs are decoded once, which takes as long
+    as to read them for one evaluation; the result is cached. Not with on_error='skip'.
+    """
+    train, test = load(data, "train"), load(data, "test")
+    if isinstance(test, OnDisk) and data.on_error == "raise":
+        test.verify(data.cache_dir, jax.process_index(), jax.process_count())
+    return train, test
 
 
 def map_classes(split: Split, class_names: tuple[str, ...], name: str) -> Split:

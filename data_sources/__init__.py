@@ -46,8 +46,8 @@ class Source(NamedTuple):
     """How a kind of data set is read; all take its path, config.data and a split.
 
     load: returns images (N, H, W, 3), labels (N,) and class names.
-    open: returns labels, class names, and functions of i: encoded image i, its name;
-      None if the images are small.
+    open: returns labels, class names, functions of i: encoded image i, its name, and a
+      function () that names the version of the files; None if the images are small.
     """
 
     load: Callable
@@ -135,7 +135,7 @@ def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
         if data.crop == "pad":
             images, labels, names = source.load(path, data, split)
         else:
-            labels, names, read, name = source.open(path, data, split)
+            labels, names, read, name, version = source.open(path, data, split)
     names = tuple(map(str, names))
     labels = check_labels(data.name, split, labels, len(names))
     if split == "train" and (absent := absent_labels(labels, len(names))):
@@ -147,4 +147,4 @@ def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
         return InMemory(images, labels, names)
     options = data.crop, data.image_size, data.on_error
     as_stored = source is SOURCES["tfds"] or is_of_recipe(data)
-    return OnDisk(labels, names, read, name, *options, as_stored)
+    return OnDisk(labels, names, read, name, *options, as_stored, version)

@@ -8,6 +8,7 @@ Python's lock, so that an image that cannot be decoded is an exception with a na
 import collections
 import concurrent.futures
 import dataclasses
+import io
 import os
 import re
 import zlib
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from data_sources import crops
+from data_sources import cache, crops
 from data_sources.split import DataError, check_open_files, tensorflow
 
 MAX_FAILURES_IN_A_ROW = 100  # more than that is not a damaged image
@@ -36,8 +37,9 @@ class OnDisk:
     """A split of encoded images: labels (N,) int32 and how to read the N images.
 
     read: number -> encoded image; name: number -> its name in messages. crop, size,
-    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops. ten_crops:
-    whether test batches hold the ten crops of each image.
+    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops. version:
+    returns a name for the N images that changes with their files. ten_crops: whether
+    test batches hold the ten crops of each image.
     """
 
     labels: np.ndarray
@@ -48,6 +50,7 @@ class OnDisk:
     size: int
     on_error: str
     as_stored: bool
+    version: Callable[[], str]
     ten_crops: bool = False
 
     def __len__(self) -> int:
@@ -69,7 +72,29 @@ class OnDisk:
             labels=self.labels[index],
             read=lambda i: self.read(index[i]),
             name=lambda i: self.name(index[i]),
+            version=lambda: f"{self.version()}-{zlib.crc32(index):08x}",
         )
+
+    def verify(
+        self, cache_dir: str, process_index: int = 0, process_count: int = 1
+    ) -> None:
+        """Decodes this process's share of the images, once for each version of them.
+
+        Raises DataError that counts the images that cannot be decoded and names some.
+        """
+        numbers = range(process_index, len(self), process_count)
+
+        def build():
+            logging.info(
+                "decoding %s test photographs once, to find damaged ones before "
+                "training",
+                f"{len(numbers):,}",
+            )
+            _verify(self, numbers)
+            return {"verified": np.array(numbers)}
+
+        share = f"{process_index}-of-{process_count}"
+        cache.load_or_build(cache_dir, f"{self.version()}-verified-{share}", build)
 
     def train_batches(
         self,
@@ -106,6 +131,31 @@ class OnDisk:
         """
         tensorflow()
         return _test_batches(self, batch_size, process_index, process_count, workers)
+
+
+def _verify(photographs: OnDisk, numbers: Sequence[int]) -> None:
+    tensorflow()
+
+    def check(number):
+        try:
+            content = photographs.read(number)
+            crops.decode(content, crops.open_image(io.BytesIO(content)))
+        except Exception as error:  # the decoders raise anything
+            check_open_files(error)
+            return undecodable(photographs.name(number), error)
+        return None
+
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "verify")
+    try:
+        failures = [x for x in pool.map(check, numbers) if x]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+        reasons, (remedy, *_) = zip(*failures, strict=True)
+        raise DataError(
+            f"{len(reasons)} of {len(numbers)} test images: "
+            f"{'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)}. {remedy}"
+        )
 
 
 def _train_batches(photographs, draw, start_step, workers):

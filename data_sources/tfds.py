@@ -311,6 +311,7 @@ def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
         stored.label.names,
         lambda i: parse(record(i))[image_key],
         lambda i: f"record {i} of the {stored.split} split of {directory}",
+        lambda: f"{stored.name}-{digest:08x}",
     )
 
 

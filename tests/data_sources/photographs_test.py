@@ -1,6 +1,7 @@
 """Batches of photographs do not depend on the format, the start or the threads."""
 
 import csv
+import dataclasses
 import itertools
 import pathlib
 import subprocess
@@ -222,6 +223,49 @@ def test_a_damaged_photograph_is_named(own):
     path = damage(own, "val")
     with pytest.raises(DataError, match=f"{path} cannot be decoded"):
         list(input_pipeline.batches(own, "test"))
+
+
+def test_damaged_test_photographs_are_found_before_training(own, monkeypatch):
+    logged = []
+    monkeypatch.setattr(logging, "info", lambda text, *x: logged.append(text % x))
+    verified = lambda: sum("decoding 41 test photographs once" in x for x in logged)
+    files = [damage(own, "val", number=i) for i in range(4)]
+    files[1].unlink()
+    files[1].symlink_to("/nowhere/missing.jpg")
+    damage(own, "train")  # decoding all training images would take too long
+    with pytest.raises(DataError) as error:
+        input_pipeline.load_both(own.data)
+    text = str(error.value)
+    assert text.startswith("4 of 41 test images: ")
+    assert [str(x) in text for x in files] == [True, True, True, False]
+    assert "Restore it, or set --config.data.on_error=skip" in text
+    assert verified() == 1
+    own.data.on_error = "skip"
+    input_pipeline.load_both(own.data)
+    assert verified() == 1
+
+    for path in files:
+        path.unlink()
+    own.data.on_error = "raise"
+    for _ in range(2):
+        input_pipeline.load_both(own.data)
+    assert sum("decoding 37 test photographs once" in x for x in logged) == 1
+    damage(own, "val", number=5)  # the version of the files changes
+    with pytest.raises(DataError, match="1 of 37 test images"):
+        input_pipeline.load_both(own.data)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_processes_verify_their_share_of_the_photographs(
+    written, file_format, tmp_path
+):
+    examples = input_pipeline.load(make_config(written / file_format).data, "test")
+    read, seen = examples.read, []
+    examples = dataclasses.replace(examples, read=lambda i: seen.append(i) or read(i))
+    for process in range(3):
+        for _ in range(2):  # the second time, they are in the cache
+            examples.verify(str(tmp_path), process, 3)
+    assert sorted(seen) == list(range(41))
 
 
 def test_errors_of_tensorflow_are_shortened(own):
