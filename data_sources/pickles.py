@@ -2,78 +2,152 @@
 
 A pickle can call any function, and an array of Python objects made from bytes is an
 array of arbitrary pointers. This reader builds containers, texts and arrays of numbers,
-and refuses everything else.
+and refuses everything else. It needs no more memory than a small multiple of the
+pickle: pickle.Unpickler would trust the lengths and indices that it reads.
 """
 
 import io
 import pickle
+import pickletools
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 
 
 def loads(content: bytes, encoding: str = "bytes") -> Any:
-    """Returns what was pickled. encoding: of Python 2's strings, as in pickle.loads.
+    """Returns what was pickled, as `load` does."""
+    return load(io.BytesIO(content), encoding)
+
+
+def load(
+    stream: BinaryIO,
+    encoding: str = "bytes",
+    *,
+    stand_ins: Mapping[tuple[str, str], Any] | None = None,
+    persistent_load: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Returns what was pickled at the position of a stream, and moves it behind that.
+
+    encoding: of Python 2's strings, as in pickle.load. stand_ins: (module, name) ->
+    the object to use for it, which must be harmless with any arguments.
+    persistent_load: as pickle.Unpickler's.
 
     Raises pickle.UnpicklingError for anything but numbers, texts and containers of
     them, and any exception for a damaged pickle.
     """
-    return _Unpickler(io.BytesIO(content), encoding=encoding).load()
+    content = _cut(stream)
+    known = _stand_ins(len(content)) | dict(stand_ins or {})
+    return _Unpickler(content, encoding, known, persistent_load).load()
 
 
-class _Array(np.ndarray):
-    """Stands in for numpy.ndarray: only bytes become an array, and only of numbers."""
+def _cut(stream: BinaryIO) -> bytes:
+    """Returns the bytes of one pickle.
 
-    def __setstate__(self, state):
-        version, shape, dtype, fortran, content = state
-        if not isinstance(dtype, _Dtype):
-            raise pickle.UnpicklingError(f"an array of {dtype!r} is refused")
-        super().__setstate__((version, shape, dtype.dtype, fortran, content))
-
-
-class _Dtype:
-    """Stands in for numpy.dtype: numbers of 1 to 8 bytes."""
-
-    def __init__(self, name, *_):
-        name = name.decode() if isinstance(name, bytes) else name
-        if not isinstance(name, str) or not re.fullmatch("b1|[iu][1248]|f[248]", name):
-            raise pickle.UnpicklingError(f"numbers of type {name!r} are refused")
-        self.dtype = np.dtype(name)
-
-    def __setstate__(self, state):
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-def _ndarray(*_):
-    """An argument of the following, and nothing to call."""
-    raise pickle.UnpicklingError("an array that is not made of bytes is refused")
-
-
-def _reconstruct(*_):
-    return np.ndarray.__new__(_Array, (0,), np.uint8)
-
-
-def _encode(text, encoding):
-    """How Python 3 pickles bytes for Python 2."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"text in {encoding!r} is refused")
-    return text.encode("latin1")
-
-
-_STAND_INS = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): _ndarray,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-}
+    Raises UnpicklingError if unpickling them could take more memory than a small
+    multiple of their number.
+    """
+    start, name = stream.tell(), ""
+    while name != "STOP":
+        opcode = pickletools.code2op[stream.read(1).decode("latin1")]
+        name, argument = opcode.name, None
+        if name == "STRING":  # the reader of pickletools takes ASCII only
+            stream.readline()
+        elif opcode.arg:
+            argument = opcode.arg.reader(stream)  # raises if the stream ends before it
+        # Unpickler allocates a memo up to this index. An index counts earlier opcodes.
+        if name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > stream.tell():
+            raise pickle.UnpicklingError(f"memo index {argument} is refused")
+        if name == "BYTEARRAY8" or name.startswith("EXT"):
+            raise pickle.UnpicklingError(f"{name} is refused")
+    end = stream.tell()
+    stream.seek(start)
+    return stream.read(end - start)
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, content, encoding, stand_ins, persistent_load):
+        super().__init__(io.BytesIO(content), encoding=encoding)
+        self._stand_ins = stand_ins
+        if persistent_load is not None:
+            self.persistent_load = persistent_load
+
     def find_class(self, module: str, name: str):
-        if (module, name) not in _STAND_INS:
+        if (module, name) not in self._stand_ins:
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}: refused"
             )
-        return _STAND_INS[module, name]
+        return self._stand_ins[module, name]
+
+
+def _stand_ins(size: int) -> dict[tuple[str, str], Any]:
+    """Returns what replaces numpy's functions in one pickle of `size` bytes.
+
+    They are made for each pickle because a pickle can set attributes of classes.
+    """
+    left = 4 * size  # an array in Python 3 is encoded and then copied
+
+    def spend(more: int) -> None:
+        """Counts copies: a pickle may ask for many of the same bytes."""
+        nonlocal left
+        left -= more
+        if left < 0:
+            raise pickle.UnpicklingError("arrays larger than their pickle are refused")
+
+    class Dtype:
+        """Numbers of 1 to 8 bytes."""
+
+        def __init__(self, name, *_):
+            name = name.decode() if isinstance(name, bytes) else name
+            numbers = "b1|[iu][1248]|f[248]"
+            if not isinstance(name, str) or not re.fullmatch(numbers, name):
+                raise pickle.UnpicklingError(f"numbers of type {name!r} are refused")
+            self.dtype = np.dtype(name)
+
+        def __setstate__(self, state):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+    class Array(np.ndarray):
+        """Only bytes become an array, and only of numbers."""
+
+        def __setstate__(self, state):
+            version, shape, dtype, fortran, content = state
+            if not isinstance(dtype, Dtype):
+                raise pickle.UnpicklingError(f"an array of {dtype!r} is refused")
+            spend(len(content))
+            super().__setstate__((version, shape, dtype.dtype, fortran, content))
+
+    def ndarray(*_):
+        """An argument of `reconstruct`, and nothing to call."""
+        raise pickle.UnpicklingError("an array that is not made of bytes is refused")
+
+    def reconstruct(*_):
+        return np.ndarray.__new__(Array, (0,), np.uint8)
+
+    def scalar(dtype, content):
+        if not isinstance(dtype, Dtype):
+            raise pickle.UnpicklingError(f"a number of type {dtype!r} is refused")
+        (value,) = np.frombuffer(content, dtype.dtype)
+        return value
+
+    def encode(text, encoding):
+        """How Python 3 pickles bytes for Python 2."""
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"text in {encoding!r} is refused")
+        spend(len(text))
+        return text.encode("latin1")
+
+    class Dict(dict):
+        """Stands in for OrderedDict, which has the same items and attributes."""
+
+    found = {
+        ("numpy", "ndarray"): ndarray,
+        ("numpy", "dtype"): Dtype,
+        ("_codecs", "encode"): encode,
+        ("collections", "OrderedDict"): Dict,
+    }
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        found[module, "_reconstruct"] = reconstruct
+        found[module, "scalar"] = scalar
+    return found
