@@ -62,9 +62,11 @@ def load_both(data: ConfigDict) -> tuple[Split, Split]:
 def map_classes(split: Split, class_names: tuple[str, ...], name: str) -> Split:
     """Returns a split whose labels are numbers of these classes, matched by name.
 
-    name: of the data set, for messages. Raises DataError if the names differ.
+    name: of the data set, for messages. Raises DataError if the names differ. If those
+    of the run are unknown, the order decides.
     """
-    if split.class_names == class_names:
+    unknown = len(split.class_names) == len(class_names) and not any(class_names)
+    if split.class_names == class_names or unknown:
         return split
     names = sorted(set(class_names))
     if sorted(split.class_names) != names or len(names) != len(class_names):
@@ -154,6 +156,7 @@ def pipeline(data: ConfigDict) -> str:
 class Facts:
     """The properties of a data set that a trained net depends on.
 
+    class_names: empty texts if they are unknown, as those of converted weights may be.
     mean, std: per channel, on the scale 0..255. digests: of the training and the test
     split, if known.
     """

@@ -42,7 +42,6 @@ class Archive(NamedTuple):
     splits: dict[str, list[str]]
     count: dict[str, int]
     label: bytes | int
-    num_classes: int
 
 
 CIFAR: dict[str, list[Archive]] = {
@@ -53,7 +52,6 @@ CIFAR: dict[str, list[Archive]] = {
             {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
             {"train": 10_000, "test": 10_000},
             b"labels",
-            10,
         ),
         Archive(
             "cifar-10-binary.tar.gz",
@@ -64,7 +62,6 @@ CIFAR: dict[str, list[Archive]] = {
             },
             {"train": 10_000, "test": 10_000},
             0,
-            10,
         ),
     ],
     "cifar100": [
@@ -74,7 +71,6 @@ CIFAR: dict[str, list[Archive]] = {
             {"train": ["train"], "test": ["test"]},
             {"train": 50_000, "test": 10_000},
             b"fine_labels",
-            100,
         ),
         Archive(
             "cifar-100-binary.tar.gz",
@@ -82,9 +78,27 @@ CIFAR: dict[str, list[Archive]] = {
             {"train": ["train.bin"], "test": ["test.bin"]},
             {"train": 50_000, "test": 10_000},
             1,  # after the coarse label
-            100,
         ),
     ],
+}
+# In the order of the labels, as TFDS has them.
+CLASS_NAMES = {
+    name: tuple(names.split())
+    for name, names in {
+        "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
+        "cifar100": """
+            apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
+            bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee
+            clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+            flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+            leopard lion lizard lobster man maple_tree motorcycle mountain mouse
+            mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
+            plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
+            seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+            sunflower sweet_pepper table tank telephone television tiger tractor train
+            trout tulip turtle wardrobe whale willow_tree wolf woman worm
+        """,
+    }.items()
 }
 SVHN = {
     "svhn_cropped": {"train": ["train"], "test": ["test"]},
@@ -115,7 +129,7 @@ def load_images(path: pathlib.Path, data: ConfigDict, split: str):
         return _svhn(path, SVHN[data.name][split])
     choices = CIFAR[data.name]
     archive = next(x for x in choices if path.name in (x.folder, x.file))
-    return _cifar(path, archive, split)
+    return *_cifar(path, archive, split), CLASS_NAMES[data.name]
 
 
 def _cifar(path: pathlib.Path, archive: Archive, split: str):
@@ -141,7 +155,7 @@ def _cifar(path: pathlib.Path, archive: Archive, split: str):
         images.append(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(batch)
     images = np.ascontiguousarray(np.concatenate(images))
-    return images, np.concatenate(labels), range(archive.num_classes)
+    return images, np.concatenate(labels)
 
 
 def _members(path: pathlib.Path, names: list[str]) -> Iterator[tuple[str, bytes]]:

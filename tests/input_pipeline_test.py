@@ -71,6 +71,13 @@ def test_labels_follow_the_names_of_their_classes():
     assert input_pipeline.map_classes(mapped, names, "flowers") is mapped
 
 
+def test_unknown_names_leave_the_labels():
+    examples = make_examples(3)
+    assert input_pipeline.map_classes(examples, ("",) * 3, "flowers") is examples
+    with pytest.raises(DataError, match="flowers are 0, 1, 2"):
+        input_pipeline.map_classes(examples, ("",) * 4, "flowers")
+
+
 @pytest.mark.parametrize(
     "names", [("0", "1"), ("0", "1", "cow"), ("0", "1", "2", "3"), ("0", "1", "1", "2")]
 )

@@ -26,9 +26,13 @@ def rows(images):
     return images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
 
 
+def classes(archive):
+    return 100 if "100" in archive.folder else 10
+
+
 def batch(archive, seed):
     """Returns the content of a file of an archive, its images and labels."""
-    x, y = images(seed=seed), np.arange(COUNT) % archive.num_classes
+    x, y = images(seed=seed), np.arange(COUNT) % classes(archive)
     if isinstance(archive.label, bytes):
         content = {b"data": rows(x), archive.label: y.tolist()}
         return pickle.dumps(content, protocol=2), x, y
@@ -89,7 +93,7 @@ def test_images_and_labels_equal_those_of_the_files(tmp_path, name, archive, pac
         examples = load(tmp_path, name, split)
         np.testing.assert_array_equal(examples.images, x)
         np.testing.assert_array_equal(examples.labels, y)
-        assert len(examples.class_names) == archive.num_classes
+        assert len(set(examples.class_names)) == classes(archive)
 
 
 def test_every_pickle_protocol_is_read():
