@@ -49,8 +49,9 @@ class Checkpoints:
     """The checkpoints of a workdir: retains the last `keep` and the best.
 
     The best has the highest metrics.BEST_METRIC of those saved with a row, the earliest
-    if equal. Every process of a run creates an instance and makes the same calls; the
-    arrays are replicated, and process 0 writes. Only save() changes files.
+    if equal, or the last if none has a row. Every process of a run creates an instance
+    and makes the same calls; the arrays are replicated, and process 0 writes. Only
+    save() changes files.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
@@ -199,7 +200,7 @@ class Checkpoints:
     def _candidates(self, which: str | int) -> list[int]:
         """Returns the steps to try, in order. Raises CheckpointError if none exist."""
         steps = self.steps()
-        orders = {"last": steps[::-1], "best": self._rank_steps()}
+        orders = {"last": steps[::-1], "best": self._rank_steps() or steps[::-1]}
         orders = {name: order for name, order in orders.items() if order}
         orders |= {str(step): [step] for step in steps}
         if str(which) not in orders:

@@ -141,13 +141,18 @@ def test_retains_the_last_and_the_best(tmp_path):
     assert restored(tmp_path, 6)[1] == restored(tmp_path, "6")[1] == 6
 
 
-@pytest.mark.parametrize("which", ["best", 3, "newest"])
+@pytest.mark.parametrize("which", [3, "newest"])
 def test_missing_checkpoint_is_answered_with_those_available(tmp_path, which):
     save_steps(tmp_path, [1, 2])
-    with pytest.raises(CheckpointError, match=f"{which}.*available: last, 1, 2"):
+    with pytest.raises(CheckpointError, match=f"{which}.*available: last, best, 1, 2"):
         restored(tmp_path, which)
     with pytest.raises(CheckpointError, match=r"checkpoint 'last' .*: none"):
         restored(tmp_path / "empty")
+
+
+def test_without_an_evaluation_the_last_is_the_best(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    assert restored(tmp_path, "best")[1] == 2
 
 
 def test_equal_step_is_replaced(tmp_path):
