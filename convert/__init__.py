@@ -21,12 +21,21 @@ from convert.sources import (
     Reference,
     Source,
     assign,
+    by_position,
     empty,
     tensor_shapes,
 )
 from nets.layers.norm import BatchNorm
 
-__all__ = ["Mismatch", "UnknownReference", "build", "find", "find_sources", "load"]
+__all__ = [
+    "Mismatch",
+    "UnknownReference",
+    "build",
+    "find",
+    "find_sources",
+    "fit",
+    "load",
+]
 
 FAMILIES: dict[str, dict[str, Reference]] = {
     "cfmz": cfmz.REFERENCES,
@@ -86,6 +95,27 @@ def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     assign(net, find_sources(net, tensors), tensors)
 
 
+def fit(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
+    """Sets all variables of a net from the tensors of a weight file.
+
+    Like `load`, but the tensors of some originals have positions as names. Raises
+    Mismatch.
+    """
+    orders = [x for x in _references(net) if x.order]
+    if not orders or not all(name[:1].isdigit() for name in tensors):
+        load(net, tensors)
+        return
+    mismatches = []
+    for reference in orders:
+        try:
+            sources = reference.sources(net)
+            assign(net, sources, by_position(net, reference, tensors))
+            return
+        except (LookupError, Mismatch) as error:
+            mismatches.append(error)
+    raise Mismatch(str(mismatches[0]))
+
+
 def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
     """Returns the source of each variable of a net, given the names of the tensors.
 
@@ -93,11 +123,10 @@ def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
     with the class of this net, the one that shares most names is used.
     """
     candidates = []
-    for reference in (r for family in FAMILIES.values() for r in family.values()):
-        if type(net) is reference.net:
-            # A reference may not name all layers that its class can have.
-            with contextlib.suppress(LookupError):
-                candidates.append(reference.sources(net))
+    for reference in _references(net):
+        # A reference may not name all layers that its class can have.
+        with contextlib.suppress(LookupError):
+            candidates.append(reference.sources(net))
     if not candidates:
         raise UnknownReference(
             f"cannot convert this {type(net).__name__}: no reference has its layers"
@@ -107,3 +136,8 @@ def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
         return len(tensor_shapes(sources).keys() & set(names))
 
     return max(candidates, key=shared)
+
+
+def _references(net: nnx.Module) -> list[Reference]:
+    references = [x for family in FAMILIES.values() for x in family.values()]
+    return [reference for reference in references if type(net) is reference.net]

@@ -1,8 +1,14 @@
 """The ResNets of cfmz (neon 1.2.1), by the names in its golden files (neon has none).
 
-neon stores convolution weights as (in * kh * kw, out), the golden files as OIHW.
+neon stores convolution weights as (in * kh * kw, out), the golden files as OIHW. Its
+images are blue, green, red; neon 1.2.1 subtracts the mean of red from blue and that of
+blue from red. Our net takes red, green, blue, so the weights of a file are reordered
+and the means are `swapped`.
 """
 
+import math
+
+import numpy as np
 from flax import nnx
 
 from convert.sources import Path, Reference, by_layer
@@ -37,10 +43,35 @@ def _layer(path: Path) -> str:
     raise LookupError(f"unknown cfmz layer {path}")
 
 
+def order(layer: str) -> tuple:
+    """Returns the rank of a layer in a file of neon."""
+    outer = {"stem.conv": 0, "stem.bn": 1, "fc": 3, "fc_bn": 4}
+    if layer in outer:
+        return (outer[layer],)
+    stage, block, part = layer.split(".")
+    return (2, int(stage[-1]), int(block), ("conv1", "bn1", "conv2", "bn2").index(part))
+
+
+def layout(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a tensor of neon in the layout of the golden files, if it fits."""
+    if tensor.ndim == 2 and tensor.shape[1] == 1 and len(shape) == 1:
+        return tensor[:, 0]
+    if len(shape) != 4 or tensor.shape != (math.prod(shape[1:]), shape[0]):
+        return tensor
+    kernel = np.moveaxis(tensor.reshape(*shape[1:], shape[0]), -1, 0)
+    return kernel[:, ::-1] if shape[1] == 3 else kernel
+
+
+def swapped(mean: tuple[float, ...]) -> tuple[float, ...]:
+    return mean[::-1]
+
+
 REFERENCES = {
     "msra_resnet": Reference(
         net=CfmzResNet,
         section=lambda config: {"name": "cfmz_resnet", **config},
         sources=lambda net: by_layer(net, name),
+        order=order,
+        layout=layout,
     )
 }

@@ -18,6 +18,7 @@ from nets.delugenet import CompositeLayer, DelugeNet
 
 EPS = 1e-5  # of all normalisations
 CROSS_LEAVES = ("scale", "bias", "mean", "var")
+PARTS = ("cross", "bn", "bn1", "conv", "conv1", "bn2", "conv2", "bn3", "conv3", "fc")
 
 
 class Reader(NamedTuple):
@@ -165,12 +166,23 @@ def _folded(
             )
             for statistic in ("mean", "var")
         )
-        scale = scale / np.sqrt(var + EPS)
-        if leaf == "scale":
-            return scale * np.sqrt(last_var + EPS)
-        return bias + scale * (last_mean - mean)
+        if leaf == "scale":  # unchanged to the bit if the statistics are the same
+            return scale * np.sqrt((last_var + EPS) / (var + EPS))
+        return bias + scale / np.sqrt(var + EPS) * (last_mean - mean)
 
     return Source(shapes, join, plain.split)
+
+
+def order(layer: str) -> tuple:
+    """Returns the rank of a layer in the module tree."""
+    if layer.startswith("stem"):
+        return (0, layer == "stem.bn")
+    where, part = layer.rsplit(".", 1)
+    if where == "head":
+        return (2, PARTS.index(part))
+    block, unit = where.split(".")
+    index = 0 if unit == "trans" else int(unit.removeprefix("layer"))
+    return (1, int(block.removeprefix("block")), index, PARTS.index(part))
 
 
 def _bn(part: str) -> str:
@@ -192,6 +204,4 @@ def _section(config: Mapping) -> dict:
     return {"name": "delugenet", "form": form, **config}
 
 
-REFERENCES = {
-    "delugenet": Reference(net=DelugeNet, section=_section, sources=sources_of)
-}
+REFERENCES = {"delugenet": Reference(DelugeNet, _section, sources_of, order=order)}

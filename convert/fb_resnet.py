@@ -7,6 +7,11 @@ from flax import nnx
 from convert.sources import TORCH_LEAVES, Path, Reference, by_layer
 from nets.resnet import ResNet
 
+PARTS = (
+    *("bn0", "conv1", "bn1", "conv2", "bn2", "conv3", "bn3"),
+    *("shortcut.conv", "shortcut.bn"),
+)
+
 
 def resnet(path: Path, layer: nnx.Module) -> str:
     match path[:-1]:
@@ -29,6 +34,15 @@ def preresnet(path: Path, layer: nnx.Module) -> str:
     return resnet(path, layer)
 
 
+def order(layer: str) -> tuple:
+    """Returns the rank of a layer in the module tree: a shortcut follows its branch."""
+    outer = {"conv1": 0, "bn1": 1, "bn_last": 3, "fc": 4}
+    if layer in outer:
+        return (outer[layer],)
+    stage, block, part = layer.split(".", 2)
+    return (2, int(stage.removeprefix("layer")), int(block), PARTS.index(part))
+
+
 def _bn(part: str) -> str:
     return part.replace("norm", "bn")
 
@@ -45,6 +59,7 @@ def _reference(preactivation: bool) -> Reference:
         net=ResNet,
         section=lambda config: _section(config, preactivation),
         sources=lambda net: by_layer(net, naming),
+        order=order,
     )
 
 

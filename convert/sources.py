@@ -5,8 +5,9 @@ variables would not do: a mask determines an expander's edges and also which wei
 kernel stores, and a stacked kernel holds the weights of many reference layers.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,10 @@ class Source(NamedTuple):
     split: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
+def _same_size(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return tensor.reshape(shape) if tensor.size == math.prod(shape) else tensor
+
+
 class Reference(NamedTuple):
     """A network of an original code, and its conversion to ours.
 
@@ -56,19 +61,30 @@ class Reference(NamedTuple):
       (train or eval) matters if the original stores statistics differently.
     refine: (section, tensor names) -> section, with the fields that the reference
       configuration leaves open but the names decide.
+    order: if the files of the original have no names: name of a layer -> its rank in
+      the order of the file.
+    layout: (tensor of such a file, our reference shape) -> the tensor in that shape, if
+      it fits.
     """
 
     net: type[nnx.Module]
     section: Callable[[Mapping], dict]
     sources: Callable[[nnx.Module], dict[Path, Source]]
     refine: Callable[[dict, Collection[str]], dict] = lambda section, names: section
+    order: Callable[[str], Any] | None = None
+    layout: Callable[[np.ndarray, tuple[int, ...]], np.ndarray] = _same_size
 
 
 def empty(build: Callable[[], nnx.Module]) -> nnx.Module:
     """Builds a module with zeros in all variables, without compiling anything."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), state)
-    return nnx.merge(graphdef, zeros)
+
+    def zeros(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # of dropout
+            return jnp.broadcast_to(jax.random.key(0), x.shape)
+        return jax.device_put(np.zeros(x.shape, x.dtype))
+
+    return nnx.merge(graphdef, jax.tree.map(zeros, state))
 
 
 def by_layer(
@@ -98,6 +114,38 @@ def by_layer(
 def tensor_shapes(sources: Mapping[Path, Source]) -> dict[str, tuple[int, ...]]:
     """Returns {name: shape in the reference layout} of all tensors of some sources."""
     return {k: v for source in sources.values() for k, v in source.shapes.items()}
+
+
+def by_position(
+    net: nnx.Module, reference: Reference, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Renames tensors that are called by their position, such as "7.3.weight".
+
+    Raises Mismatch if the file does not have as many layers as the net.
+    """
+    expected = _layers(tensor_shapes(reference.sources(net)))
+    given = _layers(tensors)
+    if len(given) != len(expected):
+        raise Mismatch(
+            f"{len(given)} layers with weights, but the net has {len(expected)}"
+        )
+    named = {}
+    for name, leaves in zip(
+        sorted(expected, key=reference.order), given.values(), strict=True
+    ):
+        for leaf, tensor in leaves.items():
+            shape = expected[name].get(leaf, tensor.shape)
+            named[f"{name}.{leaf}"] = reference.layout(tensor, shape)
+    return named
+
+
+def _layers(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{'1.2.weight': x} -> {'1.2': {'weight': x}}, in the same order."""
+    layers = {}
+    for name, value in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        layers.setdefault(layer, {})[leaf] = value
+    return layers
 
 
 def assign(

@@ -1,0 +1,113 @@
+"""Converts an original weight file to a workdir: python -m convert FILE --workdir=W
+
+The net is recognised by the names and shapes of its tensors. docs/weights.md lists the
+files that can be read.
+"""
+
+import ast
+import pathlib
+import re
+import sys
+
+from runtime import processes
+
+if __name__ == "__main__":
+    processes.set_environment()  # before jax is imported
+
+import argparse
+
+from ml_collections import ConfigDict
+
+from convert import containers, identify, workdirs
+from runtime import command_line
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; exits with a one-line error if it cannot."""
+    try:
+        options, overrides = _parser().parse_known_args(arguments)
+        if options.workdir is None and not options.dry_run:
+            raise ValueError("--workdir is missing; python -m convert --help")
+        given = _config(options.config, overrides)
+        weights = containers.read(options.file)
+        try:
+            match = identify.identify(weights.tensors, given)
+        except identify.Unidentified as error:
+            raise ValueError(f"{options.file}: {error}") from error
+        print(_describe(options.file, weights, match))
+        if options.dry_run:
+            return
+        workdir = options.workdir.expanduser()
+        workdirs.save(workdir, options.file.expanduser(), weights, match)
+        print(
+            f"saved          {workdir}\n"
+            f"evaluate       python main.py --mode=eval --workdir={workdir}\n"
+            f"fine-tune      python main.py --workdir={workdir}"
+        )
+    except (ValueError, OSError, MemoryError) as error:
+        sys.exit(f"error: {error or type(error).__name__}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}; python -m convert --help lists the flags")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "python -m convert", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("file", type=pathlib.Path, help="the original weights")
+    parser.add_argument("--workdir", type=pathlib.Path, help="a new directory")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the file holds, write nothing"
+    )
+    parser.add_argument(
+        "--config",
+        help="configs/FAMILY.py:VARIANT,DATA, if the file does not decide it; "
+        "--config.FIELD=VALUE changes a field",
+    )
+    return parser
+
+
+def _config(value: str | None, overrides: list[str]) -> tuple[str, ConfigDict] | None:
+    """Returns the name and the configuration of the command line, if it has one."""
+    config = None if value is None else command_line.load_config_file(value)
+    for override in overrides:
+        match = re.fullmatch(r"--config\.([^=]+)=(.*)", override, re.DOTALL)
+        if not match:
+            raise ValueError(f"{override!r} belongs to no flag; see --help")
+        if config is None:
+            raise ValueError(f"{override} requires --config")
+        command_line.check_path(config, match[1])
+        try:
+            config.update_from_flattened_dict({match[1]: _literal(match[2])})
+        except TypeError as error:
+            raise ValueError(f"{override}: {error}") from error
+    return None if config is None else (" ".join([value, *overrides]), config)
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _describe(path: pathlib.Path, weights, match) -> str:
+    count = identify.count_parameters(weights.tensors)
+    lines = [
+        f"file           {path}: {weights.container}, {len(weights.tensors)} tensors",
+        f"net            {match.name}, {count:,} parameters",
+    ]
+    if match.others:
+        lines.append(f"same net       {', '.join(match.others)}")
+    if weights.skipped:
+        more = len(weights.skipped) - 5
+        some = ", ".join(weights.skipped[:5]) + (f" and {more} more" * (more > 0))
+        lines.append(f"skipped        {some}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

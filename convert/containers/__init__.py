@@ -1,0 +1,59 @@
+"""Weight files of other frameworks -> arrays by name. Nothing in a file is executed.
+
+    weights = containers.read("model_best.pth.tar")
+
+A container is recognised by its first bytes. The readers need no framework, and no more
+memory than a small multiple of the file. Tensors of neon and Torch7 have no names: they
+are called by their position in the tree of modules, such as "7.3.1.2.4.weight".
+"""
+
+import os
+import pathlib
+
+from convert.containers import mxnet, neon, npz, safetensors, torch, torch7
+from convert.containers.cursor import ContainerError
+from convert.containers.weights import Weights
+
+__all__ = ["ContainerError", "Weights", "read"]
+
+# The first whose `matches` accepts the content reads it: torch before npz, which are
+# both zip archives, and before neon, which are both pickles. The length that begins a
+# file of safetensors can have the first bytes of any other.
+READERS = {
+    "safetensors": safetensors,
+    "torch": torch,
+    "npz": npz,
+    "MXNet": mxnet,
+    "Torch7": torch7,
+    "neon": neon,
+}
+
+
+def read(path: str | os.PathLike) -> Weights:
+    """Reads a weight file; raises ContainerError for any file that it cannot read."""
+    path = pathlib.Path(os.path.expanduser(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ContainerError(f"{path} cannot be read: {error.strerror}") from error
+    for name, reader in READERS.items():
+        if not reader.matches(content):
+            continue
+        try:
+            weights = reader.read(content)
+        except Exception as error:  # whatever a damaged file leads to
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ContainerError(
+                f"{path} looks like a file of {name}, but is damaged or of another "
+                f"kind: {reason:.200}"
+            ) from error
+        if not weights.tensors:
+            raise ContainerError(f"{path}, a file of {name}, holds no weights")
+        if not all(map(str.isprintable, weights.tensors)):
+            raise ContainerError(f"{path}: names of tensors that cannot be printed")
+        skipped = [x if x.isprintable() else ascii(x) for x in weights.skipped]
+        return weights._replace(skipped=skipped, container=name)
+    raise ContainerError(
+        f"{path} is no weight file that can be read: expected one of "
+        f"{', '.join(READERS)}"
+    )

@@ -1,0 +1,39 @@
+"""NumPy: .npz, a zip archive of .npy files."""
+
+import io
+
+import numpy as np
+
+from convert.containers.cursor import ContainerError, Cursor, open_zip
+from convert.containers.weights import Weights
+
+EXPANSION = 100  # largest size of the arrays over that of a compressed file
+
+
+def matches(content: bytes) -> bool:
+    return content.startswith((b"PK\3\4", b"PK\5\6"))
+
+
+def read(content: bytes) -> Weights:
+    archive = open_zip(content, EXPANSION)
+    names = [name for name in archive.namelist() if name.endswith(".npy")]
+    tensors = {n.removesuffix(".npy"): _array(archive.read(n)) for n in names}
+    return Weights(tensors, sorted(set(archive.namelist()) - set(names)))
+
+
+def _array(content: bytes) -> np.ndarray:
+    """Reads a .npy file; np.load would allocate what its header asks for."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, fortran, dtype = readers[version](stream)
+    if dtype.hasobject or dtype.names:
+        raise ContainerError(f"an array of {dtype} is refused")
+    shape = tuple(map(int, shape))
+    array = Cursor(content, stream.tell()).array(
+        dtype, shape[::-1] if fortran else shape
+    )
+    return array.T if fortran else array

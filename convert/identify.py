@@ -1,0 +1,146 @@
+"""Finds the net whose weights a file holds, among the variants of configs/."""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+import convert
+import nets
+from convert.sources import empty
+from runtime.command_line import CONFIGS, SHARED
+from runtime.workdir import flatten
+
+# Tensors that are not trained, by the end of their names.
+NOT_TRAINED = (
+    *("running_mean", "running_var", "moving_mean", "moving_var", "gmean", "gvar"),
+    "mask",
+)
+
+
+class Unidentified(ValueError):
+    """Tensors that do not fit, are not finite, or belong to no known net."""
+
+
+class Match(NamedTuple):
+    """A net with the tensors of a file.
+
+    name: of the configuration, as after --config=. others: configurations of the same
+    net for other data sets.
+    """
+
+    name: str
+    config: ConfigDict
+    net: nnx.Module
+    others: tuple[str, ...] = ()
+
+
+def check(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises Unidentified unless all weights are finite numbers."""
+    for name, tensor in tensors.items():
+        if name.endswith("mask"):
+            continue
+        if tensor.dtype.kind in "biu":
+            raise Unidentified(f"{name} holds {tensor.dtype}, not weights")
+        if not np.isfinite(tensor).all():
+            raise Unidentified(f"{name} holds numbers that are not finite")
+
+
+def identify(
+    tensors: Mapping[str, np.ndarray], given: tuple[str, ConfigDict] | None = None
+) -> Match:
+    """Returns the net of some tensors.
+
+    given: the name and configuration to use. Raises Unidentified if the tensors fit
+    neither that nor, without it, any variant. The message names the variant that fits.
+    """
+    check(tensors)
+    count = count_parameters(tensors)
+    if given:
+        name, config = given
+        net, reason = _fit(config, tensors)
+        if net is not None:
+            return Match(name, config, net)
+    match = near = None
+    for candidate, variant in candidates(count):
+        if match is None:
+            found, misfit = _fit(variant, tensors)
+            match = found and Match(candidate, variant, found)
+            near = near or (candidate, misfit)
+        elif variant.net == match.config.net:
+            match = match._replace(others=(*match.others, candidate))
+    if match and not given:
+        return match
+    if match:
+        raise Unidentified(
+            f"the tensors do not fit {name}, they have "
+            f"{_differences(match.config, config)}: use --config={match.name}"
+        )
+    if given or near:
+        name, reason = (name, reason) if given else near
+        raise Unidentified(f"{count:,} parameters, which do not fit {name}: {reason}")
+    raise Unidentified(
+        f"no variant in configs/ has these {count:,} parameters ({_some(tensors)}): if "
+        "the net is one of ours with other fields, set them with --config and "
+        "--config.net.FIELD"
+    )
+
+
+def count_parameters(tensors: Mapping[str, np.ndarray]) -> int:
+    """Counts parameters as our nets store them: those that a mask removes are none."""
+    count = 0
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if name.endswith(NOT_TRAINED):
+            continue
+        mask = None if leaf == "bias" else tensors.get(f"{layer}.mask")
+        count += tensor.size if mask is None else int(np.count_nonzero(mask))
+    return count
+
+
+def candidates(count: int) -> Iterator[tuple[str, ConfigDict]]:
+    """Yields name and configuration of the variants with this many parameters."""
+    for path in sorted(CONFIGS.glob("*.py")):
+        if path.stem in SHARED:
+            continue
+        family = importlib.import_module(f"configs.{path.stem}")
+        for variant, row in family.VARIANTS.items():
+            for data, parameters in row.parameters.items():
+                if parameters == count:
+                    config = family.get_config(f"{variant},{data}")
+                    yield f"configs/{path.name}:{variant},{data}", config
+
+
+def _fit(config: ConfigDict, tensors) -> tuple[nnx.Module | None, str]:
+    """Returns the net with the tensors; None and the reason if they do not fit."""
+    net = empty(lambda: nets.create(config.net, nnx.Rngs(0)))
+    net.eval()  # a DelugeNet is to evaluate as the original does
+    try:
+        convert.fit(net, tensors)
+    except (convert.Mismatch, convert.UnknownReference) as error:
+        return None, _shorten(" ".join(str(error).split()))
+    return net, ""
+
+
+def _differences(config: ConfigDict, other: ConfigDict) -> str:
+    fields, others = flatten(config), flatten(other)
+    if fields["net.name"] != others["net.name"]:
+        return f"net.name={fields['net.name']!r} (not {others['net.name']!r})"
+    different = [
+        f"{field}={value!r} (not {others.get(field)!r})"
+        for field, value in fields.items()
+        if field.startswith("net.") and value != others.get(field)
+    ]
+    return ", ".join(different)
+
+
+def _some(tensors: Mapping[str, np.ndarray]) -> str:
+    names = list(tensors)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."

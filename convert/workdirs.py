@@ -1,0 +1,96 @@
+"""Writes converted weights as the workdir of a run that has taken no steps."""
+
+import dataclasses
+import hashlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import nets
+import train
+from configs.data_sets import DATA_SETS
+from convert import cfmz
+from convert.containers import Weights
+from convert.identify import Match, Unidentified
+from data_sources import archives
+from input_pipeline import Facts
+from runtime.checkpoints import Checkpoints
+from runtime.workdir import CONFIG_JSON, WorkdirError, lock, save_config, write_json
+
+
+def save(
+    workdir: pathlib.Path, path: pathlib.Path, weights: Weights, match: Match
+) -> None:
+    """Writes the checkpoint, config.json and origin.json of a weight file.
+
+    path: of the file. There is no metrics.csv or best.json: nothing was evaluated.
+    Raises WorkdirError if the workdir holds a run.
+    """
+    facts = data_facts(match.config, weights)
+    with lock(workdir):
+        if (workdir / CONFIG_JSON).exists() or (workdir / "checkpoints").exists():
+            raise WorkdirError(f"{workdir} holds a run already: use another --workdir")
+        state = _state(match, facts)
+        save_config(workdir, match.config, facts)
+        write_json(workdir / "origin.json", origin(path, weights, match))
+        with Checkpoints(workdir, match.config.checkpoint.keep) as checkpoints:
+            checkpoints.save(0, state)
+
+
+def origin(path: pathlib.Path, weights: Weights, match: Match) -> dict:
+    """Returns what is recorded about the file of some weights."""
+    return {
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "container": weights.container,
+        "config": match.name,
+        "tensors": len(weights.tensors),
+        "skipped": weights.skipped,
+    }
+
+
+def data_facts(config: ConfigDict, weights: Weights) -> Facts:
+    """Returns the facts about the data set of a configuration, without reading it."""
+    data = config.data
+    if data.name not in DATA_SETS:
+        raise Unidentified(
+            f"data set {data.name!r} is unknown: choose a --config for one of "
+            f"{', '.join(DATA_SETS)}"
+        )
+    known = DATA_SETS[data.name]
+    ours = (data.recipe.mean, data.recipe.std) if data.recipe.name == data.name else ()
+    recipe_mean, recipe_std = ours or (known.mean, known.std)
+    mean, std = tuple(data.mean or recipe_mean), tuple(data.std or recipe_std)
+    if not (mean and std):
+        raise Unidentified(
+            f"{data.name} has no published normalisation: set --config.data.mean and "
+            "--config.data.std"
+        )
+    size = known.image_size if data.crop == "pad" else data.image_size
+    classes = config.net.num_classes
+    return Facts(
+        class_names=_class_names(data.name, classes),
+        image_shape=(size, size, 3),
+        mean=cfmz.swapped(mean) if weights.container == "neon" else mean,
+        std=std,
+        num_train=known.num_train,
+    )
+
+
+def _class_names(data: str, count: int) -> tuple[str, ...]:
+    """Returns the names of the classes, or empty ones if they are unknown."""
+    digits = tuple(map(str, range(10)))
+    names = archives.CLASS_NAMES | dict.fromkeys(("digits", *archives.SVHN), digits)
+    found = names.get(data, ())
+    return found if len(found) == count else ("",) * count
+
+
+def _state(match: Match, facts: Facts) -> train.TrainState:
+    """Returns the state before the first step, with the variables of the net."""
+    _, state = train.create_train_state(match.config, facts)
+    _, variables = nets.split(match.net)
+    variables = jax.tree.map(jnp.asarray, variables)
+    averages = {kind: variables[kind] for kind in state.ema}
+    return dataclasses.replace(state, **variables, ema=averages)

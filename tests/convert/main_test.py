@@ -1,0 +1,181 @@
+"""python -m convert: from an original file to a workdir that works like any other."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import convert
+import train
+from configs import cfmz, xdensenet
+from convert import __main__ as command
+from runtime.workdir import load_config, load_facts
+from tests.support import weight_files
+
+TINY = """
+from configs import xdensenet
+
+def get_config(argument=""):
+    config = xdensenet.get_config("22-8-2,digits")
+    config.net.update(depth=10, growth=4)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = xdensenet.get_config("22-8-2,digits")
+    config.net.update(depth=10, growth=4)
+    return config
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny):
+    """A checkpoint of X-Nets and the config file of its net."""
+    folder = tmp_path_factory.mktemp("files")
+    state = weight_files.tensors(tiny.net, "xnets", "densenet_cifar")
+    state = {f"module.{name}": tensor for name, tensor in state.items()}
+    state = {k: v.astype(np.float32) for k, v in state.items()}
+    content = {"state_dict": state, "best_prec1": 99.0, "optimizer": {"lr": 0.1}}
+    (folder / "model.pth.tar").write_bytes(weight_files.torch_pickles(content))
+    (folder / "tiny.py").write_text(TINY)
+    return folder
+
+
+def run(folder, *arguments):
+    config = f"--config={folder / 'tiny.py'}"
+    command.main([str(folder / "model.pth.tar"), config, *map(str, arguments)])
+
+
+def expected_net(tiny):
+    net = weight_files.build(tiny.net)
+    state = weight_files.tensors(tiny.net, "xnets", "densenet_cifar")
+    convert.load(net, state)
+    return net
+
+
+def test_a_converted_run_is_restored_evaluated_and_resumed(tmp_path, files, tiny):
+    workdir = tmp_path / "run"
+    run(files, f"--workdir={workdir}")
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"checkpoints", "config.json", "origin.json"}  # no best.json
+    net, preprocess = train.restore(workdir)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    x = preprocess(images)
+    np.testing.assert_array_equal(net(x), expected_net(tiny)(x))
+    config = load_config(workdir)
+    config.update_from_flattened_dict(
+        {
+            "data.pipeline": "device",
+            "train.epochs": 0.05,
+            "train.tensorboard": False,
+            "train.compilation_cache": False,
+        }
+    )
+    evaluated = train.evaluate_checkpoint(config, workdir)
+    assert evaluated["step"] == 0
+    result = train.train_and_evaluate(config, workdir)
+    assert result["step"] > 0
+    best = json.loads((workdir / "best.json").read_text())
+    assert best["step"] == result["step"]  # of our training alone
+
+
+def test_the_origin_is_recorded(tmp_path, files):
+    workdir = tmp_path / "run"
+    run(files, f"--workdir={workdir}")
+    origin = json.loads((workdir / "origin.json").read_text())
+    content = (files / "model.pth.tar").read_bytes()
+    assert origin["file"] == "model.pth.tar"
+    assert origin["sha256"] == hashlib.sha256(content).hexdigest()
+    assert origin["container"] == "torch"
+    assert origin["skipped"] == ["best_prec1", "optimizer"]
+    facts = load_facts(workdir)
+    assert facts.class_names == tuple("0123456789")
+    assert (facts.mean, facts.num_train) == ((77.9,) * 3, 1437)
+    before = sorted(workdir.rglob("*"))
+    with pytest.raises(SystemExit, match=r"error: .*run holds a run already"):
+        run(files, f"--workdir={workdir}")
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_dry_run_describes_the_file(tmp_path, files, capsys):
+    run(files, "--dry-run", f"--workdir={files / 'new'}")
+    out = capsys.readouterr().out
+    assert "model.pth.tar: torch, " in out
+    assert "skipped        best_prec1, optimizer" in out
+    assert sorted(files.iterdir()) == [files / "model.pth.tar", files / "tiny.py"]
+
+
+def test_fields_of_the_config_may_be_set(files, capsys):
+    run(files, "--dry-run", "--config.net.growth=4", "--config.net.dropout=0.5")
+    assert "tiny.py --config.net.growth=4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run", "--config.net.growth=8"], "misshaped"),
+        (["--dry-run", "--config.net.grwth=8"], "no field 'grwth'"),
+        (["--dry-run", "--config.net.growth=x"], "growth=x"),
+        (["--dry-run", "--nonsense"], "'--nonsense' belongs to no flag"),
+        ([], "--workdir is missing"),
+        (["--dry-run=3"], "--dry-run: ignored explicit argument"),
+    ],
+)
+def test_errors_are_one_line(files, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        run(files, *arguments)
+    assert str(error.value).startswith("error: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_errors_name_the_file(tmp_path, files):
+    for name, content in {"empty": b"", "zip": b"PK\3\4", "text": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=f"error: .*{name}"):
+            command.main([str(tmp_path / name), "--dry-run"])
+    foreign = weight_files.npz({"a.weight": np.ones((2, 3))})
+    (tmp_path / "foreign.npz").write_bytes(foreign)
+    with pytest.raises(SystemExit, match=r"foreign\.npz: no variant .* 6 parameters"):
+        command.main([str(tmp_path / "foreign.npz"), "--dry-run"])
+
+
+def test_a_config_for_an_unknown_data_set_is_refused(tmp_path, files):
+    workdir = tmp_path / "run"
+    with pytest.raises(SystemExit, match="data set 'mine' is unknown"):
+        run(files, f"--workdir={workdir}", "--config.data.name=mine")
+    assert not workdir.exists()
+
+
+def test_a_net_of_neon_gets_its_means(tmp_path):
+    """neon 1.2.1 subtracts the mean of red from blue, and that of blue from red."""
+    config = cfmz.get_config("20,cifar10")
+    config.net.depth = 8
+    (tmp_path / "tiny.py").write_text(
+        "from configs import cfmz\n"
+        "def get_config(_=''):\n"
+        "    config = cfmz.get_config('20,cifar10')\n"
+        "    config.net.depth = 8\n"
+        "    return config\n"
+    )
+    tensors = weight_files.tensors(config.net, "cfmz", "msra_resnet")
+    (tmp_path / "net.p").write_bytes(weight_files.neon(tensors, (1, 1, 1)))
+    workdir = tmp_path / "run"
+    flags = f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}"
+    command.main([str(tmp_path / "net.p"), *flags])
+    facts = load_facts(workdir)
+    assert facts.mean == (113.9, 123.0, 125.3)
+    assert facts.std == (1.0, 1.0, 1.0)
+    assert facts.class_names[:2] == ("airplane", "automobile")
+    net, _ = train.restore(workdir)
+    wanted = weight_files.build(config.net)
+    convert.load(wanted, tensors)
+    for (path, value), (_, other) in zip(
+        nnx.to_flat_state(nnx.state(net, nnx.Param)),
+        nnx.to_flat_state(nnx.state(wanted, nnx.Param)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(value[...], other[...], err_msg=str(path))
