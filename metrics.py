@@ -4,12 +4,13 @@ No other module knows the name of a metric.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-BEST_METRIC = "test_accuracy"  # chooses the best checkpoint
+BEST_METRIC = "test_accuracy"  # selects the best checkpoint
 
 
 def cross_entropy(
@@ -17,9 +18,9 @@ def cross_entropy(
 ) -> jax.Array:
     """Returns the softmax cross-entropy (N,) of logits (N, classes).
 
-    targets: classes (N,) int, or shares (N, classes) that add to 1. label_smoothing:
-    the share that is divided equally among all classes (Szegedy et al. 2016, section
-    7).
+    targets: classes (N,) int, or shares (N, classes) that add up to 1.
+    label_smoothing: share that is spread equally over all classes (Szegedy et al. 2016,
+      section 7).
     """
     if targets.ndim == 1 and not label_smoothing:
         # optax's form for classes adds the largest logit back, which costs precision.
@@ -41,9 +42,9 @@ def sums(
 ) -> dict[str, jax.Array]:
     """Returns sums over the examples whose mask is 1, and their number as `examples`.
 
-    targets: as in cross_entropy; the class with the largest share is the right answer.
-    top5 requires more than 5 classes. confusion: adds the counts (classes, classes) of
-    (true, predicted).
+    targets: as in cross_entropy; the class with the largest share counts as correct.
+    confusion: whether to add counts (classes, classes) by true and predicted class.
+    top5 requires more than 5 classes.
     """
     labels = targets if targets.ndim == 1 else jnp.argmax(targets, 1)
     mask = jnp.ones(labels.shape, logits.dtype) if mask is None else mask
@@ -86,3 +87,8 @@ def means(totals: dict[str, jax.Array], prefix: str) -> dict[str, float]:
     if not examples:
         raise ValueError(f"no {prefix} example could be read (data.on_error=skip)")
     return {f"{prefix}_{k}": v / examples for k, v in totals.items()}
+
+
+def best(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Returns the row with the highest BEST_METRIC; ties go to the first."""
+    return max(rows, key=lambda row: row[BEST_METRIC])

@@ -39,12 +39,12 @@ def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> Figur
     shape = (in_channels, out_channels)
     graphs = {
         "dense": np.arange(in_channels * out_channels),
-        "grouped": connectivity.grouped(*shape, groups=in_channels // degree),
+        "grouped": connectivity.connect_groups(*shape, groups=in_channels // degree),
     }
     for sampling in ("per_output", "per_input"):
-        rng = connectivity.layer_rng(seed, sampling)
+        rng = connectivity.make_layer_rng(seed, sampling)
         side = sampling.removeprefix("per_")
-        graphs[f"expander, each {side} draws {degree}"] = connectivity.expander(
+        graphs[f"expander, each {side} draws {degree}"] = connectivity.draw_expander(
             *shape, degree, sampling, rng
         )
     canvas = Figure(figsize=(10, 5), layout="constrained")

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from augment import color, mixing, policies
-from augment.geometry import cutout, jigsaw, normalize
+from augment.geometry import cutout, denormalize, jigsaw, normalize
+
+__all__ = ["augment", "denormalize", "normalize"]
 
 # Independent random streams: enabling one augmentation does not change the others.
 _JIGSAW, _POLICY, _HLS, _JITTER, _LIGHTING, _CUTOUT = range(6)
@@ -30,9 +32,9 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the augmented, normalised images and their targets; traceable.
 
-    The targets are the labels, or the shares (b, num_classes) of all classes if images
-    are mixed. The draws for an image depend on `key` and its row in the batch only, so
-    the result does not depend on the number of devices, except for the rounding of the
+    Targets are the labels, or the shares (b, num_classes) of all classes if images are
+    mixed. The draws for an image depend only on `key` and its row in the batch, so the
+    result does not depend on the number of devices, except for the rounding of the
     mean grey in jitter.
 
     Args:

@@ -16,7 +16,7 @@ LARGEST = {
 def check(options: Mapping[str, Any], rows_per_device: int) -> None:
     """Raises ValueError for invalid options of config.augment.
 
-    rows_per_device: the images of a batch on each device, which mixing must divide.
+    rows_per_device: images of a batch on each device; mixing groups must divide it.
     """
     for name, value in options.items():
         for number in value if name == "hls" else [value]:

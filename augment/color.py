@@ -35,8 +35,8 @@ def jitter(keys: jax.Array, image: jax.Array, strength: float) -> jax.Array:
 def draw_jitter(key: jax.Array, strength: float) -> tuple[jax.Array, jax.Array]:
     """Draws an order (3,) of the changes and their alphas (3,).
 
-    The changes are brightness 0, contrast 1 and saturation 2; alpha[1] belongs to
-    contrast, wherever it is in the order.
+    The changes are brightness 0, contrast 1 and saturation 2. alpha is indexed by
+    change, not by position in the order.
     """
     first, second = jax.random.split(key)
     low, high = 1 - strength, 1 + strength
@@ -87,7 +87,7 @@ def hls(keys: jax.Array, image: jax.Array, limits: Sequence[float]) -> jax.Array
 
 
 def shift_hls(image: jax.Array, shift: jax.Array) -> jax.Array:
-    """Adds whole numbers `shift` (3,) to one image (H, W, 3) uint8 in 8-bit HLS."""
+    """Shifts one image (H, W, 3) uint8 in 8-bit HLS by whole numbers `shift` (3,)."""
     highest = jnp.asarray((HUES, 255, 255), jnp.float32)
     return from_hls(jnp.clip(to_hls(image) + shift, 0, highest))
 
@@ -117,7 +117,7 @@ def to_hls(image: jax.Array) -> jax.Array:
 
 
 def from_hls(values: jax.Array) -> jax.Array:
-    """Converts the numbers (..., 3) of to_hls to uint8 RGB; hue 180 is hue 0."""
+    """Inverts to_hls: converts (..., 3) to uint8 RGB; hue 180 is hue 0."""
     scaled = values / jnp.asarray((HUES / 6, 255, 255))
     hue, lightness, saturation = jnp.moveaxis(scaled, -1, 0)
     spread = saturation * jnp.minimum(lightness, 1 - lightness)

@@ -14,7 +14,7 @@ def crop_and_flip(
     flip: jax.Array,
     size: tuple[int, int],
 ) -> jax.Array:
-    """Returns crops (B, h, w, C) of chosen images, some of them mirrored; traceable.
+    """Returns crops (B, h, w, C) of chosen images, mirrored where `flip`; traceable.
 
     Args:
       images: (N, H, W, C), any dtype.
@@ -36,11 +36,11 @@ def crop_and_flip(
 
 
 def jigsaw(keys: jax.Array, image: jax.Array) -> jax.Array:
-    """GUNN's cyclic shift towards lower indices; keys (b,), image (b, H, W, C).
+    """Applies GUNN's cyclic shift towards lower indices.
 
-    Two of three images are shifted, along the width or the height with equal
-    probability, by 1 to the full length in pixels. A full length changes nothing, so
-    35.4 % of images of 32 pixels remain as they are.
+    keys: (b,); image: (b, H, W, C). Two of three images are shifted along the width or
+    the height with equal probability, by 1 to the full length in pixels. A full length
+    changes nothing, so 35.4 % of 32x32 images remain as they are.
     """
     height, width = image.shape[1:3]
 
@@ -69,12 +69,20 @@ def normalize(
     return ((image.astype(wide) - mean) / std).astype(dtype)
 
 
+def denormalize(
+    x: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """Inverts normalize for display: returns uint8, rounded and clipped to 0..255."""
+    image = np.asarray(x) * np.asarray(std) + np.asarray(mean)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
 def cutout(keys: jax.Array, x: jax.Array, size: int) -> jax.Array:
-    """Cutout (arXiv 1708.04552): zeros a square of each image, after normalisation.
+    """Applies Cutout (arXiv 1708.04552): zeros a square of each normalised image.
 
     keys: (b,); x: (b, H, W, C). The centre of the square is any pixel; the square is
-    clipped at the edges. size: its side; an odd one is one pixel larger than in the
-    original, which halves it and rounds down.
+    clipped at the edges. size: side of the square. An odd side is one pixel larger than
+    in the original, which halves it and rounds down.
     """
     height_and_width = np.array(x.shape[1:3])
 

@@ -2,7 +2,7 @@
 
 Draws that a batch shares (lambda, a box, a boundary) come from one key, which is the
 same on all devices. Row r of the batch is mixed with row r XOR 1, in RICAP also with
-r XOR 2 and r XOR 3: these rows are on the same device for any number of devices. The
+r XOR 2 and r XOR 3. These rows are on the same device for any number of devices. The
 originals pair images by a random permutation. A batch is already a random sample in
 random order, so the pairs have the same distribution, except that an image is never
 its own partner.
@@ -20,9 +20,9 @@ NAMES = ("mixup", "cutmix", "ricap")
 def mixup(
     key: jax.Array, x: jax.Array, targets: jax.Array, alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """mixup (arXiv 1710.09412): lambda x + (1 - lambda) partner, one lambda per batch.
+    """Applies mixup (arXiv 1710.09412): lambda x + (1 - lambda) partner.
 
-    x: (b, H, W, C); targets: (b, classes); lambda ~ Beta(alpha, alpha).
+    x: (b, H, W, C); targets: (b, classes); lambda ~ Beta(alpha, alpha), one per batch.
     """
     share = jax.random.beta(key, alpha, alpha)
     return _blend(x, share).astype(x.dtype), _blend(targets, share)
@@ -31,11 +31,11 @@ def mixup(
 def cutmix(
     key: jax.Array, x: jax.Array, targets: jax.Array, alpha: float, probability: float
 ) -> tuple[jax.Array, jax.Array]:
-    """CutMix (arXiv 1905.04899): pastes a box of the partner, one box per batch.
+    """Applies CutMix (arXiv 1905.04899): pastes a box of the partner, one per batch.
 
     x: (b, H, W, C); targets: (b, classes). The box covers the share 1 - lambda of the
     area, lambda ~ Beta(alpha, alpha), around any pixel, and is clipped at the edges;
-    targets are weighted by the pixels that remain. probability: of cutting a batch.
+    targets are weighted by the remaining pixels. probability: that a batch is cut.
     """
     share_key, centre_key, whether_key = jax.random.split(key, 3)
     side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
@@ -52,7 +52,7 @@ def cutmix(
 def ricap(
     key: jax.Array, x: jax.Array, targets: jax.Array, beta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """RICAP (arXiv 1811.09030): patches four crops, weighting targets by their areas.
+    """Applies RICAP (arXiv 1811.09030): patches four crops, weights targets by area.
 
     x: (b, H, W, C); targets: (b, classes); b is a multiple of 4. As in the authors'
     code, the boundary, at Beta(beta, beta) of each side, and the position of each crop

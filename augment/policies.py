@@ -1,9 +1,9 @@
 """AutoAugment's policy for CIFAR-10 and RandAugment, on bytes, as Pillow computes them.
 
 The operations follow Pillow: nearest neighbour in its 16.16 fixed point, integer
-luminance, blends that truncate. They return Pillow's bytes, except that a pixel is one
-grey level darker where Pillow's floats fall just short of a whole number (autocontrast
-and a few factors of enhancements). Pixels that a geometric operation uncovers take the
+luminance, truncating blends. They return Pillow's bytes, except that a pixel may differ
+by one grey level if Pillow's floats fall just short of a whole number (autocontrast and
+a few factors of enhancements). Pixels that a geometric operation uncovers take the
 mean colour, which is zero after normalisation, as in AutoAugment's CIFAR code (there, a
 later operation may still see them as black).
 
@@ -144,7 +144,7 @@ def _magnitude(
 ) -> float:
     """Returns the magnitude of an operation for `apply`.
 
-    strength: 0 to 1; size: (H, W) of the images; bits: those that posterize leaves at
+    strength: 0 to 1; size: (H, W) of the images; bits: what posterize leaves at
     strength 0; factor: the magnitude of enhancements.
     """
     if name in _GEOMETRIC:
@@ -263,15 +263,15 @@ def _posterize(image, magnitude):
 def _contrast(image, magnitude):
     grey = _luminance(image)
     mean = (2 * grey.sum() + grey.size) // (2 * grey.size)
-    return _enhanced(mean, image, magnitude)
+    return _extrapolate(mean, image, magnitude)
 
 
 def _color(image, magnitude):
-    return _enhanced(_luminance(image)[..., None], image, magnitude)
+    return _extrapolate(_luminance(image)[..., None], image, magnitude)
 
 
 def _brightness(image, magnitude):
-    return _enhanced(0, image, magnitude)
+    return _extrapolate(0, image, magnitude)
 
 
 def _sharpness(image, magnitude):
@@ -282,7 +282,7 @@ def _sharpness(image, magnitude):
     )
     # Weights 1, and 5 in the centre, of 13, rounded. The border is not smoothed.
     smooth = (2 * (around + 4 * wide[1:-1, 1:-1]) + 13) // 26
-    return _enhanced(wide.at[1:-1, 1:-1].set(smooth), image, magnitude)
+    return _extrapolate(wide.at[1:-1, 1:-1].set(smooth), image, magnitude)
 
 
 def _luminance(image):
@@ -290,7 +290,7 @@ def _luminance(image):
     return (weighted.sum(axis=-1) + 0x8000) >> 16
 
 
-def _enhanced(plain, image, factor):
+def _extrapolate(plain, image, factor):
     """Extrapolates from `plain`, an image without the enhanced property."""
     blended = plain + factor * (image - plain).astype(jnp.float32)
     # Compilers may or may not round the product: that must not change whole numbers.

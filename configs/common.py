@@ -1,6 +1,6 @@
 """The fields of a configuration, their defaults, and how a family's table selects them.
 
-The comment behind a field says what it means.
+The comment next to a field explains it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Published:
 
     error: test error in percent. selection: 'best' for the best epoch on the test set,
       'last' for an epoch that was not selected.
-    parameters, macs: the printed figures, '' if there are none.
+    parameters, macs: as printed, '' if not printed.
     top5: the top-5 error of the same epoch.
     note: a remark that analysis.summary prints with the row.
     """
@@ -40,7 +40,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of a family's VARIANTS: a net and what was published about it.
+    """One row of a family's VARIANTS: a net and its published results.
 
     net: the fields of config.net that differ from the family's defaults.
     parameters: data set -> exact number of stored parameters, tested against the net.
@@ -58,8 +58,8 @@ def cifar_variant(
 ) -> Variant:
     """Returns a row with parameter counts and best errors for CIFAR-10 and CIFAR-100.
 
-    A count of None means that the row does not offer that data set, an error of None
-    that none was published.
+    None as a count: the row does not offer that data set. None as an error: no error
+    was published.
     """
     counts, published = {}, {}
     for data, count, error in zip(CIFAR, parameters, errors, strict=True):
@@ -119,14 +119,14 @@ def base() -> ConfigDict:
             image_size=224,  # photographs: height and width of the crop
             on_error="raise",  # on an image that cannot be decoded; or 'skip'
             flip=True,  # mirrors a training image with probability 1/2
-            # Normalisation per channel, on the scale 0..255. (): that of `recipe` for
-            # its data set; for others `photograph_mean` and `photograph_std`, or, in
-            # memory, the exact values of the training images.
+            # Normalisation per channel, on the scale 0..255. Empty: the recipe's values
+            # if this is the recipe's data set; otherwise photograph_mean and _std for
+            # images on disk, or the training set's statistics for images in memory.
             mean=(),
             std=(),
-            # The data set that the recipe is made for, and its normalisation. Its
-            # images are decoded as stored, like the original's and TFDS's; all others
-            # as a viewer shows them: upright (EXIF), transparency over white.
+            # The data set that the recipe is for, and its normalisation. Images of this
+            # data set and of TFDS are decoded as stored. All others honour EXIF
+            # orientation, with transparency over white.
             recipe=dict(name="", mean=(), std=()),
             photograph_mean=DATA_SETS[IMAGENET].mean,
             photograph_std=DATA_SETS[IMAGENET].std,
@@ -146,7 +146,7 @@ def base() -> ConfigDict:
             # distribution; 0: off.
             mixup=0.0,
             cutmix=0.0,
-            cutmix_probability=0.5,  # that a batch is cut at all
+            cutmix_probability=0.5,  # share of batches to which CutMix applies
             ricap=0.0,
         )
     )
@@ -161,9 +161,9 @@ def base() -> ConfigDict:
             epochs=300.0,  # passes over the training images
             steps_per_dispatch=1,  # pipeline='device': train steps per compiled call
             dtype="float32",  # of activations; parameters are always float32
-            # Number of equal parts of a batch with separate batch statistics, like the
-            # GPUs of an original. 1: the whole batch, on any number of devices; 0: each
-            # device has its own.
+            # Ghost batch norm: splits the batch into this many groups with separate
+            # statistics, like the GPUs of the original. 1: statistics of the whole
+            # batch, synchronised over devices (SyncBN). 0: per device.
             batch_norm_groups=1,
             log_every_steps=100,  # progress line and TensorBoard
             tensorboard=True,  # if TensorFlow is installed
@@ -177,7 +177,7 @@ def base() -> ConfigDict:
             schedule="steps",  # or cosine, one_cycle: optimizers.SCHEDULES
             warmup_epochs=0.0,  # linear from 0, for 'steps' and 'cosine'
             drop_epochs=(150.0, 225.0),  # 'steps': epochs (from 0) that lower the rate
-            drop_factor=0.1,  # by this factor
+            drop_factor=0.1,  # 'steps': multiplies the rate at each drop
             min_learning_rate=0.0,
             momentum=0.9,
             nesterov=True,
@@ -211,9 +211,9 @@ def select(
 ) -> ConfigDict:
     """Returns base() with the choices of --config=file.py:variant,data,recipe.
 
-    Each choice may be empty: the variant is then `default`, the data set the first of
-    the variant's, the recipe the faithful one. `fields` are the family's defaults of
-    config.net. Raises ValueError that lists the choices if one is unknown.
+    Each choice may be empty, which selects `default`, the variant's first data set and
+    the faithful recipe. `fields` are the family's defaults of config.net. Raises
+    ValueError, which lists the choices, if one is unknown.
     """
     parts = argument.split(",")
     if len(parts) > 3:
@@ -247,8 +247,8 @@ def select(
 def apply_recipe(config: ConfigDict) -> ConfigDict:
     """Changes a family's faithful configuration in place to config.recipe; returns it.
 
-    modern: one cycle that ends at a learning rate of zero (docs/recipes.md has the
-    measurements).
+    modern: one cycle that ends at a learning rate of zero (measured in
+    docs/recipes.md).
     """
     if config.recipe == "modern":
         config.optimizer.update(

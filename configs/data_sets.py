@@ -1,5 +1,6 @@
-"""Facts about the data sets that have a recipe. Any other set works without a row here:
-its images are counted and measured when it is loaded.
+"""Facts about the data sets that have a recipe.
+
+Other data sets need no row; their size and statistics are computed when loading.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ IMAGENET = "imagenet2012"
 class DataSet:
     """One data set.
 
-    image_size: rows and columns of the images that the nets take.
-    num_train: training images, for milestones that a recipe counts in steps.
+    image_size: rows and columns of the nets' input.
+    num_train: number of training images, for milestones that a recipe counts in steps.
     mean, std: normalisation per channel, on the scale 0..255; () to compute the exact
       values from the training images.
     flip: whether mirrored images keep their class; digits do not.

@@ -20,7 +20,7 @@ def _cifar(layers, parameters, errors, printed, width=1.0):
 
 
 def _imagenet(layers, parameters, top1, top5, size, operations):
-    """size, operations: as printed; the operations are a little over twice our MACs."""
+    """size, operations: as printed; the operations are slightly over twice our MACs."""
     row = Published(top1, "best", f"{README}, single 224 crop", size, top5, operations)
     net = {"name": "delugenet", "layers": layers, "width": 1.0, "form": "imagenet"}
     return Variant(net, {IMAGENET: parameters}, {IMAGENET: row})
@@ -43,7 +43,7 @@ def get_config(argument: str = ""):
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
     config.train.update(batch_size=64, epochs=300.0, last_batch="partial")
-    # The original drops the rate at the start of epochs 150 and 225, counted from 1.
+    # The original drops the rate at the start of epochs 150 and 225, counting from 1.
     config.optimizer.update(drop_epochs=(149.0, 224.0))
     if data == IMAGENET:
         config.augment.update(common.COLORS)

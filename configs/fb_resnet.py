@@ -5,7 +5,7 @@ python main.py --config=configs/fb_resnet.py:preresnet-110,cifar100 --workdir=/t
 
 A variant is a network and its depth: 6 n + 2 for CIFAR, 18 to 200 for ImageNet.
 Shortcuts are of type A on CIFAR and B on ImageNet; --config.net.shortcut=C changes it.
-The code has no results for CIFAR: the errors are those of the paper that it follows.
+The code publishes no results for CIFAR; the errors come from the paper that it follows.
 """
 
 from configs import common
@@ -75,8 +75,9 @@ def get_config(argument: str = ""):
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
     # Two GPUs, for ImageNet four, each with its own statistics of 64 images.
-    config.train.update(batch_size=128, epochs=164.0, last_batch="partial")
-    config.train.update(batch_norm_groups=2)
+    config.train.update(
+        batch_size=128, epochs=164.0, last_batch="partial", batch_norm_groups=2
+    )
     config.optimizer.update(drop_epochs=(80.0, 121.0))
     if data == IMAGENET:
         config.augment.update(common.COLORS)

@@ -3,10 +3,10 @@
 python main.py --config=configs/gunn.py --workdir=/tmp/run
 python main.py --config=configs/gunn.py:15,cifar100 --workdir=/tmp/run
 
-A variant is a depth. 15 and 18 are published as code. The others are derived: wide-18
-from its parameter count, 24 and 24-identity (the shortcut of the second bottleneck is a
-projection or the identity) from the paper's text and the count. The published 29.6M is
-24 with 10 classes or 24-identity with 100.
+A variant is a depth. 15 and 18 are published as code. We derived wide-18 from its
+parameter count, and 24 and 24-identity (the shortcut of the second bottleneck is a
+projection or the identity) from the paper's text and the count. The published 29.6M
+fits 24 with 10 classes and 24-identity with 100.
 """
 
 from configs import common
@@ -86,9 +86,10 @@ def get_config(argument: str = ""):
     config.data.border = "dataset_mean"  # zeros after normalisation
     config.augment.jigsaw = True  # in the code, not in the paper
     # Four GPUs, each with its own statistics.
-    config.train.update(batch_size=64, epochs=300.0, last_batch="partial")
-    config.train.update(batch_norm_groups=4)
-    # The original drops the rate at the start of epochs 150 and 225, counted from 1.
+    config.train.update(
+        batch_size=64, epochs=300.0, last_batch="partial", batch_norm_groups=4
+    )
+    # The original drops the rate at the start of epochs 150 and 225, counting from 1.
     config.optimizer.update(drop_epochs=(149.0, 224.0))
     if data == IMAGENET:
         config.augment.update(common.COLORS, jigsaw=False)

@@ -6,8 +6,8 @@ python main.py --config=configs/igcnets.py:plain-20-L16M32,cifar100 --workdir=/t
 A variant is family-depth-LxMy for x partitions of y channels in the first stage, or
 family-depth-Wx for a regular net of width x. The default is the README's command for
 CIFAR; imagenet-* are the README's table (depth 18).
-Errors marked "last" are not selected: those on ImageNet are from epoch 95 of 120, and
-the epoch of the others is not published.
+Errors marked "last" are not selected. ImageNet errors are from epoch 95 of 120; the
+epoch of the others is not published.
 """
 
 from configs import common
@@ -42,7 +42,7 @@ CIFAR = {
     "resnet-20-L16M32": 17_746_442,
     "resnet-20-L450M2": 21_485_710,
     "resnet-20-L32M26": 24_215_370,
-    # Canonical also where the net widens, unlike the original (nets/plain.py).
+    # Canonical in widening blocks too, unlike the original (nets/plain.py).
     "resnet-20-L24M2-canonical": 157_498,
 }
 # The paper's errors, in the order of DATA, and its parameter count.
@@ -58,8 +58,8 @@ ERRORS = {
     "plain-20-L450M2": ((3.25, 19.25), "19.3M"),
     "plain-20-L32M26": ((3.31, 18.75, 1.56), "24.1M"),
 }
-# Parameters; top-1 and top-5 error, parameters and operations of the README, which
-# counts some parameters and not others; ours are all.
+# Our parameters; the README's top-1 and top-5 error, parameters and operations. The
+# README omits some parameters; we count all.
 IMAGENET_ROWS = {
     "imagenet-W64": (11_689_512, 31.06, 11.38, "11.151M", "1.8G"),
     "imagenet-W69": (13_542_457, 30.58, 10.77, "11.333M", "2.1G"),
@@ -108,8 +108,8 @@ def _imagenet(name: str) -> Variant:
 
 VARIANTS = {name: _cifar(name) for name in CIFAR}
 VARIANTS |= {name: _imagenet(name) for name in IMAGENET_ROWS}
-# The original's normalisation on the scale 0..255, in the order red, green, blue;
-# that of ImageNet comes from images with a shorter side of 480.
+# The original's normalisation on the scale 0..255, in the order red, green, blue. For
+# ImageNet it comes from images with a shorter side of 480.
 MEAN_AND_STD = {
     "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
     "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
@@ -146,9 +146,13 @@ def get_config(argument: str = ""):
     epochs, milestones = EPOCHS_AND_MILESTONES.get(data, (400, (200, 300, 350)))
     # Two GPUs for a batch of 64, eight for 256 on ImageNet.
     batch_size, gpus = (256, 8) if data == IMAGENET else (64, 2)
-    config.train.update(epochs=float(epochs), batch_size=batch_size)
     # MXNet fills the last batch of an epoch from the next one, which starts after it.
-    config.train.update(batch_norm_groups=gpus, last_batch="fill")
+    config.train.update(
+        epochs=float(epochs),
+        batch_size=batch_size,
+        batch_norm_groups=gpus,
+        last_batch="fill",
+    )
     config.optimizer.drop_epochs = tuple(
         _epoch(milestone, data, batch_size) for milestone in milestones
     )
@@ -156,6 +160,6 @@ def get_config(argument: str = ""):
 
 
 def _epoch(milestone: int, data: str, batch_size: int) -> float:
-    """Converts a milestone: the original counts only the full batches of an epoch."""
+    """Converts a milestone of the original, which counts only full batches."""
     images = DATA_SETS[data].num_train
     return milestone * (images // batch_size) * batch_size / images

@@ -3,9 +3,9 @@
 python main.py --config=configs/xalexnet.py --workdir=/tmp/run
 python main.py --config=configs/xalexnet.py:dense --workdir=/tmp/run
 
-The code has the nets without a result or a recipe. The recipe is that of its other nets
-for ImageNet, with a tenth of the learning rate for the dense net, which has no batch
-norm.
+The code publishes neither results nor a recipe for these nets. We use the recipe of its
+other ImageNet nets, with a tenth of the learning rate for the dense net, which has no
+batch norm.
 """
 
 from configs import common

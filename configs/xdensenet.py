@@ -3,8 +3,8 @@
 python main.py --config=configs/xdensenet.py --workdir=/tmp/run
 python main.py --config=configs/xdensenet.py:40-48-2,cifar100 --workdir=/tmp/run
 
-A variant is depth-growth-compression. Without the compression it is the dense twin,
-with "groups" before it the grouped one.
+A variant is depth-growth-compression. Without the compression it is the dense twin;
+with "groups" before the compression it is the grouped twin.
 """
 
 from configs import common
@@ -63,7 +63,7 @@ LOGGED = {
 
 
 def _expander(growth, wired_transitions, depth=40, compress=2):
-    """Transitions as in the logs; output-side sampling, the rule of their time."""
+    """Transitions and output-side sampling as in the logs."""
     wiring = {"kind": "expander", "compress": compress, "sampling": "per_output"}
     net = {"depth": depth, "growth": growth, "wiring": wiring}
     return net | {"wired_transitions": wired_transitions}
@@ -85,7 +85,7 @@ def _logged(depth, growth, wired_transitions, compress, parameters, error):
     return cifar_variant(net, (None, parameters), (None, error), LOG)
 
 
-# The README's operations are half of those of the dense twin, not those of the net:
+# The README prints half of the dense twin's operations instead of the net's own:
 # 40-24-2 has 157.9M as trained and 144.7M with expander transitions.
 VARIANTS = {
     "40-24-2": cifar_variant(
@@ -140,7 +140,7 @@ def get_config(argument: str = ""):
         reduction=0.5,  # output over input channels of a transition
         bottleneck=True,
         dropout=0.0,
-        wired_transitions=True,  # False: dense ones
+        wired_transitions=True,  # False: dense transitions
     )
     data = config.data.name
     config.train.update(batch_size=64, epochs=300.0, last_batch="partial")

@@ -4,8 +4,8 @@ python main.py --config=configs/ximagenet.py --workdir=/tmp/run
 python main.py --config=configs/ximagenet.py:densenet-169-2 --workdir=/tmp/run
 
 A variant is network-depth-compression; without the compression it is the dense twin.
-The DenseNets have dense transitions. All logs come from resumed runs and hold only some
-epochs; the errors are the best of those.
+The DenseNets have dense transitions. All logs come from resumed runs and cover only
+part of the epochs; errors are the best epoch in the log.
 --config.net.wiring.sampling=smaller_side is the rule of the latest published code.
 """
 
@@ -75,8 +75,9 @@ VARIANTS = {name: _variant(name, *row) for name, row in NETS.items()}
 def get_config(argument: str = ""):
     config = common.select(argument, VARIANTS, "resnet-34-2")
     config.data.crop = "random_resized"
-    config.train.update(batch_size=128, epochs=90.0, last_batch="partial")
     gpus = GPUS.get(config.variant.removesuffix("-2"), 1)
-    config.train.update(batch_norm_groups=gpus)
+    config.train.update(
+        batch_size=128, epochs=90.0, last_batch="partial", batch_norm_groups=gpus
+    )
     config.optimizer.update(drop_epochs=(30.0, 60.0), min_learning_rate=1e-5)
     return common.apply_recipe(config)

@@ -4,11 +4,12 @@ python main.py --config=configs/xmobilenet.py --workdir=/tmp/run
 python main.py --config=configs/xmobilenet.py:0.5-4-textbook --workdir=/tmp/run
 
 A variant is a width multiplier and a compression. Without the compression it is the
-dense twin, with "groups" before it the grouped one. X-MobileNet0.5 has two readings:
+dense twin; with "groups" before the compression it is the grouped twin. X-MobileNet0.5
+has two readings:
 - 0.5-2: the net of the published code; stem and last block keep their full width.
-- 0.5-2-textbook: all widths halved. It has the published multiply-accumulates (85.8M);
-  the net of the code has more (105.9M). The published figures count a classifier with
-  1024 inputs for the 512 maps of this net, so half of the inputs are unused
+- 0.5-2-textbook: all widths are halved. It has the published multiply-adds (85.8M); the
+  net of the code has more (105.9M). The published figures count a classifier with 1024
+  inputs for the 512 maps of this net, so half of the inputs are unused
   (--config.net.classifier_inputs=0 removes them).
 The README does not say which net its errors belong to, and there is no log.
 """
@@ -21,7 +22,7 @@ README = "Deep-Expander-Networks README: presumably best epoch on the validation
 LOG = "Deep-Expander-Networks training log: best of 138 epochs on the validation set"
 TEXTBOOK = dict(textbook_widths=True, classifier_inputs=1024)
 
-# Compression: error and multiply-accumulates as printed, parameters of both readings.
+# Compression: error and multiply-adds as printed, parameters of both readings.
 EXPANDERS = {
     2: (41.7, "85.8M", 1_584_648, 1_451_400),
     4: (45.7, "53.7M", 1_323_016, 1_255_304),
@@ -71,8 +72,12 @@ def get_config(argument: str = ""):
         norm_scale="uniform",  # initial scales from U(0, 1), as in torch 0.3; or ones
     )
     config.data.crop = "random_resized"
-    config.train.update(batch_size=256, epochs=150.0, last_batch="partial")
-    config.train.update(batch_norm_groups=2)  # GPUs in the log
+    config.train.update(
+        batch_size=256,
+        epochs=150.0,
+        last_batch="partial",
+        batch_norm_groups=2,  # GPUs in the log
+    )
     config.optimizer.update(
         drop_epochs=tuple(15.0 * i for i in range(1, 10)),
         drop_factor=0.316227766,

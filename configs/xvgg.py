@@ -3,9 +3,9 @@
 python main.py --config=configs/xvgg.py --workdir=/tmp/run
 python main.py --config=configs/xvgg.py:16-bn --workdir=/tmp/run
 
-A variant is a depth, -bn with batch norm, and -expander; without -expander it is the
-dense twin. The learning rate is halved every 30 epochs, as in the logs; README and run
-script would double it (decaylevel 2).
+A variant is a depth, with -bn for batch norm and -expander for expander layers; without
+-expander it is the dense twin. The learning rate is halved every 30 epochs, as in the
+logs; README and run script would double it (decaylevel 2).
 """
 
 from configs import common

@@ -12,7 +12,7 @@ from flax import nnx
 
 from convert.sources import TORCH_LEAVES, Path, Reference, Source, by_layer
 from nets.gunn import Gunn
-from nets.layers.gradual import unstacked
+from nets.layers.gradual import unstack
 
 # (depth, wide): stages of channels and segments, expansion.
 MODELS = {
@@ -83,7 +83,7 @@ def layer_sources(units: nnx.Module, name) -> dict[Path, Source]:
     """
     each = [
         by_layer(unit, functools.partial(name, segment))
-        for segment, unit in enumerate(unstacked(units))
+        for segment, unit in enumerate(unstack(units))
     ]
     return {path: _stacked([sources[path] for sources in each]) for path in each[0]}
 

@@ -54,17 +54,18 @@ def names() -> list[str]:
 def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
     """Returns the net of a configuration's `net` section.
 
-    `name` selects the class and `wiring` is the section of nets.layers.wiring.Wiring;
-    `lowering` and `graph_seed` go to `configure`, all other fields to the class. The
-    logits of a net are at least float32. Works under nnx.eval_shape. Raises ValueError
-    for unknown fields and values that cannot be built.
+    `name` selects the class. `wiring` has the fields of nets.layers.wiring.Wiring.
+    `lowering` and `graph_seed` go to `configure`, all other fields to the class. Logits
+    are at least float32. Works under nnx.eval_shape. Raises ValueError for unknown
+    fields and invalid values.
     """
     options = dict(config)
     name = options.pop("name")
+    _check_moved(options)
     if name not in NETS:
         raise ValueError(f"unknown net {name!r}: {_choices(name, names())}")
     lowering, graph_seed = options.pop("lowering", "auto"), options.pop("graph_seed", 0)
-    wiring = _wiring(options)
+    wiring = _make_wiring(options.pop("wiring", {}))
     accepted = inspect.signature(NETS[name].__init__).parameters.keys()
     accepted -= {"self", "wiring", "rngs"}
     for field in sorted(options.keys() - accepted):
@@ -94,10 +95,11 @@ def configure(
 ) -> None:
     """Sets the properties that modules do not know when they are constructed.
 
-    lowering: of every convolution (nets/layers/lowerings.py).
-    graph_seed: draws the expander graphs, each from this seed and its layer's path.
-    batch_norm_groups: equal parts of a batch with their own statistics (BatchNorm),
-      across the devices of the mesh axis "data"; 0: each device has its own.
+    lowering: the lowering of every convolution (nets/layers/lowerings.py).
+    graph_seed: draws each expander graph from this seed and its layer's path.
+    batch_norm_groups: ghost batch norm. Splits the batch into this many groups with
+      separate statistics, over all devices of the mesh axis "data"; 1 is synchronised
+      batch norm. 0: separate statistics on each device.
     None leaves a setting unchanged.
     """
     lowerings.check(lowering or "auto")
@@ -106,20 +108,22 @@ def configure(
             module.lowering = lowering
         if graph_seed is not None and isinstance(module, Expander):
             layer = ".".join(map(str, path))
-            module.draw(connectivity.layer_rng(graph_seed, layer))
+            module.draw(connectivity.make_layer_rng(graph_seed, layer))
         if batch_norm_groups is not None and isinstance(module, BatchNorm):
             module.axis_name = "data" if batch_norm_groups else None
             module.groups = batch_norm_groups or 1
 
 
-def _wiring(options: dict) -> Wiring:
-    """Removes the wiring from the fields of a net and returns it."""
+def _check_moved(options: Mapping) -> None:
+    """Raises ValueError for fields of the wiring outside its section."""
     if flat := [field for field in WIRING_FIELDS if field in options]:
         flags = [f"--config.net.wiring.{field}={options[field]}" for field in flat]
         raise ValueError(
             f"{', '.join(flat)} moved to the section net.wiring: use {' '.join(flags)}"
         )
-    section = options.pop("wiring", {})
+
+
+def _make_wiring(section: Mapping | str) -> Wiring:
     if isinstance(section, str):
         raise ValueError(
             f"net.wiring is a section now: use --config.net.wiring.kind={section}"
@@ -175,7 +179,7 @@ class Definition:
     ) -> tuple[jax.Array, dict]:
         """Maps x (N, H, W, C) to logits and the batch statistics after this batch.
 
-        key: seed of the dropout, which only nets in training use.
+        key: for dropout; only used in training.
         """
         net = self.merge(variables)
         net.train() if train else net.eval()
@@ -193,8 +197,8 @@ class Definition:
 def split(net: nnx.Module) -> tuple[Definition, dict]:
     """Splits a net into its definition and its variables: params, stats, wiring.
 
-    Each of the three is a nested dict of arrays with the attributes of the net as keys,
-    such as params['blocks'][0][2]['conv1']['kernel'].
+    Each is a nested dict of arrays whose keys are the net's attributes, such as
+    params['blocks'][0][2]['conv1']['kernel'].
     """
     graphdef, params, stats, wiring, constants = nnx.split(
         net, nnx.Param, nnx.BatchStat, Connectivity, ...

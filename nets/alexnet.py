@@ -1,7 +1,7 @@
 """Single-tower AlexNet, the backbone of X-AlexNet (Deep Expander Networks).
 
-Source: the published code's alexnet and its two equal files alexnetexpander1 and 2. The
-expander net also replaces dropout by batch normalisation.
+Source: the published code's alexnet, and its two equal files alexnetexpander1 and 2.
+The expander net also replaces dropout by batch normalisation.
 """
 
 import functools
@@ -30,14 +30,14 @@ DEGREES = (256, 256, 512)  # of the three linear layers
 class AlexNet(nnx.Module):
     """Maps x (N, image_size, image_size, 3) to logits (N, num_classes).
 
-    image_size: at least 63; the inputs of the first linear layer depend on it.
+    image_size: at least 63; determines the inputs of the first linear layer.
     hidden: width of the two inner linear layers.
-    dropout: rate before each of these two; the expander net has no dropout.
-    batch_norm: after every layer but the last; the expander net always has it.
+    dropout: rate before each inner linear layer; the expander net has no dropout.
+    batch_norm: whether BN follows every layer but the last; always in the expander net.
     published_degrees: for the expander wiring. True: convolutions are dense and linear
-      layers have the absolute DEGREES, whatever `compress` is. False: all layers after
-      the stem keep in // compress connections. Linear layers are never grouped.
-    norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
+      layers have the absolute DEGREES, and `compress` has no effect. False: all layers
+      after the stem keep in // compress connections. Linear layers are never grouped.
+    norm_scale: initial BN scales, "ones" or "uniform" (torch 0.3: U(0, 1)).
     """
 
     def __init__(

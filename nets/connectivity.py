@@ -1,7 +1,7 @@
 """Graphs between the channels of two layers, as numpy arrays.
 
 A graph between I input and O output channels is the sorted vector of its edges. An
-edge is the flat index `input * O + output`: the row-major position of the connection
+edge is the flat index `input * O + output`, the row-major position of the connection
 in a dense (I, O) matrix.
 """
 
@@ -14,11 +14,12 @@ Sampling = Literal["smaller_side", "per_output", "per_input"]
 
 
 def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str:
-    """Returns the side, 'input' or 'output', of which each channel draws partners.
+    """Returns the side, 'input' or 'output', whose channels draw their partners.
 
-    `smaller_side` is the rule of the published code's head (Deep-Expander-Networks,
-    layers; inputs draw if the sides are equal), `per_output` that of its history and of
-    the paper, `per_input` that of the "reverse" convolution in its history.
+    smaller_side: the latest published code (Deep-Expander-Networks, layers); inputs
+      draw if the sides are equal.
+    per_output: the paper and earlier published code.
+    per_input: the "reverse" convolution in earlier published code.
     """
     if sampling not in get_args(Sampling):
         raise ValueError(
@@ -47,13 +48,13 @@ def num_edges(
     return drawing * degree
 
 
-def expander(
+def draw_expander(
     in_channels: int, out_channels: int, degree: int, sampling: Sampling, rng
 ) -> np.ndarray:
     """Returns the edges (E,) int32 of a random graph, regular on the sampled side only.
 
-    Each channel of that side, in order, keeps the first `degree` entries of
-    `rng.permutation(partners)`. This is the originals' drawing order, so a numpy
+    Each channel of that side, in order, connects to the first `degree` entries of
+    `rng.permutation(partners)`. The originals draw in the same order, so a numpy
     RandomState reproduces their graphs.
     """
     num_edges(in_channels, out_channels, degree, sampling)
@@ -67,14 +68,14 @@ def expander(
     return np.sort(edges.ravel()).astype(np.int32)
 
 
-def mask(edges: np.ndarray, in_channels: int, out_channels: int) -> np.ndarray:
+def to_matrix(edges: np.ndarray, in_channels: int, out_channels: int) -> np.ndarray:
     """Returns the graph as a boolean (I, O) matrix."""
     dense = np.zeros(in_channels * out_channels, bool)
     dense[edges] = True
     return dense.reshape(in_channels, out_channels)
 
 
-def grouped(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
+def connect_groups(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
     """Returns the edges (E,) of a grouped convolution: input block g feeds block g."""
     for side, channels in (("input", in_channels), ("output", out_channels)):
         if channels % groups:
@@ -85,6 +86,6 @@ def grouped(in_channels: int, out_channels: int, groups: int) -> np.ndarray:
     return np.flatnonzero(np.kron(np.eye(groups, dtype=bool), blocks)).astype(np.int32)
 
 
-def layer_rng(seed: int, path: str) -> np.random.Generator:
-    """Returns the generator of a layer's graph, which depends on (seed, path) alone."""
+def make_layer_rng(seed: int, path: str) -> np.random.Generator:
+    """Returns the generator that draws a layer's graph from (seed, path) alone."""
     return np.random.default_rng([seed, zlib.crc32(path.encode())])

@@ -1,9 +1,8 @@
-"""Counts parameters and multiply-accumulates by layer, from shapes alone.
+"""Counts parameters and multiply-adds by layer, from shapes alone.
 
-A layer takes part by two conventions. Its parameter `kernel` holds the weights that
-each position of its output uses once; other parameters, such as a bias or a scale, cost
-no multiply-accumulates. Its property `absent_weights`, if it has one, is the number of
-weights that its dense twin has in addition.
+Layers follow two conventions. Each output position uses every weight of the parameter
+`kernel` once; other parameters, such as a bias or a scale, cost no multiply-adds. A
+property `absent_weights`, if any, counts the weights that only the dense twin has.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from nets.layers.gradual import Gradual
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Counts of a net or layer and of its dense twin. `macs` are those of one image."""
+    """Counts of a net or layer and of its dense twin. macs: multiply-adds per image."""
 
     parameters: int
     dense_parameters: int
@@ -32,8 +31,9 @@ class Cost:
 class LayerCost(Cost):
     """The cost of one module that has parameters.
 
-    path: as in the net, such as "blocks.0.2.conv1". kind: the name of its class.
-    output_shape: of its last call, batch included; () if it is never called.
+    path: its path in the net, such as "blocks.0.2.conv1".
+    kind: the name of its class.
+    output_shape: of its last call, including the batch; () if it is never called.
     """
 
     path: str
@@ -54,8 +54,8 @@ def of(net_config: Mapping, image_shape: tuple[int, int, int]) -> list[LayerCost
 def layers(net: nnx.Module, input_shape: tuple[int, ...]) -> list[LayerCost]:
     """Returns the layers of a net, concrete or abstract, in the order of execution.
 
-    input_shape: (N, H, W, C). Normalisation and pooling cost no multiply-accumulates,
-    as in the tables of all five papers.
+    input_shape: (N, H, W, C). Normalisation and pooling cost no multiply-adds, as in
+    the tables of all five papers.
     """
     modules = {_dotted(path): module for path, module in nnx.iter_modules(net)}
     parameters = {}
@@ -95,8 +95,8 @@ def _layer(path, module, parameters, output_shapes) -> LayerCost:
 def _calls(net: nnx.Module, input_shape) -> dict[str, list[tuple[int, ...]]]:
     """Returns the output shapes of each module's calls, in the order of execution.
 
-    NNX sorts the attributes of a module whenever it merges one, and captured outputs by
-    path, so the order is that of the equations that compute the outputs.
+    NNX sorts attributes when it merges a module, and captured outputs by path, so the
+    order is taken from the equations that compute the outputs.
     """
     graphdef, state = nnx.split(net)
     paths = []  # of the outputs of `forward`
@@ -122,8 +122,8 @@ def _calls(net: nnx.Module, input_shape) -> dict[str, list[tuple[int, ...]]]:
     for path, y in sorted(outputs, key=lambda output: order.get(output[1], -1)):
         calls.setdefault(path, []).append(y.aval.shape)
         if isinstance(modules[path], Gradual):
-            # Calls inside its loop are not captured. The kernels are those of all
-            # units, so count the calls of one unit.
+            # Calls inside its loop are not captured. The kernels stack all units, so
+            # count the calls of one unit.
             unit = _calls(modules[path].abstract_unit(), y.aval.shape)
             inside = f"{path}.units" if path else "units"
             calls |= {f"{inside}.{name}": shapes for name, shapes in unit.items()}

@@ -23,10 +23,10 @@ FIRST_WIDTH = {"cifar": 32, "imagenet": 64}
 
 
 class CompositeLayer(nnx.Module):
-    """Computes a map from sources: cross-layer convolution, three times BN, ReLU, conv.
+    """Cross-layer convolution of the sources, then three times BN, ReLU, convolution.
 
-    The convolutions are 1x1 to `width`, 3x3, and 1x1 to 2 width. A single source has no
-    cross-layer convolution.
+    The convolutions are 1x1 to `width`, 3x3, and 1x1 to 2 width. With a single source
+    there is no cross-layer convolution.
     """
 
     def __init__(self, channels, width, num_sources, *, wiring, rngs):
@@ -59,7 +59,7 @@ class Transition(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """Opens the first block for ImageNet: a bare 1x1 convolution of its only source."""
+    """Opens the first block for ImageNet with a bare 1x1 convolution of one source."""
 
     def __init__(self, in_channels, out_channels, *, rngs):
         self.conv = Conv(in_channels, out_channels, 1, rngs=rngs)
@@ -72,8 +72,7 @@ class Projection(nnx.Module):
 class Block(nnx.Module):
     """An opening unit that reads the previous block, then layers that read this block.
 
-    Every output is a source. `norms` has a normalisation per source, for all its
-    readers.
+    Every output is a source. `norms` normalises each source once for all its readers.
     """
 
     def __init__(self, opening, width, num_layers, *, wiring, rngs):
@@ -99,7 +98,7 @@ class Block(nnx.Module):
 class DelugeNet(nnx.Module):
     """Maps x (N, H, W, 3) to logits (N, num_classes).
 
-    layers: composite layers of each block. Published nets are named by
+    layers: composite layers in each block. Published nets are named after
       3 sum(layers) + 2, which does not count transitions.
     width: multiplier of FIRST_WIDTH, the bottleneck width of the first block. The
       sources of a block are twice as wide as its bottlenecks.

@@ -1,10 +1,10 @@
 """DenseNet, the backbone of X-DenseNet (Deep Expander Networks).
 
 Each layer reads the concatenation of all earlier maps of its block and appends
-`growth` new ones. X-DenseNet-BC-40-24-2 is depth 40, growth 24 and the expander wiring
-with compress 2. Source: the published code. Its densenet_cifar, _grouped_cifar and
-_expander_cifar are one class here; its densenet121 to 201 and their expander twins are
-another.
+`growth` new ones. X-DenseNet-BC-40-24-2 has depth 40, growth 24 and the expander wiring
+with compress 2. Source: the published code. DenseNet covers its densenet_cifar,
+_grouped_cifar and _expander_cifar, ImageNetDenseNet its densenet121 to 201 and their
+expander twins.
 """
 
 import functools
@@ -97,9 +97,9 @@ class DenseNet(nnx.Module):
 
     depth: 6 n + 4 for n layers in each of three blocks; 3 n + 4 without `bottleneck`.
     reduction: a transition keeps floor(channels * reduction) maps.
-    wired_transitions: whether the wiring applies to transitions or they are dense. The
-      logs of the published results have both: 40-24-2 and 40-36-2 dense, 40-48-2 and
-      40-60-2 expander.
+    wired_transitions: whether the wiring applies to transitions; otherwise they are
+      dense. The published logs have both: dense in 40-24-2 and 40-36-2, expander in
+      40-48-2 and 40-60-2.
     """
 
     def __init__(
@@ -157,10 +157,10 @@ class ImageNetDenseNet(nnx.Module):
     """Maps x (N, H, W, 3) to logits (N, num_classes); published for 224x224.
 
     depth: a key of IMAGENET.
-    growth, blocks: maps that a layer appends and layers of each block, if they are not
-      those of the depth.
-    wired_transitions: whether the wiring applies to transitions; published: dense ones.
-    norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
+    growth, blocks: maps that a layer appends, and layers in each block; 0 and () take
+      them from IMAGENET.
+    wired_transitions: whether the wiring applies to transitions; published: no.
+    norm_scale: initial BN scales, "ones" or "uniform" (torch 0.3: U(0, 1)).
     The original ends in a fixed 7x7 pooling window; pooling the whole map is the same
     at 224x224.
     """

@@ -1,6 +1,6 @@
 """GUNN: Gradually Updated Neural Networks (arXiv 1711.09280).
 
-Facts from the published code (github.com/joe-siyuan-qiao/GUNN), which has GUNN-15,
+Facts from the published code (github.com/joe-siyuan-qiao/GUNN), which contains GUNN-15,
 GUNN-18 and their layer. GUNN-24 and Wide GUNN-18 were not published; configs/gunn.py
 documents how they are derived.
 """
@@ -87,7 +87,7 @@ class Unit(nnx.Module):
         return x
 
 
-def gunn_layer(
+def make_gunn_layer(
     channels: int,
     segments: int,
     *,
@@ -97,7 +97,7 @@ def gunn_layer(
     wiring: Wiring = Wiring(),
     rngs: nnx.Rngs,
 ) -> Gradual:
-    """Returns the layer whose segments are each updated from all channels."""
+    """Returns a layer that updates each segment from all channels."""
     options = dict(shortcuts=shortcuts, expansion=expansion, wiring=wiring)
     unit = lambda rngs: Unit(channels, channels // segments, **options, rngs=rngs)
     return Gradual(channels, segments, unit, order=order, rngs=rngs)
@@ -117,9 +117,9 @@ class Transition(nnx.Module):
 class Gunn(nnx.Module):
     """Maps x (N, H, W, 3) to logits (N, num_classes).
 
-    channels, segments: of the GUNN layer of each stage; each stage halves the map.
-    shortcuts: of the bottlenecks of a unit, in order. Published: ("projection",) for
-      CIFAR and ("none",) for ImageNet.
+    channels, segments: of the GUNN layer in each stage; each stage halves the map.
+    shortcuts: one for each bottleneck of a unit, in order. Published: ("projection",)
+      for CIFAR and ("none",) for ImageNet.
     form: "cifar" has a 3x3 stem, pools after each transition and ends in another one;
       "imagenet" has a 7x7 stem with max pooling, pools the signed output of a layer
       before the transition, and ends in the last layer.
@@ -154,7 +154,7 @@ class Gunn(nnx.Module):
         transitions, layers, previous = [], [], 64
         for width, count in zip(channels, segments, strict=True):
             transitions.append(Transition(previous, width, rngs=rngs))
-            layers.append(gunn_layer(width, count, **options))
+            layers.append(make_gunn_layer(width, count, **options))
             previous = width
         self.transitions, self.layers = nnx.List(transitions), nnx.List(layers)
         last = None if self.imagenet else Transition(previous, previous, rngs=rngs)

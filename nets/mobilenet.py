@@ -1,7 +1,7 @@
 """MobileNet, the backbone of X-MobileNet (Deep Expander Networks).
 
-Source: the published code's mobilenet, whose group types are full (dense), groups and
-expander. The published operation counts are not those of its widths, but those of
+Source: the published code's mobilenet with the group types full (dense), groups and
+expander. The published operation counts do not match its widths; they match
 `textbook_widths`.
 """
 
@@ -41,7 +41,7 @@ class SeparableBlock(nnx.Module):
             rngs=rngs,
         )
         self.depthwise_norm = torch_batch_norm(in_channels, norm_scale, rngs)
-        # Keeps the share 1 / compress of all pairs, whichever side samples.
+        # A share of 1 / compress of all pairs, whichever side samples.
         partners = wiring.partners(in_channels, out_channels)
         self.pointwise = wiring.conv(
             in_channels,
@@ -61,13 +61,13 @@ class SeparableBlock(nnx.Module):
 class MobileNet(nnx.Module):
     """Maps x (N, H, W, 3) to logits (N, num_classes); published for 224x224.
 
-    blocks: (width at multiplier 1, stride of the depthwise convolution) of each block.
+    blocks: for each block (width at multiplier 1, stride of the depthwise convolution).
     width: multiplier of all widths, except for the stem (32) and the last block (1024).
-    textbook_widths: multiplies these two as well.
-    classifier_inputs: inputs of the classifier, filled up with zeros; 0: the width of
-      the last block. The published counts of X-MobileNet0.5 are those of the textbook
-      widths, with 512 maps in the last block, but a classifier of 1024 inputs.
-    norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
+    textbook_widths: whether to multiply these two as well.
+    classifier_inputs: inputs of the classifier, padded with zeros; 0: the width of the
+      last block. The published counts of X-MobileNet0.5 assume textbook widths, with
+      512 maps in the last block, but a classifier with 1024 inputs.
+    norm_scale: initial BN scales, "ones" or "uniform" (torch 0.3: U(0, 1)).
     The first block's pointwise convolution is always dense. The original pools a fixed
     7x7 window; pooling the whole map is the same at 224x224.
     """

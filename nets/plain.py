@@ -2,9 +2,9 @@
 
 With the dense wiring they are the paper's regular nets (RegConv, ResNet); with the
 interleaved wiring they are IGC-LxMy, where L is `primary_groups` and L M the `width`.
-Facts: the authors' MXNet builders and symbol files. Every convolution is followed by
-BN, and most by ReLU. A block that widens the map also halves its sides, except for the
-first one of an expanding first stage.
+Facts from the authors' MXNet builders and symbol files. BN follows every convolution,
+and ReLU most of them. A block that widens the map also halves its sides, except the
+first block of an expanding first stage.
 """
 
 import functools
@@ -17,8 +17,8 @@ from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
 
-# MXNet on CPU averages the biased variance. MXNet initialises it to 1, the authors to 0
-# (`initial_var`).
+# MXNet on CPU averages the biased variance. MXNet initialises it to 1, but the authors
+# to 0 (`initial_var`).
 MxBatchNorm = functools.partial(BatchNorm, eps=2e-5, running_var="biased")
 
 
@@ -39,8 +39,8 @@ class Unit(nnx.Module):
     The shortcut is the input itself if the widths are equal, else a 1x1 convolution
     with the unit's stride and BN. In interleaved units it is grouped like the primary
     convolutions.
-    old_transition: the first block has the secondary groups that follow from the
-      *input* width instead of the output width.
+    old_transition: whether the *input* width instead of the output width determines
+      the secondary groups of the first block.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Plain(nnx.Module):
 
     depth: 3 n + 2 for n blocks in each of three stages.
     width: of the first stage; the others have two and four times as many channels.
-    initial_var: running variance before the first step; the authors' is 0.
+    initial_var: running variance before the first step; the authors use 0.
     The original pools a fixed 8x8 window; pooling the whole map is the same for 32x32.
     """
 
@@ -121,11 +121,11 @@ class Plain(nnx.Module):
 class IgcResNet(nnx.Module):
     """Maps x (N, 32, 32, 3) to logits (N, num_classes); "+Ident." of the paper.
 
-    depth: 2 + 2 (n1 + n2 + n3) for n1 <= n2 <= n3 <= n1 + 1 units in the three stages;
-      as in the original, an odd depth builds the net of depth - 1.
+    depth: 2 + 2 (n1 + n2 + n3) for n1 <= n2 <= n3 <= n1 + 1 units in the three stages.
+      As in the original, an odd depth builds the net of depth - 1.
     transition_secondary: secondary groups of the blocks that widen an interleaved net.
-      The original has the "old" number, that of the narrower stage, and so twice the
-      secondary weights; "new" makes the block canonical. No effect on other wirings.
+      "old": the narrower stage's number, as in the original, which doubles the
+      secondary weights. "new": the block is canonical. No effect on other wirings.
     """
 
     def __init__(
@@ -164,9 +164,9 @@ class IgcImageNetResNet(nnx.Module):
 
     depth: 8 n + 2 for n units in each of four stages.
     width: of the stem.
-    expand_first_stage: the first stage is twice as wide as the stem. IGC-L100M2 is, and
-      its partitions double with the width (primary_groups=0, secondary_groups=2). In
-      the others L is constant and M doubles (L4M32: width 128, primary_groups=4).
+    expand_first_stage: whether the first stage is twice as wide as the stem. IGC-L100M2
+      expands, and L doubles with the width (primary_groups=0, secondary_groups=2). In
+      the other nets L is constant and M doubles (L4M32: width 128, primary_groups=4).
     The original pools a fixed 7x7 window; pooling the whole map is the same at 224x224.
     """
 
@@ -200,7 +200,7 @@ class IgcImageNetResNet(nnx.Module):
 
 
 def units_per_stage(depth: int) -> list[int]:
-    """Returns the units of each stage of a residual CIFAR net, whose depth is free."""
+    """Returns the number of units in each stage of a residual CIFAR net."""
     if depth < 8:
         raise ValueError(
             "a residual CIFAR net has a unit in each of three stages, so its depth is "

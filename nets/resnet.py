@@ -1,4 +1,4 @@
-"""Residual networks: those of fb.resnet.torch and that of cfmz.
+"""The residual networks of fb.resnet.torch and cfmz.
 
 ResNet: fb.resnet.torch (github.com/facebookarchive/fb.resnet.torch), post-activation
 and pre-activation, for CIFAR and ImageNet; with the expander wiring it is the X-ResNet
@@ -98,7 +98,7 @@ class BasicBlock(nnx.Module):
 class BottleneckBlock(nnx.Module):
     """1x1 to a quarter of the width, 3x3, 1x1, with BN and ReLU as in `BasicBlock`.
 
-    The stride is that of the 3x3: fb.resnet.torch's deviation from the paper.
+    The 3x3 convolution has the stride, where fb.resnet.torch deviates from the paper.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class BottleneckBlock(nnx.Module):
 class PreactBasicBlock(nnx.Module):
     """BN, ReLU, 3x3, BN, ReLU, 3x3; plus the shortcut; nothing after the sum.
 
-    activation: what the first BN and ReLU apply to. "both": branch and shortcut (the
-      first block of a stage); "branch": the branch alone (the later blocks); "none":
-      there is none (the first block for ImageNet, whose stem ends in BN, ReLU, pool).
+    activation: where the first BN and ReLU apply. "both": to branch and shortcut (the
+      first block of a stage). "branch": to the branch alone (later blocks). "none":
+      nowhere (the first block for ImageNet, whose stem ends in BN, ReLU, pool).
     """
 
     def __init__(
@@ -210,8 +210,8 @@ class ResNet(nnx.Module):
     torch_bias: initialises the classifier's bias as torch and X-ResNet do, with
       U(-1/sqrt(in), 1/sqrt(in)), instead of 0.
     The wiring applies to the residual branches; stem, shortcuts and classifier are
-    dense, as in X-ResNet. The originals pool fixed windows of 8x8 or 7x7; pooling the
-    whole map is the same at the published sizes.
+    dense, as in X-ResNet. The originals pool fixed windows of 8x8 or 7x7, which equals
+    pooling the whole map at the published sizes.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class ResNet(nnx.Module):
 
 
 def _plan(form: str, depth: int) -> tuple[int, tuple[int, ...], bool]:
-    """Returns the first width, each stage's blocks, and if they are bottlenecks."""
+    """Returns the first width, the blocks per stage, whether they are bottlenecks."""
     if form == "cifar":
         return 16, (_cifar_blocks(depth),) * 3, False
     if form != "imagenet":
@@ -287,8 +287,8 @@ def _cifar_blocks(depth: int) -> int:
 class CfmzResNet(nnx.Module):
     """Maps x (N, 32, 32, 3) to logits (N, num_classes); depth 6 n + 2.
 
-    Strided convolutions pad (1, 1), so their windows start at -1, unlike "SAME".
-    Logits in training are normalised over the batch and so depend on its classes.
+    Strided convolutions pad (1, 1), so their windows start at -1, unlike "SAME". In
+    training, logits are normalised over the batch and so depend on its classes.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """VGG for 32x32 images, the backbone of X-VGG (Deep Expander Networks).
 
 Source: the published code's vgg16cifar, vgg16cifar_bn, vgg16cifarexpander and
-vgg16cifar_bnexpander, and the lists for 11, 13 and 19 in the same files.
+vgg16cifar_bnexpander, and the layer lists for depth 11, 13 and 19 in the same files.
 """
 
 import jax
@@ -19,8 +19,8 @@ STAGES = {
     16: (2 * (64,), 2 * (128,), 3 * (256,), 3 * (512,), 3 * (512,)),
     19: (2 * (64,), 2 * (128,), 4 * (256,), 4 * (512,), 4 * (512,)),
 }
-# depth: expander degrees of all convolutions after the stem. The published log names
-# those of depth 16 "64*3_16*9_128", where 128 is the degree of the hidden linear layer.
+# depth: expander degrees of all convolutions after the stem. The published log for
+# depth 16 is named "64*3_16*9_128"; 128 is the degree of the hidden linear layer.
 DEGREES = {
     11: 3 * (32,) + 4 * (64,),
     13: (16,) + 4 * (32,) + 4 * (64,),
@@ -45,15 +45,15 @@ class VGG(nnx.Module):
     """Maps x (N, H, W, 3) to logits (N, num_classes); published for 32x32, the minimum.
 
     depth: a key of STAGES. The stem and the last linear layer are always dense.
-    batch_norm: after every convolution. The expander net without it still normalises
-      after its stem; its signals shrink with the density of each layer, as in the
-      original.
+    batch_norm: whether BN follows every convolution. Without it, the expander net still
+      normalises after its stem; its signals shrink with the density of each layer, as
+      in the original.
     published_degrees: for the expander wiring. True: layers have the absolute DEGREES,
-      whatever `compress` is; a convolution with no more inputs than its degree is
+      and `compress` has no effect; a convolution with no more inputs than its degree is
       dense with bias. False: in // compress connections, as in the other backbones.
-    norm_scale: initial scales of BN, "ones" or "uniform" (torch 0.3: U(0, 1)).
-    The original has ten classes and flattens its last map of one pixel; pooling it is
-    the same.
+    norm_scale: initial BN scales, "ones" or "uniform" (torch 0.3: U(0, 1)).
+    The original has ten classes and flattens its last map of one pixel, which equals
+    pooling.
     """
 
     def __init__(

@@ -118,8 +118,7 @@ class Reporter:
         # A row of this step has lost its checkpoint, in a crash after the evaluation.
         self.rows = [*(x for x in self.rows if x["step"] < step), row]
         write_text(self._workdir / "metrics.csv", as_csv(self.rows))
-        best = max(self.rows, key=lambda row: row[metrics.BEST_METRIC])
-        write_json(self._workdir / "best.json", best)
+        write_json(self._workdir / "best.json", metrics.best(self.rows))
         speed = self._measure_speed(row)
         self._speeds = [*(x for x in self._speeds if x["step"] < step), speed]
         write_text(self._workdir / "speed.csv", as_csv(self._speeds))

@@ -1,4 +1,4 @@
-"""Dense and grouped convolutions, linear layers, and the origins' initialisers."""
+"""Dense and grouped convolutions, linear layers, and the originals' initialisers."""
 
 import math
 
@@ -8,7 +8,7 @@ from flax import nnx
 
 from nets.layers.lowerings import convolution
 
-# Normal with variance 2 / fan (He et al. 2015). The origins differ in the fan.
+# Normal with variance 2 / fan (He et al. 2015). The originals differ in the fan.
 he_fan_in = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # neon
 he_fan_out = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # torch
 # Torch's default for the weights of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
@@ -99,7 +99,7 @@ class Linear(nnx.Module):
 
 
 def _bias(size: int, init, rngs: nnx.Rngs) -> nnx.Param:
-    """Zeros if no initialiser is given (consumes no rng key)."""
+    """Returns zeros, which consume no rng key, if no initialiser is given."""
     if init is None:
         return nnx.Param(jnp.zeros(size))
     return nnx.Param(init(rngs.params(), (size,), jnp.float32))

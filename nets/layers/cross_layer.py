@@ -1,10 +1,9 @@
 """Cross-layer depthwise convolution: combines all earlier layers of a block.
 
 DelugeNets (arXiv 1611.05552; facts from the published code). The original normalises
-every source again for each of its readers, with the convolution's weight as the gain
-and its bias as the shift of that normalisation. In training, all readers of a source
-use the same statistics, so here each source is normalised once, by the layer that
-computes it.
+each source anew for every reader; the convolution's weight and bias are the gain and
+shift of that normalisation. In training, all readers of a source use the same
+statistics, so here the layer that computes a source normalises it once.
 """
 
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ from jax import lax
 
 
 class Source(NamedTuple):
-    """The output (N, H, W, C) of a layer, and its normalisation without gain and shift.
+    """The output (N, H, W, C) of a layer, and the same normalised.
 
-    Gain and shift belong to the reader.
+    The reader applies gain and shift.
     """
 
     raw: jax.Array
@@ -30,10 +29,10 @@ class CrossLayer(nnx.Module):
     """Computes the sum over sources i of scale[i] * normalised_i + bias[i].
 
     `scale` and `bias` are (sources, C), the oldest source first; the original stores
-    (C, sources), the newest first. Channels and pixels do not mix. It is initialised to
-    the plain average. A batch normalisation follows every cross-layer convolution, so
-    the bias and the length of scale[:, c] have no effect; they exist because they are
-    parameters of the published nets.
+    (C, sources), the newest first. Channels and pixels do not mix. Initially it is the
+    plain average. A batch normalisation follows every cross-layer convolution, so the
+    bias and the norm of scale[:, c] have no effect; they exist because the published
+    nets have them.
     """
 
     def __init__(self, channels: int, num_sources: int):
@@ -43,7 +42,7 @@ class CrossLayer(nnx.Module):
                 f"{num_sources} of {channels} channels"
             )
         shape = (num_sources, channels)
-        # Not `kernel`: published multiply-accumulates do not include it (nets/cost.py).
+        # Not `kernel`: published multiply-adds do not include it (nets/cost.py).
         self.scale = nnx.Param(jnp.full(shape, 1 / num_sources, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(shape))
 
@@ -53,21 +52,21 @@ class CrossLayer(nnx.Module):
         mixed = self.bias[...].sum(0)
         for scale, source in zip(self.scale[...], sources, strict=True):
             mixed = mixed + scale * source.normalised
-        return _computed_once(mixed.astype(sources[0].raw.dtype))
+        return _compute_once(mixed.astype(sources[0].raw.dtype))
 
 
 @jax.custom_vjp
-def _computed_once(x: jax.Array) -> jax.Array:
+def _compute_once(x: jax.Array) -> jax.Array:
     """Returns x and stops XLA:CPU from recomputing it or its gradient.
 
     Otherwise XLA:CPU recomputes a reader's gradient for each of its sources, in loops
     that read up to 199 arrays, and a step of DelugeNet-146 takes 2.6 times as long. It
     removes lax.optimization_barrier, but does not fuse across a loop.
     """
-    return _copied_by_a_loop(x) if jax.default_backend() == "cpu" else x
+    return _copy_by_loop(x) if jax.default_backend() == "cpu" else x
 
 
-def _copied_by_a_loop(x: jax.Array) -> jax.Array:
+def _copy_by_loop(x: jax.Array) -> jax.Array:
     flat = x.reshape(-1)
     # Two iterations, since XLA inlines one. If the size is odd, the halves overlap.
     half = -(-flat.size // 2)
@@ -79,6 +78,6 @@ def _copied_by_a_loop(x: jax.Array) -> jax.Array:
     return lax.fori_loop(0, 2, copy, jnp.empty_like(flat)).reshape(x.shape)
 
 
-_computed_once.defvjp(
-    lambda x: (_computed_once(x), None), lambda _, gradient: (_computed_once(gradient),)
+_compute_once.defvjp(
+    lambda x: (_compute_once(x), None), lambda _, gradient: (_compute_once(gradient),)
 )

@@ -1,7 +1,7 @@
 """Expander layers: convolutions and linear layers over a fixed random sparse graph.
 
-Deep Expander Networks (arXiv 1711.08757; facts from the published code); the sampling
-rules are those of nets/connectivity.py. Only existing connections are stored, so
+Deep Expander Networks (arXiv 1711.08757; facts from the published code). For sampling
+rules see nets/connectivity.py. Only existing connections are stored, so
 parameter counts, optimizer state and checkpoints are those of the sparse layer. The
 forward pass scatters them into a dense kernel, which is never slower than masking and
 15x faster on CPU than gathering the inputs of each output.
@@ -44,10 +44,10 @@ class Expander(nnx.Module):
         self.edges = Connectivity(jnp.zeros(self.num_edges, jnp.int32))
 
     def draw(self, rng: np.random.Generator) -> None:
-        """Draws the graph; an independent one for each unit of a Gradual layer."""
+        """Draws the graph, or independent graphs for the units of a Gradual layer."""
         ends, sampling = (self.in_channels, self.out_channels), self.sampling
         graphs = [
-            connectivity.expander(*ends, self.degree, sampling, rng)
+            connectivity.draw_expander(*ends, self.degree, sampling, rng)
             for _ in range(math.prod(self.edges.shape[:-1]))
         ]
         self.connect(np.reshape(graphs, self.edges.shape))
@@ -60,7 +60,7 @@ class Expander(nnx.Module):
 
     @property
     def absent_weights(self) -> int:
-        """Weights of the dense twin that this layer does not have (nets/cost.py)."""
+        """Number of weights that only the dense twin has (nets/cost.py)."""
         absent = self.in_channels * self.out_channels - self.num_edges
         return absent * math.prod(self.kernel.shape[:-1])
 
@@ -77,9 +77,9 @@ class Expander(nnx.Module):
 class ExpanderConv(Expander):
     """Square convolution without bias over the connected channel pairs.
 
-    All taps of the kernel share one graph. Initial values are N(0, 2 / (out k k)), the
-    *dense* fan-out, as in the original: signals start smaller than in the dense twin,
-    and batch normalisation compensates.
+    All taps of the kernel share one graph. Initial values are N(0, 2 / (out k k)) with
+    the *dense* fan-out, as in the original: signals start smaller than in the dense
+    twin, and batch normalisation compensates.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ExpanderConv(Expander):
 class ExpanderLinear(Expander):
     """Linear layer without bias over the connected pairs: x (N, in) -> (N, out).
 
-    Initial values are N(0, 2 / in), the dense fan-in, as in the original.
+    Initial values are N(0, 2 / in), with the dense fan-in as in the original.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class Gradual(nnx.Module):
     simultaneous order s = x. Segments are contiguous and have equal widths C / n.
 
     unit: builds a unit, C -> C / n channels, from its rngs. `units` is one such module
-      whose variables have the segment as leading axis. Units may have batch statistics
+      whose variables have a leading axis of segments. Units may have batch statistics
       and connections, but no random streams (dropout).
     """
 
@@ -76,8 +76,8 @@ class Gradual(nnx.Module):
         return nnx.merge(graphdef, jax.tree.map(one, state))
 
 
-def unstacked(units: nnx.Module) -> list[nnx.Module]:
-    """Returns the units of a `Gradual` as one module per segment, with numpy copies."""
+def unstack(units: nnx.Module) -> list[nnx.Module]:
+    """Returns the units of a `Gradual`, one module per segment, as numpy copies."""
     graphdef, state = nnx.split(units)
     state = jax.tree.map(np.asarray, state)
     count = len(jax.tree.leaves(state)[0])
@@ -128,9 +128,9 @@ def _forward(unit, order, params, constants, x):
 def _backward(unit, order, residuals, cotangents):
     """Runs the sweep in reverse, from x and y alone.
 
-    Writing segment i of x back into the state restores the input of unit i, which is
-    recomputed from it: 2 C H W values per image are stored instead of n C H W. Batch
-    statistics are discarded, since the forward sweep has updated them.
+    Writing segment i of x back into the state restores the input of unit i, so the
+    unit can be recomputed: 2 C H W values per image are stored instead of n C H W.
+    Batch statistics are discarded, since the forward sweep has updated them.
     """
     params, constants, x, y = residuals
     dy, _ = cotangents
@@ -148,7 +148,7 @@ def _backward(unit, order, residuals, cotangents):
             params,
             _read(order, state, x),
         )
-        # Before d_state is added: y[i] = x[i] + ... passes this gradient on to x[i].
+        # Before adding d_state: y[i] = x[i] + ... passes this gradient on to x[i].
         d_new = lax.dynamic_slice_in_dim(_read(order, dx, dy), start, width, -1)
         d_params, d_state = pull_back(d_new)
         return (state, dx + d_state), d_params

@@ -20,10 +20,9 @@ MATRIX_CHANNELS = 256
 
 
 def permute(x: jax.Array, branches: int) -> jax.Array:
-    """Interleaves the channels of x (..., C).
+    """Interleaves the channels of x (..., C): transposes (branches, C / branches).
 
-    Transposes them as (branches, C / branches). `permute(y, C // branches)` is the
-    inverse.
+    `permute(y, C // branches)` is the inverse.
     """
     channels = x.reshape(*x.shape[:-1], branches, -1)
     return channels.swapaxes(-1, -2).reshape(x.shape)
@@ -51,7 +50,7 @@ def mix(
     """Computes `mix_literally` as one product per group, without permutations.
 
     Channel (l, g, c) of the primary's output, c < r, meets row (c, l) of group g, whose
-    k-th output is channel (k, g). r = 1 if the permutations are inverse to each other.
+    k-th output is channel (k, g). r = 1 if the permutations are mutually inverse.
     """
     kernel = _axes(kernel, primary_groups, secondary_groups)
     # With three axes (N, H, W) of pixels, XLA:CPU takes up to six times as long.
@@ -109,9 +108,9 @@ class InterleavedConv(nnx.Module):
     """The pair (N, H, W, in) -> (N, H', W', out); the primary has stride and padding.
 
     Canonical if primary_groups * secondary_groups = out: each secondary group then
-    reads one channel of each partition. Both initialisers are those of the original,
-    N(0, 2 / fan-in of the group): the pair doubles the variance once too often, and
-    batch normalisation compensates.
+    reads one channel of each partition. Both kernels start from N(0, 2 / fan-in of the
+    group), as in the original: the pair doubles the variance once too often, and batch
+    normalisation compensates.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class InterleavedConv(nnx.Module):
         padding: int = 0,
         rngs: nnx.Rngs,
     ):
-        _refuse_clash(in_channels, out_channels, primary_groups, secondary_groups)
+        _check_groups(in_channels, out_channels, primary_groups, secondary_groups)
         self.primary = Conv(
             in_channels,
             out_channels,
@@ -144,7 +143,7 @@ class InterleavedConv(nnx.Module):
         return self.secondary(self.primary(x))
 
 
-def _refuse_clash(in_channels, out_channels, primary, secondary) -> None:
+def _check_groups(in_channels, out_channels, primary, secondary) -> None:
     # Wiring computes 0 groups if the other number exceeds the channels; report that.
     for name, groups, side, channels in (
         ("primary", primary, "input", in_channels),

@@ -18,9 +18,9 @@ from jax import lax
 # Rows (pixels) of a chunk's matrix product. More rows exceed the cache (DenseNet-40-24
 # trains 10 % slower with 4,096); fewer rows do not occupy all threads.
 CHUNK_ROWS = 2048
-# Of `separated`. Few pieces, because each is compiled separately.
+# For `separated`. Few pieces, because each is compiled separately.
 PIECE_ROWS, PIECES = 8192, 4
-# Of `block_dense`, likewise.
+# For `block_dense`, few blocks for the same reason.
 BLOCK_CHANNELS, BLOCKS = 64, 4
 
 
@@ -36,8 +36,8 @@ def convolution(
     """Cross-correlates x (N, H, W, in) with kernel (kh, kw, in / groups, out).
 
     Returns (N, H', W', out) in the dtype of x, H' = (H + 2 padding - kh) // stride + 1.
-    Pads `padding` zeros on every side. If the named lowering does not exist for a shape
-    (see `applicable`), computes `native` instead, so that one name can be set for a
+    Pads `padding` zeros on every side. Falls back to `native` if the named lowering
+    does not exist for a shape (see `applicable`), so that one name can be set for a
     whole net. Supports reverse-mode derivatives of any order, but on CPU no forward
     mode.
     """
@@ -97,6 +97,7 @@ class Shape:
 
     @property
     def out_size(self) -> tuple[int, int]:
+        """Rows and columns of the output."""
         padded = (n + 2 * self.padding for n in self.size)
         return tuple(
             (n - k) // self.stride + 1 for n, k in zip(padded, self.window, strict=True)
@@ -104,14 +105,17 @@ class Shape:
 
     @property
     def group_inputs(self) -> int:
+        """Input channels of each group."""
         return self.in_channels // self.groups
 
     @property
     def group_outputs(self) -> int:
+        """Output channels of each group."""
         return self.out_channels // self.groups
 
     @property
     def pointwise(self) -> bool:
+        """Whether this is an unpadded 1x1 convolution."""
         return self.window == (1, 1) and self.padding == 0
 
 
@@ -140,7 +144,7 @@ def applicable(shape: Shape) -> list[str]:
 
 
 def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """XLA's convolution, differentiated by JAX."""
+    """Computes XLA's convolution, differentiated by JAX."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -152,7 +156,7 @@ def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def dot(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """1x1: a matrix product over pixels, after subsampling by the stride."""
+    """1x1: one matrix product over pixels, after subsampling by the stride."""
     x = x[:, :: shape.stride, :: shape.stride]
     # Flattened, since XLA:CPU transposes an (N, H, W, in) map for the kernel gradient.
     y = x.reshape(-1, shape.in_channels) @ kernel[0, 0]
@@ -173,8 +177,8 @@ def einsum(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 def block_dense(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """Merges groups into dense kernels with the groups on their diagonals.
 
-    More arithmetic, but in products large enough to be fast. A kernel spans up to
-    BLOCK_CHANNELS inputs, or more if there would be more than BLOCKS kernels.
+    This costs more arithmetic, but the products are large enough to be fast. A kernel
+    spans up to BLOCK_CHANNELS inputs, or more if BLOCKS kernels would not suffice.
     """
     widest = max(BLOCK_CHANNELS, shape.in_channels // BLOCKS)
     merged = max(
@@ -203,7 +207,10 @@ def block_dense(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def taps(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Depthwise and groups of two: sums of shifted maps times one value per channel."""
+    """Direct convolution for depthwise layers and groups of two channels.
+
+    Sums shifted maps, each times one value per channel.
+    """
     p, dtype = shape.padding, jnp.promote_types(x.dtype, jnp.float32)
     maps = jnp.pad(x.astype(dtype), ((0, 0), (p, p), (p, p), (0, 0)))
     maps = maps.reshape(*maps.shape[:-1], shape.groups, -1)
@@ -222,7 +229,7 @@ def taps(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def gathered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """One matrix product over copies of x, one copy per tap. For strided layers."""
+    """im2col: one matrix product over copies of x, one per tap. For strided layers."""
 
     @jax.checkpoint  # saves x for the gradient, not its copies
     def product(x, kernel):
@@ -235,19 +242,19 @@ def gathered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def separated(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Stride 1: gathers the columns of the window, one product, sums over its rows.
+    """Stride 1: im2col over the window's columns, shift-and-add over its rows.
 
     Copies window + window maps, where `gathered` copies window * window. The pieces of
-    a batch share no operation, so threads need not synchronise within one.
+    a batch share no operation, so threads need not synchronise within a piece.
     """
     (rows, cols), p = shape.window, shape.padding
     columns = kernel.transpose(1, 2, 0, 3).reshape(cols * shape.in_channels, -1)
 
     @jax.checkpoint
     def product(x, columns):
-        copies = [_moved(x, 2, j - p, shape.out_size[1]) for j in range(cols)]
+        copies = [_shift(x, 2, j - p, shape.out_size[1]) for j in range(cols)]
         z = jnp.split(_flat_product(jnp.concatenate(copies, -1), columns), rows, -1)
-        return sum(_moved(z[i], 1, i - p, shape.out_size[0]) for i in range(rows))
+        return sum(_shift(z[i], 1, i - p, shape.out_size[0]) for i in range(rows))
 
     wanted = math.ceil(shape.images * math.prod(shape.out_size) / PIECE_ROWS)
     count = min(wanted, PIECES, shape.images)
@@ -256,16 +263,16 @@ def separated(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Stride 1: `native` forward; gradients by `_gradients`."""
+    """Stride 1: `native` forward pass, gradients from `_gradients`."""
     return native(x, kernel, shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scattered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """Stride 1: one matrix product for all taps, then a sum of the shifted results.
+    """Stride 1: product first, then shift-and-add: one matrix product for all taps.
 
     The product has taps * out columns, so this suits layers with fewer outputs than
-    inputs. Gradients by `_gradients`.
+    inputs. `_gradients` computes the gradients.
     """
     p, out = shape.padding, shape.out_channels
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -287,7 +294,7 @@ def _forward(compute, x, kernel, shape):
 
 
 def _gradients(shape: Shape, residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both gradients, each a product with the same copies of dy, one copy per tap."""
+    """Returns both gradients, products with the same copies of dy, one per tap."""
     x, kernel = residuals
     # dx[h, w] = sum over taps of dy[h + p - i, w + p - j] kernel[i, j]
     rows, cols = (k - 1 - shape.padding for k in shape.window)
@@ -314,7 +321,7 @@ def _columns(kernel):
     return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
 
 
-def _moved(x, axis: int, by: int, size: int):
+def _shift(x, axis: int, by: int, size: int):
     """Returns y[i] = x[i + by] for i < size along an axis, zero outside of x."""
     edges = [(0, 0, 0)] * x.ndim
     edges[axis] = (-by, size - x.shape[axis] + by, 0)
@@ -371,6 +378,8 @@ def _over_chunks(chunk: Callable, shape: Shape, *arrays: jax.Array):
 
 
 class Lowering(NamedTuple):
+    """A way to compute a convolution, and whether it exists for a shape."""
+
     compute: Callable[[jax.Array, jax.Array, Shape], jax.Array]
     exists: Callable[[Shape], bool]
 

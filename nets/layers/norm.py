@@ -1,4 +1,4 @@
-"""Batch normalisation, with an option for each difference between the origins."""
+"""Batch normalisation, with an option for each difference between the originals."""
 
 from typing import Literal
 
@@ -12,19 +12,18 @@ class BatchNorm(nnx.Module):
     """Normalises each channel (last axis) over all other axes.
 
     eps: inside the square root.
-    keep: share of the old running value that each step keeps (1 - torch's momentum).
-    running_var: "unbiased" in torch and cuDNN, where the running average takes the
-      batch variance times n / (n - 1); "biased" in neon, MXNet on CPU and Flax. The
-      normalisation itself always uses the biased variance.
+    keep: weight of the old running value in each step (1 - torch's momentum).
+    running_var: the variance that enters the running average. "unbiased": times
+      n / (n - 1), as in torch and cuDNN; "biased": as in neon, MXNet on CPU and Flax.
+      The normalisation itself always uses the biased variance.
     initial_var: running variance before the first step (neon and MXNet: 0).
     affine: whether to apply a gain (scale) and a shift (bias) per channel.
 
-    nets.configure sets how statistics are shared. `groups` divides the batch into equal
-    runs of images with their own statistics ("ghost" groups, for originals trained on
-    that many GPUs). The batch is that of all devices of the mesh axis `axis_name`, or
-    that of this device if the name is None. The groups must divide the devices or the
-    devices the groups. Statistics are at least float32; the output has the dtype of
-    the input.
+    nets.configure sets how statistics are shared. `groups` splits the batch into equal
+    runs of images with separate statistics ("ghost" batch norm, for originals trained
+    on that many GPUs). Statistics cover all devices of `axis_name`, or only this device
+    if None. One of the numbers of groups and devices must divide the other. Statistics
+    are at least float32; the output has the dtype of the input.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class BatchNorm(nnx.Module):
         return y if self.use_running_average else y.reshape(shape)
 
     def _split_into_groups(self, x: jax.Array) -> jax.Array:
-        """(N, ..., C) -> (groups, N / groups, ..., C), for the images of this device.
+        """Reshapes this device's (N, ..., C) to (groups, N / groups, ..., C).
 
         If a smaller last batch is not divisible, uses the next larger number of groups
         that divides it.
@@ -75,7 +74,7 @@ class BatchNorm(nnx.Module):
         return x.reshape(groups, images // groups, *x.shape[1:])
 
     def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and biased variance (groups, 1, ..., C), and updates the state.
+        """Returns mean and biased variance (groups, 1, ..., C); updates the state.
 
         One pass over x is 2.5 times faster than two (docs/speed.md). Shifting x by the
         running mean limits the cancellation in E[x^2] - E[x]^2. In float64, which

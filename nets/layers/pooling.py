@@ -8,7 +8,7 @@ from flax import nnx
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
     """Averages disjoint size x size windows of (N, H, W, C); drops a remainder."""
-    _refuse_small(x, size)
+    _check_size(x, size)
     n, h, w, c = x.shape
     h, w = h // size, w // size
     x = x[:, : h * size, : w * size].reshape(n, h, size, w, size, c)
@@ -20,7 +20,7 @@ def max_pool(x: jax.Array, size: int, *, stride: int, padding: int = 0) -> jax.A
 
     Padding is never the maximum. Among equal values, the first receives the gradient.
     """
-    _refuse_small(x, size, padding)
+    _check_size(x, size, padding)
     by = max_of_slices if jax.default_backend() == "cpu" else max_of_windows
     return by(x, size, stride, padding)
 
@@ -54,7 +54,7 @@ def global_average_pool(x: jax.Array) -> jax.Array:
     return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _refuse_small(x: jax.Array, size: int, padding: int = 0) -> None:
+def _check_size(x: jax.Array, size: int, padding: int = 0) -> None:
     # Otherwise the output is empty, and its mean nan.
     if min(x.shape[1:3]) + 2 * padding < size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The wiring of a backbone: which layer it gets when it requests a convolution."""
+"""The wiring of a backbone: builds the convolutions that the backbone requests."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,15 +18,14 @@ class Wiring:
     """How the channels of a backbone's wired convolutions are connected.
 
     kind: one of KINDS.
-    compress: of expanders; each sampling channel keeps in // compress partners (the
-      published command line's `expandSize`, a divisor). If in < out and `sampling` is
-      "smaller_side", the share of connections is in / (compress out), which is less
-      than 1 / compress.
-    sampling: of expanders; see nets/connectivity.py.
-    groups: of grouped convolutions.
-    primary_groups, secondary_groups: of interleaved pairs (nets/layers/interleaved.py).
-      One of them may be 0; primary * secondary = output channels then determines it in
-      each layer, so that it grows as a net widens.
+    compress: for expanders; each sampling channel keeps in // compress partners (the
+      published command line's `expandSize`). Note: with "smaller_side" and in < out,
+      the density is in / (compress * out), not 1 / compress.
+    sampling: for expanders; see nets/connectivity.py.
+    groups: for grouped convolutions.
+    primary_groups, secondary_groups: for interleaved pairs (layers/interleaved.py). If
+      one is 0, each layer computes it from primary * secondary = output channels, so
+      that it grows as a net widens.
     """
 
     kind: str = "dense"
@@ -73,10 +72,11 @@ class Wiring:
     ) -> nnx.Module:
         """Returns a convolution of this kind.
 
-        Three arguments apply to some kinds only. dense: initialiser and bias (`init`,
-        `bias`, `bias_init` of Conv) of the kinds "dense" and "grouped"; the others have
-        their own initialiser and no bias. degree: of an expander, instead of
-        in // compress. secondary_groups: of an interleaved pair, instead of its own.
+        Three arguments apply to some kinds only.
+        dense: `init`, `bias` and `bias_init` of Conv, for "dense" and "grouped"; the
+          other kinds have their own initialiser and no bias.
+        degree: for expanders, instead of in // compress.
+        secondary_groups: for interleaved pairs, instead of the wiring's.
         """
         shape = (in_channels, out_channels, kernel_size)
         geometry = dict(stride=stride, padding=padding, rngs=rngs)
@@ -103,8 +103,8 @@ class Wiring:
     ) -> nnx.Module:
         """Returns an expander without bias, or for the other kinds a dense layer.
 
-        dense: arguments of that dense layer (Linear). degree: of the expander, instead
-        of in // compress.
+        dense: arguments of Linear for the dense layer.
+        degree: for expanders, instead of in // compress.
         """
         shape = (in_features, out_features)
         if self.kind == "expander":

@@ -17,8 +17,8 @@ SIDES = st.integers(1, 24)
 
 def draw(in_channels, out_channels, degree, sampling, seed=0):
     rng = np.random.default_rng(seed)
-    edges = connectivity.expander(in_channels, out_channels, degree, sampling, rng)
-    return edges, connectivity.mask(edges, in_channels, out_channels)
+    edges = connectivity.draw_expander(in_channels, out_channels, degree, sampling, rng)
+    return edges, connectivity.to_matrix(edges, in_channels, out_channels)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,8 +78,8 @@ def test_an_unknown_rule_is_refused_with_the_choices():
 
 def test_a_graph_is_a_function_of_seed_and_path():
     def edges(seed, path):
-        rng = connectivity.layer_rng(seed, path)
-        return connectivity.expander(16, 16, 4, "per_output", rng).tolist()
+        rng = connectivity.make_layer_rng(seed, path)
+        return connectivity.draw_expander(16, 16, 4, "per_output", rng).tolist()
 
     assert edges(0, "blocks.0.conv1") == edges(0, "blocks.0.conv1")
     assert edges(0, "blocks.0.conv1") != edges(1, "blocks.0.conv1")
@@ -87,12 +87,12 @@ def test_a_graph_is_a_function_of_seed_and_path():
 
 
 def test_grouped_connects_equal_blocks():
-    edges = connectivity.grouped(4, 6, 2)
+    edges = connectivity.connect_groups(4, 6, 2)
     expected = np.zeros((4, 6), bool)
     expected[:2, :3] = expected[2:, 3:] = True
-    np.testing.assert_array_equal(connectivity.mask(edges, 4, 6), expected)
+    np.testing.assert_array_equal(connectivity.to_matrix(edges, 4, 6), expected)
     with pytest.raises(ValueError, match="4 groups do not divide 6 output"):
-        connectivity.grouped(8, 6, 4)
+        connectivity.connect_groups(8, 6, 4)
 
 
 def test_recorded_graphs_are_reproduced(shared):
@@ -102,8 +102,8 @@ def test_recorded_graphs_are_reproduced(shared):
         inputs, outputs = facts["I"], facts["O"]
         rng = generator(f"graph/{facts['name']}/connections")
         sampling = f"per_{facts['side']}"
-        edges = connectivity.expander(inputs, outputs, facts["k"], sampling, rng)
-        mask = connectivity.mask(edges, inputs, outputs).T
+        edges = connectivity.draw_expander(inputs, outputs, facts["k"], sampling, rng)
+        mask = connectivity.to_matrix(edges, inputs, outputs).T
         assert zlib.crc32(np.packbits(mask).tobytes()) == facts["mask_crc32"]
         for axis, name in ((1, "inputs_per_output"), (0, "outputs_per_input")):
             degrees, known = mask.sum(axis), facts[name]

@@ -11,7 +11,7 @@ from flax import nnx
 import nets
 from convert.sources import empty
 from nets import cost
-from nets.gunn import gunn_layer
+from nets.gunn import make_gunn_layer
 from nets.layers.gradual import Gradual
 from nets.layers.wiring import Wiring
 from tests.support.compiling import run_once
@@ -52,7 +52,7 @@ def of_bottlenecks(shortcuts, segments=SEGMENTS, dtype=np.float32, **options):
     """Returns a layer whose variables are all random."""
     options |= dict(shortcuts=SHORTCUTS[shortcuts])
     sizes = (CHANNELS, segments)
-    layer = empty(lambda: gunn_layer(*sizes, **options, rngs=nnx.Rngs(0)))
+    layer = empty(lambda: make_gunn_layer(*sizes, **options, rngs=nnx.Rngs(0)))
     state, rng = nnx.state(layer), np.random.default_rng(1)
 
     def draw(path, x):

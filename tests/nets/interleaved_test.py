@@ -103,8 +103,10 @@ def test_a_pair_reaches_every_output_from_every_input(primary, secondary, channe
     assert (influence(layer, channels) != 0).all()
     # Unlike the primary convolution alone.
     reached = influence(layer.primary, channels) != 0
-    edges = connectivity.grouped(channels, channels, primary)
-    np.testing.assert_array_equal(reached, connectivity.mask(edges, channels, channels))
+    edges = connectivity.connect_groups(channels, channels, primary)
+    np.testing.assert_array_equal(
+        reached, connectivity.to_matrix(edges, channels, channels)
+    )
 
 
 @EVERY_SIZE

@@ -66,7 +66,7 @@ def test_grouped_convolutions_read_their_group_only():
     gradient = jax.jacobian(lambda x: layer(x)[0, 0, 0])(x)[:, 0, 0, 0]
     reached = np.asarray(gradient != 0).T
     np.testing.assert_array_equal(
-        reached, connectivity.mask(connectivity.grouped(4, 6, 2), 4, 6)
+        reached, connectivity.to_matrix(connectivity.connect_groups(4, 6, 2), 4, 6)
     )
 
 
@@ -227,7 +227,7 @@ def test_an_expander_equals_its_masked_twin(kind, sizes, options, shape, samplin
     twin_kind = {ExpanderConv: Conv, ExpanderLinear: Linear}[kind]
     bias = {"bias": False} if twin_kind is Linear else {}
     twin = empty(lambda: twin_kind(*sizes, **options, **bias, rngs=nnx.Rngs(0)))
-    mask = connectivity.mask(np.asarray(layer.edges[...]), *sizes[:2])
+    mask = connectivity.to_matrix(np.asarray(layer.edges[...]), *sizes[:2])
     taps = layer.kernel.shape[:-1]
     assert layer.kernel.shape == (*taps, mask.sum())
     weights = normal(*taps, *sizes[:2], seed=5)
@@ -257,7 +257,7 @@ def test_an_expander_equals_its_masked_twin(kind, sizes, options, shape, samplin
 def test_channels_without_a_connection_are_independent():
     layer = expander(ExpanderLinear, (10, 6), {})
     gradient = jax.jacobian(lambda x: layer(x[None])[0])(normal(10))
-    mask = connectivity.mask(np.asarray(layer.edges[...]), 10, 6)
+    mask = connectivity.to_matrix(np.asarray(layer.edges[...]), 10, 6)
     np.testing.assert_array_equal(np.asarray(gradient != 0).T, mask)
 
 

@@ -174,7 +174,7 @@ def test_removed_connections_do_not_exist(name):
     for layer in expanders(net).values():
         channels = (layer.in_channels, layer.out_channels)
         for edges in graphs_of(layer):
-            mask = connectivity.mask(edges, *channels)
+            mask = connectivity.to_matrix(edges, *channels)
             assert layer.kernel.shape[-1] == mask.sum() < mask.size
             side = connectivity.sampled_side(*channels, layer.sampling)
             assert (mask.sum({"input": 1, "output": 0}[side]) == layer.degree).all()

@@ -127,14 +127,14 @@ def draw_graph(key: str, pairs, facts: Mapping) -> np.ndarray:
     facts: the tensor's entry `graph` of the golden file.
     """
     out_channels, in_channels = pairs
-    edges = connectivity.expander(
+    edges = connectivity.draw_expander(
         in_channels,
         out_channels,
         facts["degree"],
         f"per_{facts['sampled_side']}",
         generator(f"{key}/connections"),
     )
-    mask = connectivity.mask(edges, in_channels, out_channels).T
+    mask = connectivity.to_matrix(edges, in_channels, out_channels).T
     crc = zlib.crc32(np.packbits(mask).tobytes())
     drawn, recorded = (mask.sum(), crc), (facts["nonzeros"], facts["mask_crc32"])
     if drawn != recorded:

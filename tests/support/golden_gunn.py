@@ -9,7 +9,7 @@ from flax import nnx
 
 from convert.gunn import layer_name, layer_sources
 from convert.sources import assign, empty
-from nets.gunn import gunn_layer
+from nets.gunn import make_gunn_layer
 from tests.support.golden_checks import Comparison, evaluate, train
 from tests.support.golden_files import (
     channels_first,
@@ -83,7 +83,7 @@ def _layer(facts, order):
     shapes = {entry["name"]: tuple(entry["shape"]) for entry in facts["tensors"]}
     first, shortcuts = _form(shapes)
     layer = empty(
-        lambda: gunn_layer(
+        lambda: make_gunn_layer(
             facts["channels"],
             facts["segments"],
             shortcuts=shortcuts,

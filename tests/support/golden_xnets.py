@@ -46,8 +46,10 @@ def expander(path: pathlib.Path) -> Comparison:
     }[facts["rule"]]
     assert connectivity.sampled_side(*channels, sampling) == facts["side"]
     rng = generator(f"{facts['model']}/{weight}/connections")
-    edges = connectivity.expander(*channels, facts["k"], sampling, rng)
-    np.testing.assert_array_equal(connectivity.mask(edges, *channels).T, arrays["mask"])
+    edges = connectivity.draw_expander(*channels, facts["k"], sampling, rng)
+    np.testing.assert_array_equal(
+        connectivity.to_matrix(edges, *channels).T, arrays["mask"]
+    )
 
     geometry = {}
     if facts["layer"] == "ExpanderConv2d":
