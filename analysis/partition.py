@@ -28,7 +28,7 @@ STAGE_WIDTHS = (1, 2, 4)  # relative to the first stage
 class Plan:
     """A pair (L, M) and the counts of its net.
 
-    primary, secondary: L and M. macs: multiply-accumulates for one image.
+    primary, secondary: L and M. macs: multiply-adds for one image.
     balance: L / (9 M) in each stage, 1 where a pair is widest for its weights.
     """
 

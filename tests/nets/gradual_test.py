@@ -205,7 +205,7 @@ def test_units_have_independent_initial_weights_and_graphs():
 
 @pytest.mark.parametrize("shortcuts", ["projection", "plain"])
 def test_counts_include_all_units(shortcuts):
-    """By arithmetic; norms cost no multiply-accumulates."""
+    """By arithmetic; norms cost no multiply-adds."""
     c, o, norms = 12, 3, 12 if shortcuts == "projection" else 10
     weights = (norms // 2 - 3) * c * c + 38 * c * o
     rows = cost.layers(of_bottlenecks(shortcuts), (2, 8, 6, c))

@@ -13,7 +13,7 @@ from nets import cost
 from nets.layers.norm import BatchNorm
 
 # Variant, reference configuration: parameters, their tensors, running numbers of the
-# batch norms, multiply-accumulates. Counted on the original (15, 18) or on its
+# batch norms, multiply-adds. Counted on the original (15, 18) or on its
 # derivation.
 CIFAR, IMAGENET = dict(dataset="cifar"), dict(dataset="imagenet", num_classes=1000)
 SECOND = {"second_shortcut": "identity"}

@@ -10,7 +10,7 @@ from nets.layers.interleaved import InterleavedConv
 from nets.layers.wiring import Wiring
 from nets.plain import IgcResNet, Plain, units_per_stage
 
-# depth, L, M: parameters for 10 classes, millions of multiply-accumulates. L = 0: a
+# depth, L, M: parameters for 10 classes, millions of multiply-adds. L = 0: a
 # regular net of M channels. Specification, section 2; measured in the originals.
 COUNTS = {
     "plain": [
