@@ -73,8 +73,7 @@ def zeros(num_classes: int, *, confusion: bool = False) -> dict[str, jax.Array]:
     """Returns the sums over no examples."""
     example = jnp.zeros((1, num_classes)), jnp.zeros(1, int)
     shapes = jax.eval_shape(functools.partial(sums, confusion=confusion), *example)
-    # float32 even under JAX_ENABLE_X64, so that a checkpoint fits either setting.
-    return {k: jnp.zeros(shape.shape, jnp.float32) for k, shape in shapes.items()}
+    return {name: jnp.zeros(shape.shape) for name, shape in shapes.items()}
 
 
 def means(totals: dict[str, jax.Array], prefix: str) -> dict[str, float]:

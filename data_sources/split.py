@@ -314,5 +314,7 @@ def tensorflow() -> ModuleType:
             "--config.data.pipeline=device, which does not need it; photographs do"
         ) from error
     for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
+        # A notebook that has used TensorFlow before has chosen its devices.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], kind)
     return tf

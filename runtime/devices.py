@@ -27,6 +27,10 @@ def _all_devices() -> list[jax.Device]:
             "JAX_DISABLE_JIT is set, but a run compiles its steps in advance: unset "
             "it; jax.debug.print and jax.debug.breakpoint also work in compiled steps"
         )
+    if jax.config.jax_enable_x64:
+        raise ValueError(
+            "JAX_ENABLE_X64 is set, but a run stores its state in float32: unset it"
+        )
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # "cuda" without CUDA: no message

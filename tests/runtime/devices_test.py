@@ -21,9 +21,11 @@ def test_a_platform_without_devices_is_named(monkeypatch, error, reason):
         make_mesh()
 
 
-def test_a_run_without_jit_is_refused():
-    with (
-        jax.disable_jit(),
-        pytest.raises(ValueError, match=words("JAX_DISABLE_JIT unset")),
-    ):
-        make_mesh()
+@pytest.mark.parametrize("name", ["jax_disable_jit", "jax_enable_x64"])
+def test_a_setting_that_no_run_supports_is_named(name):
+    jax.config.update(name, True)
+    try:
+        with pytest.raises(ValueError, match=words(f"{name.upper()} unset")):
+            make_mesh()
+    finally:
+        jax.config.update(name, False)
