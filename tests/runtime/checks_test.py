@@ -62,7 +62,11 @@ REFUSED = {
     "crop": ("xdensenet", {"data.crop": "inceptio"}, "'inceptio' pad inception"),
     "mean": ("xdensenet", {"data.mean": ("x",)}, "data.mean numbers 'x'"),
     "two means": ("xdensenet", {"data.mean": (1.0, 2.0)}, "data.mean 3 numbers"),
-    "no deviation": ("xdensenet", {"data.std": (1.0, 0.0, 1.0)}, "data.std 3 not 0.0"),
+    "no deviation": (
+        "xdensenet",
+        {"data.std": (1.0, 0.0, 1.0)},
+        "data.std 3 positive 0.0",
+    ),
     "dispatch": (
         "xdensenet",
         {"train.steps_per_dispatch": 4, "data.pipeline": "tf.data"},
