@@ -41,7 +41,7 @@ def initialize(variables: dict, source: str) -> dict:
         )
     if fresh:
         names = ", ".join(sorted(fresh))
-        logging.info("not from %s, because shapes differ: %s", source, names)
+        logging.info("these layers start fresh, as their shapes differ: %s", names)
     leaves = [ours[x] if _layer(x) in fresh else weights[x] for x in ours]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
