@@ -27,7 +27,8 @@ from runtime.clock import Clock
 from runtime.devices import make_mesh, place
 from runtime.dispatch import make_advance
 from runtime.processes import Preempted, check_agreement, sigterm
-from runtime.reporting import Reporter, log_run, profile_range, write_confusion
+from runtime.profile import profile_range
+from runtime.reporting import Reporter, log_run, write_confusion
 from runtime.workdir import (
     PATHS,
     WorkdirError,

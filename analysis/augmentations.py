@@ -3,9 +3,9 @@
 python -m analysis.augmentations --config=configs/gunn.py:15,cifar10 --out=sheet.png \\
     [--config.data.dir=...] [--config.augment.cutout=8] [--images=8] [--versions=10]
 
-The left column shows training images as in evaluation. Each further column is one
-training step, from the configuration's own input pipeline and with the normalisation
-undone. Captions below mixed images give the shares of the rows in their targets.
+The left column shows training images as in evaluation. Each further column is one step
+of the configuration's input pipeline and augmentation, without normalisation. Captions
+below mixed images give the shares of the rows in their targets.
 """
 
 import dataclasses
@@ -36,10 +36,12 @@ def versions(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Augments `images` training images in each of `count` steps.
 
-    Returns plain (images, H, W, 3) uint8, as in evaluation; augmented (count, images,
-    H, W, 3) uint8; and shares (count, images, images), where shares[step, i, j] is the
-    share of image j in the target of augmented[step, i]. Raises ValueError for data
-    that cannot be loaded and for impossible augmentations.
+    Returns:
+      plain: (images, H, W, 3) uint8, as in evaluation.
+      augmented: (count, images, H, W, 3) uint8.
+      shares: (count, images, images); shares[step, i, j] is the share of image j in the
+        target of augmented[step, i].
+    Raises ValueError for data that cannot be loaded and impossible augmentations.
     """
     config = config.copy_and_resolve_references()
     config.train.batch_size = config.eval.batch_size = images
@@ -61,12 +63,9 @@ def versions(
             first_row=0,
         )
 
-    def denormalize(x):
-        x = x * np.asarray(normalization["std"]) + np.asarray(normalization["mean"])
-        return np.rint(np.clip(x, 0, 255)).astype(np.uint8)
-
     (test,) = input_pipeline.batches(config, "test", examples=split)
-    plain = denormalize(augment.normalize(test["image"], **normalization))
+    x = augment.normalize(test["image"], **normalization)
+    plain = augment.denormalize(x, **normalization)
     batches = input_pipeline.batches(config, "train", examples=split, mean=facts.mean)
     augmented, shares = [], []
     for number, batch in zip(range(count), batches, strict=False):
@@ -75,7 +74,7 @@ def versions(
         x, targets = step(batch, key)
         if targets.ndim == 1:
             targets = np.eye(images)[targets]
-        augmented.append(denormalize(np.asarray(x))[order])
+        augmented.append(augment.denormalize(x, **normalization)[order])
         shares.append(np.asarray(targets)[order])
     return plain, np.stack(augmented), np.stack(shares)
 

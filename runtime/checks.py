@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import input_pipeline
 from augment.check import check as check_augment
 from nets import cost
-from runtime.reporting import profile_range
+from runtime.profile import profile_range
 from runtime.workdir import flatten
 
 

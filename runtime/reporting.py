@@ -1,6 +1,5 @@
-"""Reports on a run: the log, its CSV files, best.json, TensorBoard and profiles."""
+"""Reports on a run: the log, CSV files and best.json, and what TensorBoard shows."""
 
-import concurrent.futures
 import contextlib
 import datetime
 import math
@@ -22,9 +21,11 @@ import input_pipeline
 import metrics
 from nets import cost
 from runtime.clock import Clock
-from runtime.workdir import as_csv, flatten, read_rows, write_json, write_text
+from runtime.profile import Profile
+from runtime.tensorboard import TensorBoard, draw_confusion, tile, to_hparams
+from runtime.workdir import as_csv, read_rows, write_json, write_text
 
-MAX_CLASSES = 200  # of a confusion matrix: a larger one is only summarized per class
+MAX_CLASSES = 200  # larger confusion matrices are only summarised per class
 
 
 class _Mark(NamedTuple):
@@ -39,8 +40,8 @@ class Reporter:
     """Writes evaluations to CSV files, progress to the log, and both to TensorBoard.
 
     metrics.csv depends only on config and seed, so a resumed run ends with the same
-    bytes; measurements of time and memory go to speed.csv. Nothing here waits for the
-    device in each step.
+    bytes; measurements of time and memory go to speed.csv. No method waits for the
+    device on every step.
     """
 
     def __init__(
@@ -51,23 +52,23 @@ class Reporter:
         config: ConfigDict,
         now: Callable[[], float] = time.perf_counter,
     ):
-        """`step`: the step that the run resumes from, or 0."""
+        """Continues the files in `workdir` from `step`, 0 for a new run."""
         self._workdir, self._clock, self._now = workdir, clock, now
-        # The run repeats the steps after its checkpoint, and their rows.
+        # The run repeats the steps after its checkpoint and rewrites their rows.
         self.rows, self._speeds = (
             [row for row in read_rows(workdir / name) if row["step"] <= step]
             for name in ("metrics.csv", "speed.csv")
         )
-        self.finite = True  # whether the last loss that was fetched is finite
+        self.finite = True  # whether the loss fetched last is finite
         self._paused_seconds = 0.0
         self._latest = self._pending = None  # (step, totals), maybe not computed yet
         self._line = self._row = self._end = _Mark(step, {}, now())
         self._profile = self._events = None
         if jax.process_index() == 0:
-            self._profile = _Profile(workdir, config, step)
+            self._profile = Profile(workdir, config, step)
             self._events = TensorBoard(workdir) if config.train.tensorboard else None
         if step == 0:
-            self._write("hparams", _to_hparams(config))
+            self._write("hparams", to_hparams(config))
 
     def trained(self, step: int, totals: dict) -> None:
         """Reports progress; call after each dispatch with the sums since the last row.
@@ -107,15 +108,15 @@ class Reporter:
     ) -> None:
         """Appends a row to metrics.csv; call inside pause().
 
-        best.json holds the row with the highest BEST_METRIC, the first if equal.
-        `confusion` as in write_confusion.
+        best.json holds the best row (metrics.best). For `confusion` see
+        write_confusion.
         """
         step = row["step"]
         if confusion is not None:
             write_confusion(self._workdir, confusion, class_names)
             if len(confusion) <= MAX_CLASSES:
-                self._write("images", step, {"confusion": _draw_confusion(confusion)})
-        # A row of this step has lost its checkpoint, in a crash after the evaluation.
+                self._write("images", step, {"confusion": draw_confusion(confusion)})
+        # A crash after this step's evaluation left a row without a checkpoint.
         self.rows = [*(x for x in self.rows if x["step"] < step), row]
         write_text(self._workdir / "metrics.csv", as_csv(self.rows))
         write_json(self._workdir / "best.json", metrics.best(self.rows))
@@ -131,19 +132,19 @@ class Reporter:
         )
         self._write("scalars", step, row)
         self._write("scalars", step, {"peak_memory_mb": speed["peak_memory_mb"]})
-        # The sums start over.
+        # The train step's sums restart after an evaluation.
         self._line = self._row = _Mark(step, {}, self._end.seconds)
 
     def sheet(self, make: Callable[[], np.ndarray]) -> None:
         """Shows augmented training images in TensorBoard.
 
-        make: returns (N, H, W, 3) uint8; runs in TensorBoard's thread, if it is on.
+        make: returns (N, H, W, 3) uint8; runs in TensorBoard's thread, if enabled.
         """
-        sheet = lambda: {"training_images": _tile(make())}
+        sheet = lambda: {"training_images": tile(make())}
         self._write("images", self._line.step, sheet)
 
     def close(self) -> None:
-        """Reports what is pending and waits for TensorBoard."""
+        """Logs the pending line, ends the profile and waits for TensorBoard."""
         self._flush()
         if self._profile:
             self._profile.stop()
@@ -177,7 +178,7 @@ class Reporter:
         return _Mark(step, totals, self._now() - self._paused_seconds)
 
     def _measure_speed(self, row: dict[str, float]) -> dict[str, float]:
-        """Returns the row of speed.csv about the training since the last row."""
+        """Returns the row of speed.csv for the training since the last row."""
         return {
             "step": row["step"],
             "epoch": row["epoch"],
@@ -191,108 +192,11 @@ class Reporter:
             self._events.write(kind, *arguments)
 
 
-class TensorBoard:
-    """Writes TensorBoard events in a thread, which first imports TensorFlow and CLU.
-
-    The import may take longer than compiling the train step. CLU's LoggingWriter is not
-    used: the log has its own lines. A run must not fail because events cannot be
-    written.
-    """
-
-    def __init__(self, workdir: pathlib.Path):
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._writer = None
-        self._thread.submit(self._open, workdir)
-
-    def write(self, kind: str, *arguments) -> None:
-        """Calls a write_... method of clu.metric_writers: 'scalars', 'images', ...
-
-        Arguments that are functions are replaced by their results, in the thread.
-        """
-        self._thread.submit(self._call, f"write_{kind}", *arguments)
-
-    def close(self) -> None:
-        self._thread.submit(self._call, "close")
-        self._thread.shutdown()
-
-    def _open(self, workdir: pathlib.Path) -> None:
-        try:
-            input_pipeline.tensorflow()  # keeps it off the accelerators
-            from clu import metric_writers
-
-            self._writer = metric_writers.SummaryWriter(str(workdir))
-        except Exception as error:
-            cause = error.__cause__ or error
-            logging.info("no TensorBoard events (%s); see metrics.csv", cause)
-
-    def _call(self, method: str, *arguments) -> None:
-        if self._writer is None:
-            return
-        try:
-            arguments = [x() if callable(x) else x for x in arguments]
-            getattr(self._writer, method)(*arguments)
-        except Exception as error:
-            logging.warning("no more TensorBoard events are written: %s", error)
-            self._writer = None
-
-
-def profile_range(
-    config: ConfigDict, total: int | None = None
-) -> tuple[int, int] | None:
-    """Returns the steps between which a run is profiled, or None.
-
-    Raises ValueError for an impossible range; `total` is the last step, if known.
-    """
-    steps = config.train.profile_steps
-    if not steps:
-        return None
-    valid = len(steps) == 2 and all(isinstance(step, int) for step in steps)
-    if not valid or not 0 < steps[0] < steps[1]:
-        raise ValueError(
-            f"train.profile_steps={steps} must be (first, last) with 0 < first < last, "
-            "such as (20, 30)"
-        )
-    if total is not None and steps[1] > total:
-        raise ValueError(
-            f"train.profile_steps={steps} must end by the last step of the run, {total}"
-        )
-    return steps
-
-
-class _Profile:
-    """Traces config.train.profile_steps, for TensorBoard and Perfetto.
-
-    Starts and stops at the first dispatches that end at these steps or later.
-    """
-
-    def __init__(self, workdir: pathlib.Path, config: ConfigDict, step: int):
-        steps = profile_range(config)
-        self._range = steps if steps and step < steps[1] else None
-        self._folder, self._running = workdir / "profile", False
-
-    def advance(self, step: int, totals: dict) -> None:
-        if self._range is None or step < self._range[0]:
-            return
-        if not self._running:
-            jax.block_until_ready(totals)  # earlier steps are not part of the trace
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-        elif step >= self._range[1]:
-            jax.block_until_ready(totals)
-            self.stop()
-
-    def stop(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            logging.info("profile written to %s", self._folder)
-        self._range, self._running = None, False
-
-
 def final_summary(result: dict[str, float], workdir: pathlib.Path) -> str:
     """Returns the final summary that a command prints.
 
-    `result` is that of train_and_evaluate, or of evaluate_checkpoint, which has no best
-    row and may end its names in the views.
+    result: from train_and_evaluate, or from evaluate_checkpoint, which has no best row
+      and may append the views to its names.
     """
     metric = metrics.BEST_METRIC
 
@@ -323,7 +227,7 @@ def write_confusion(
     """Writes per_class.csv and, for up to MAX_CLASSES classes, confusion.csv.
 
     confusion: (classes, classes) counts of test examples, by true and predicted class.
-    names: of the classes, by default their numbers.
+    names: class names; by default, numbers.
     """
     names = names or range(len(confusion))
     examples, correct = confusion.sum(1), confusion.diagonal()
@@ -341,28 +245,6 @@ def write_confusion(
     if len(confusion) <= MAX_CLASSES:
         matrix = [dict(zip(names, row, strict=True)) for row in confusion.tolist()]
         write_text(workdir / f"confusion{suffix}.csv", as_csv(matrix))
-
-
-def _draw_confusion(confusion: np.ndarray) -> np.ndarray:
-    """Returns (classes, classes, 1) uint8; black: all examples of the true class."""
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    return np.rint(255 * (1 - share)).astype(np.uint8)[..., None]
-
-
-def _tile(images: np.ndarray) -> np.ndarray:
-    """Arranges images (N, H, W, 3) in a square grid, filled up with black."""
-    count, height, width, channels = images.shape
-    side = math.ceil(math.sqrt(count))
-    grid = np.zeros((side * side, height, width, channels), images.dtype)
-    grid[:count] = images
-    grid = grid.reshape(side, side, height, width, channels).swapaxes(1, 2)
-    return grid.reshape(side * height, side * width, channels)
-
-
-def _to_hparams(config: ConfigDict) -> dict[str, bool | int | float | str]:
-    """Returns the flat configuration; TensorBoard accepts no tuples."""
-    fields, kinds = flatten(config), (bool, int, float, str)
-    return {k: v if isinstance(v, kinds) else str(v) for k, v in fields.items()}
 
 
 def _compute_rate(start: _Mark, end: _Mark) -> float:
@@ -387,8 +269,21 @@ def _measure_peak_memory() -> float:
 def log_run(
     config: ConfigDict, facts: input_pipeline.Facts, net: nnx.Module, mesh: Mesh
 ) -> None:
-    """Logs what is about to be trained; `net` may be abstract."""
-    total = cost.total(cost.layers(net, (1, *facts.image_shape)))
+    """Logs net, data and devices of a run, and each layer with --verbosity=1.
+
+    net: may be abstract.
+    """
+    layers = cost.layers(net, (1, *facts.image_shape))
+    for layer in layers:
+        logging.vlog(
+            1,
+            "layer    %-32s %-14s %10s parameters, %13s multiply-adds",
+            layer.path,
+            layer.kind,
+            f"{layer.parameters:,}",
+            f"{layer.macs:,}",
+        )
+    total = cost.total(layers)
     logging.info(
         "net      %s %s: %s parameters (dense twin %s), %s multiply-adds per image",
         config.net.name,
@@ -408,8 +303,8 @@ def log_run(
     recipe = config.data.recipe.name
     if recipe not in (re.split("[:/]", config.data.name)[0], ""):
         logging.warning(
-            "the recipe (flip, crop, border, schedule) is the one for %s; to use that "
-            "of another set, pass --config=FILE:%s,SET",
+            "the recipe (flip, crop, border, schedule) is for %s; to use the recipe of "
+            "another data set, pass --config=FILE:%s,SET",
             recipe,
             config.variant,
         )

@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, and where the reference material lies."""
+"""Eight CPU devices for every test, and the location of the reference material."""
 
 import os
 import pathlib
@@ -13,15 +13,15 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder of reference material beside the checkout; absent: test skipped."""
+    """The folder of reference material beside the checkout; skips without it."""
     if not SHARED.is_dir():
-        pytest.skip("reference material ../shared is not here")
+        pytest.skip("reference material ../shared not found")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> pathlib.Path:
-    """One cache directory for all processes that the tests start, of all workers."""
+    """The cache directory of all processes that the tests of all workers start."""
     folder = tmp_path_factory.getbasetemp()
     in_worker = "PYTEST_XDIST_WORKER" in os.environ
     return (folder.parent if in_worker else folder) / "cache"
@@ -29,7 +29,7 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(cache) -> None:
-    """Tests compile the same small programs again and again: now once a session."""
+    """Compiles the small programs that many tests share once per session."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))

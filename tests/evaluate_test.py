@@ -36,7 +36,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def wanted(net, examples):
-    """The plain way: all logits at once, then numpy in float64."""
+    """Computes the metrics from all logits at once, in numpy float64."""
     definition, variables = net
     x = (examples.images.astype(np.float32) - 120) / 60
     logits = np.asarray(jax.jit(definition.apply)(variables, x)[0], np.float64)
@@ -76,7 +76,7 @@ def evaluated(net, examples, batch_size, devices, spoil=False):
 
 
 def expected_means(net, views, labels):
-    """The means for the averaged logits of views (N, views, H, W, 3)."""
+    """Returns the means for the averaged logits of views (N, views, H, W, 3)."""
     definition, variables = net
     x = (views.reshape(-1, *views.shape[2:]).astype(np.float32) - 120) / 60
     logits = np.asarray(jax.jit(definition.apply)(variables, x)[0], np.float64)
@@ -125,7 +125,7 @@ def test_the_logits_of_ten_crops_are_averaged(net, examples):
 
 
 def spoiled(batch):
-    """What is masked holds NaN images and labels of no class."""
+    """Masked rows hold NaN images and labels without a class."""
     absent = batch["mask"] == 0
     image = np.where(absent[:, None, None, None], np.nan, batch["image"])
     label = np.where(absent, 99, batch["label"])
@@ -144,7 +144,7 @@ def test_each_example_counts_once(net, examples, wanted, batch_size, devices):
     assert got["test_loss"] == pytest.approx(wanted["test_loss"], rel=1e-6)
 
 
-def test_what_pads_the_last_batch_cannot_be_seen(net, examples, wanted):
+def test_padding_of_the_last_batch_has_no_effect(net, examples, wanted):
     got = evaluated(net, examples, 16, 8, spoil=True)
     clean = evaluated(net, examples, 16, 8)
     assert got[0] == clean[0]

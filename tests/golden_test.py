@@ -96,7 +96,7 @@ def test_recorded(recorded, record_property):
     ("directory", "message"),
     [("absent", "no such directory"), ("empty", "no golden file")],
 )
-def test_a_directory_without_golden_files_is_refused(tmp_path, directory, message):
+def test_a_directory_without_golden_files_is_rejected(tmp_path, directory, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(pytest.UsageError, match=f"--golden=.*{directory}: {message}"):
         discover(tmp_path / directory)

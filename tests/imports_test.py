@@ -79,7 +79,7 @@ def test_imports_follow_the_table():
         ("tests/train_test.py", "tests.resume_test"),
     ],
 )
-def test_the_table_refuses(path, name):
+def test_the_table_rejects(path, name):
     assert not allowed(pathlib.Path(path), name)
 
 
@@ -111,7 +111,7 @@ import main
 
 
 def imports(path: pathlib.Path, in_functions: bool = True) -> set[str]:
-    """Returns the dotted names that a file imports, inside functions too or not."""
+    """Returns the dotted names that a file imports, optionally inside functions too."""
     nodes = [ast.parse((ROOT / path).read_text())]
     names = set()
     while nodes:

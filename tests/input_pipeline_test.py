@@ -24,7 +24,7 @@ def make_config(batch_size=4, **data):
 
 
 def make_examples(count=10, size=(6, 5)):
-    """Noise, so that no two crops are equal; the label is the index."""
+    """Returns noise, so that no two crops are equal; the label is the index."""
     images = np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int32)
     return InMemory(images, labels, tuple(map(str, range(count))))
@@ -46,7 +46,7 @@ def assert_same(batches, others):
 
 
 def by_hand(config, examples, steps):
-    """Carries out plans one image at a time."""
+    """Applies plans one image at a time."""
     data = config.data
     mean = input_pipeline.facts(data, examples).mean
     padded = examples.padded(data.pad, data.border, mean)
@@ -61,7 +61,7 @@ def by_hand(config, examples, steps):
 
 
 def test_labels_follow_the_names_of_their_classes():
-    """A folder of another order has the same labels by name."""
+    """Labels follow class names even if the folders are in another order."""
     examples = make_examples(3)
     names = ("2", "0", "1")
     mapped = input_pipeline.map_classes(examples, names, "flowers")
@@ -81,13 +81,13 @@ def test_unknown_names_leave_the_labels():
 @pytest.mark.parametrize(
     "names", [("0", "1"), ("0", "1", "cow"), ("0", "1", "2", "3"), ("0", "1", "1", "2")]
 )
-def test_other_classes_are_refused_with_both_lists(names):
+def test_other_classes_are_rejected_with_both_lists(names):
     message = f"flowers are 0, 1, 2; those of the run are {', '.join(names)}"
     with pytest.raises(DataError, match=message):
         input_pipeline.map_classes(make_examples(3), names, "flowers")
 
 
-def test_a_digest_tells_splits_apart():
+def test_digests_distinguish_splits():
     examples = make_examples()
     other_images = dataclasses.replace(examples, images=examples.images ^ 1)
     other_labels = dataclasses.replace(examples, labels=examples.labels[::-1])
@@ -135,7 +135,7 @@ def test_crops_are_uniform_and_half_of_the_images_flipped():
     assert abs(np.mean([plan.flip for plan in plans]) - 0.5) < 0.016
 
 
-def test_switched_off_augmentations_leave_the_image():
+def test_disabled_augmentations_do_not_change_the_image():
     config, examples = (
         make_config(pad=0, flip=False, pipeline="device"),
         make_examples(),
@@ -146,7 +146,7 @@ def test_switched_off_augmentations_leave_the_image():
 
 @pytest.mark.parametrize("pipeline", IN_MEMORY)
 @pytest.mark.parametrize("border", BORDERS)
-def test_each_pipeline_carries_out_the_plan(monkeypatch, pipeline, border):
+def test_each_pipeline_follows_the_plan(monkeypatch, pipeline, border):
     monkeypatch.setattr("data_sources.split.STEPS_PER_BLOCK", 3)
     config, examples = make_config(pipeline=pipeline, border=border), make_examples()
     assert_same(take(config, examples, 8), by_hand(config, examples, range(8)))
@@ -240,7 +240,7 @@ def test_a_plan_is_a_pytree_that_stacks_and_traces():
         ({"train.batch_size": 0}, "batch_size must lie in .* got 0"),
     ],
 )
-def test_impossible_values_are_refused_at_once(change, message):
+def test_impossible_values_are_rejected_at_once(change, message):
     config = make_config(name="digits", pipeline="device")
     config.update_from_flattened_dict(change)
     with pytest.raises(DataError, match=message):
@@ -262,7 +262,7 @@ def test_check_names_every_impossible_value_and_reads_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["mean", "photograph_mean", "recipe.mean"])
-def test_normalisation_on_the_scale_0_to_1_is_refused_with_the_right_values(field):
+def test_normalisation_on_the_scale_0_to_1_is_rejected_with_the_right_values(field):
     config = make_config(name="digits")
     imagenet = {f"data.{field}": (0.485, 0.456, 0.406)}
     imagenet[f"data.{field.replace('mean', 'std')}"] = (0.229, 0.224, 0.225)
@@ -288,7 +288,7 @@ def test_other_normalisations_are_accepted(mean, std):
     input_pipeline.check(make_config(name="digits", mean=mean, std=std).data)
 
 
-def test_batches_that_do_not_divide_are_refused_with_both_numbers():
+def test_batches_that_do_not_divide_are_rejected_with_both_numbers():
     config = make_config(9, pipeline="device")
     with pytest.raises(DataError, match=r"batch of 9 .* 2 processes"):
         input_pipeline.batches(
@@ -299,7 +299,7 @@ def test_batches_that_do_not_divide_are_refused_with_both_numbers():
         input_pipeline.batches(config, "test", examples=make_examples())
 
 
-def test_an_unknown_split_is_refused():
+def test_an_unknown_split_is_rejected():
     with pytest.raises(DataError, match="'validation': choose train or test"):
         input_pipeline.load(make_config(name="digits").data, "validation")
 

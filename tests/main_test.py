@@ -73,7 +73,7 @@ def line(config, workdir, fields):
 
 @pytest.fixture(scope="module")
 def results(cache, tmp_path_factory):
-    """The results of all runs of this file, by name; made once for all workers."""
+    """The results of all runs of this file by name, computed once for all workers."""
     reference = launch.reference(cache)
 
     def copy(name):
@@ -141,16 +141,16 @@ def refused(result, words):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_one_line_that_helps(results, name):
+def test_errors_are_one_line(results, name):
     refused(results[name], REFUSED[name][2])
 
 
 @pytest.mark.parametrize("name", REFUSED_THERE)
-def test_one_line_about_a_workdir(results, name):
+def test_workdir_errors_are_one_line(results, name):
     refused(results[name], REFUSED_THERE[name])
 
 
-def test_refused_runs_leave_no_trace(results, cache):
+def test_rejected_runs_leave_no_trace(results, cache):
     for before, after in results["left"].values():
         assert after == before
     config = (cache / "other" / "config.json").read_text()
@@ -165,7 +165,7 @@ def test_images_on_the_device_need_no_tensorflow(results):
     assert results["short"]["code"] == 0
 
 
-def test_a_quiet_run_says_nothing(results):
+def test_a_quiet_run_logs_nothing(results):
     assert results["quiet"]["code"] == 0
     assert results["quiet"]["out"] + results["quiet"]["err"] == ""
 

@@ -16,7 +16,7 @@ LOGITS = jnp.asarray(
 
 
 def correct(labels, name, logits=LOGITS):
-    """1 for each example that counts in metric `name`, else 0."""
+    """Returns 1 for each example that counts in metric `name`, else 0."""
     mask = np.eye(len(labels), dtype=np.float32)
     one = lambda m: metrics.sums(logits, jnp.asarray(labels), jnp.asarray(m))[name]
     return [int(one(row)) for row in mask]
@@ -38,7 +38,7 @@ def test_five_classes_have_no_top5():
     assert sums.keys() == metrics.zeros(5).keys() == {"loss", "accuracy", "examples"}
 
 
-def test_means_without_examples_are_refused():
+def test_means_without_examples_are_rejected():
     with pytest.raises(ValueError, match=r"no test example .*on_error=skip"):
         metrics.means(metrics.zeros(10), "test")
 

@@ -23,7 +23,7 @@ assert sorted(groups) == ["densenet dense, digits", "densenet expander, digits"]
 
 @pytest.fixture(scope="module")
 def cells():
-    """The code cells."""
+    """Returns the code cells."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
 

@@ -8,7 +8,7 @@ from configs import cfmz, xdensenet
 
 
 def run(optimizer, gradients, start=1.0):
-    """The value of a parameter after each step."""
+    """Returns the value of a parameter after each step."""
     parameter = jnp.asarray(start)
     state, values = optimizer.init(parameter), []
     for gradient in gradients:
@@ -87,7 +87,7 @@ def test_xnets_do_not_go_below_the_minimal_rate():
     )
 
 
-def test_invalid_recipes_are_refused():
+def test_invalid_recipes_are_rejected():
     config = xdensenet.get_config()
     recipe = config.optimizer
     recipe.drop_epochs = (225.0, 150.0)
@@ -102,7 +102,7 @@ def test_invalid_recipes_are_refused():
 
 
 def rates(steps, num_examples=1000, **fields):
-    """The rates at these steps; 1,000 images in batches of 100, 10 epochs."""
+    """Returns the rates at these steps: 10 epochs of 1,000 images, batches of 100."""
     config = xdensenet.get_config()
     config.train.update(batch_size=100, epochs=10.0)
     config.optimizer.update(dict(learning_rate=0.5, min_learning_rate=0.0) | fields)
@@ -147,7 +147,7 @@ def test_one_cycle_is_three_straight_lines():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_a_schedule_that_is_unknown_or_does_not_fit_is_refused():
+def test_a_schedule_that_is_unknown_or_does_not_fit_is_rejected():
     with pytest.raises(ValueError, match=r"'cosinus'.*steps, cosine, one_cycle"):
         rates([0], schedule="cosinus")
     for epochs in (10.0, -1.0):

@@ -30,7 +30,7 @@ def reference(cache):
 
 
 def kill(workdir, ready, cache, **fields):
-    """A run killed as soon as ready() holds, which must be before its end."""
+    """Kills a run as soon as ready() holds, which must be before its end."""
     process = start(arguments(workdir, **fields), cache)
     killed = kill_when(process, ready)
     _, err = launch.finish(process)[1:]
@@ -42,7 +42,7 @@ def last(workdir):
 
 
 def later(moment):
-    """Holds from some moment after it was first asked."""
+    """Holds from some time after the first call."""
     start = []
     return lambda: (
         start.append(time.monotonic()) or time.monotonic() - start[0] > moment
@@ -50,7 +50,7 @@ def later(moment):
 
 
 def after_steps(workdir, count):
-    """Holds when checkpoints have come this many steps further."""
+    """Holds once checkpoints have advanced by this many steps."""
     first = last(workdir)
     return lambda: last(workdir) >= first + count
 
@@ -78,7 +78,7 @@ def after_row(workdir):
     return lambda: changed() != old
 
 
-def test_killed_at_any_moment_it_ends_the_same(tmp_path, cache, reference):
+def test_a_kill_at_any_time_does_not_change_the_result(tmp_path, cache, reference):
     workdir, chance = tmp_path / "run", random.Random(2)
     kill(workdir, later(chance.uniform(0.5, 3)), cache)  # starting up
     kill(workdir, after_steps(workdir, 6), cache)
@@ -98,7 +98,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path, cache, reference):
 
 
 @pytest.mark.slow
-def test_killed_many_times_it_ends_the_same(tmp_path, cache, reference):
+def test_many_kills_do_not_change_the_result(tmp_path, cache, reference):
     workdir, chance = tmp_path / "run", random.Random(0)
     kills = 0
     while True:
@@ -162,7 +162,7 @@ def test_complete_run_is_not_repeated(cache, reference):
 
 
 @pytest.mark.slow
-def test_a_second_process_in_a_workdir_is_refused(tmp_path, cache, reference):
+def test_a_second_process_in_a_workdir_is_rejected(tmp_path, cache, reference):
     workdir = tmp_path / "run"
     process = start(arguments(workdir), cache)
     assert kill_when(process, after_steps(workdir, 6), number=signal.SIGSTOP)
@@ -219,7 +219,7 @@ def test_full_disk(tmp_path, cache, reference):
 
 
 def refused(process, workdir):
-    """Ends with one error, and the last checkpoint before it is whole."""
+    """The run ends with one error, and the last checkpoint before it is intact."""
     code, _, err = launch.finish(process)
     assert code == 1, err
     assert err.count("error: ") == 1
@@ -230,8 +230,8 @@ def refused(process, workdir):
 
 
 @pytest.mark.slow
-def test_photographs_and_what_recipes_ask_for_go_on_the_same(tmp_path, cache):
-    """Threads that decode, smaller batches, averaged weights, ghost groups, colours."""
+def test_photographs_resume_exactly(tmp_path, cache):
+    """With threads, smaller last batches, averaged weights, ghost groups, colours."""
     fields = dict(
         data__name=write_folders(tmp_path),
         data__crop="inception",

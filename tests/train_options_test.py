@@ -1,4 +1,4 @@
-"""What a recipe may ask of the step: smaller batches, averages, augmentation."""
+"""Options of the train step: smaller last batches, averaged weights, augmentation."""
 
 import contextlib
 import itertools
@@ -62,7 +62,7 @@ def test_smaller_batches_are_the_same_on_both_paths(npz, tmp_path):
     assert rows["device"] == rows["tf.data"]
 
 
-def test_averaged_weights_are_those_of_the_formula(npz):
+def test_averaged_weights_follow_the_formula(npz):
     steps = Steps(configured(npz, train__ema=0.5), 1)
     # Weights and running statistics alike, on the first of each.
     first = lambda tree, kind: np.asarray(jax.tree.leaves(tree[kind])[0])
@@ -84,7 +84,7 @@ def test_averaged_weights_are_those_of_the_formula(npz):
 
 
 @pytest.mark.slow
-def test_averaged_weights_are_those_that_are_tested(npz, tmp_path):
+def test_evaluation_uses_averaged_weights(npz, tmp_path):
     rows = {}
     for ema in (0.0, 0.999):
         config = configured(npz, train__ema=ema, eval__checkpoint="last")

@@ -47,7 +47,7 @@ def npz(tmp_path_factory):
 
 @pytest.fixture
 def images(npz, name, tmp_path):
-    """Small ones where the net takes them."""
+    """Returns a set of small images if the net supports them."""
     if name in ("cfmz_resnet", "densenet", "resnet"):
         return npz
     return save_images(tmp_path / "larger.npz", tiny.image_size(name))
@@ -55,13 +55,13 @@ def images(npz, name, tmp_path):
 
 def assert_close(trees, rtol):
     for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
-        # What is zero by structure (in GUNN, some shifts) is rounding noise here.
+        # Structural zeros (in GUNN, some shifts) are rounding noise here.
         atol = max(rtol * np.abs(b).max(), 1e-4)
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 @EVERY_NET
-def test_eight_devices_compute_what_one_does(images, name):
+def test_eight_devices_equal_one(images, name):
     one, eight = (Steps(configured(images, name, **SLOWLY), n) for n in (1, 8))
     np.testing.assert_allclose(one.losses(), eight.losses(), rtol=1e-4)
     variables = one.state.variables(), eight.state.variables()
@@ -101,7 +101,7 @@ def test_groups_over_several_devices_exchange_nothing_but_sums(npz):
     assert compiling.collectives(eight.compiled).keys() == {"all-reduce"}
 
 
-def test_plans_are_carried_out_where_the_images_are(npz):
+def test_plans_are_applied_where_the_images_are(npz):
     config = configured(npz, train__steps_per_dispatch=3, train__batch_norm_groups=0)
     examples = input_pipeline.load(config.data, "train")
     mesh = make_mesh()
@@ -127,7 +127,7 @@ def test_state_is_donated(npz):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(steps.state))
 
 
-def test_half_precision_computes_so_and_keeps_single_parameters(npz):
+def test_bfloat16_keeps_float32_parameters(npz):
     single = Steps(configured(npz), 1)
     half = Steps(configured(npz, train__dtype="bfloat16"), 1)
     losses = half.losses()
@@ -146,8 +146,8 @@ def test_dropout_is_a_function_of_seed_and_step(npz):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_devices_drop_out_on_their_own(npz, rate):
-    """Two devices with the same images: twice the loss of one, if they drew alike."""
+def test_dropout_differs_between_devices(npz, rate):
+    """Equal draws on two devices with equal images would double the loss of one."""
     options = dict(net__dropout=rate, train__batch_norm_groups=0)
     one = Steps(configured(npz, train__batch_size=BATCH // 2, **options), 1)
     two = Steps(configured(npz, **options), 2)
@@ -242,7 +242,7 @@ def numbered(events):
 @pytest.mark.parametrize(
     ("jump", "epoch"), [pytest.param(13, 2.0, marks=pytest.mark.slow), (15, 2.4)]
 )
-def test_what_is_not_finite_ends_the_run(npz, tmp_path, jump, epoch):
+def test_a_non_finite_loss_stops_the_run(npz, tmp_path, jump, epoch):
     """Nor is it saved: step 15 has a sound loss and makes the weights of step 16."""
     config = configured(npz, train__epochs=100.0, checkpoint__every_steps=4)
     config.optimizer.update(drop_epochs=(epoch,), drop_factor=1e30)
@@ -259,7 +259,7 @@ def test_what_is_not_finite_ends_the_run(npz, tmp_path, jump, epoch):
         train.train_and_evaluate(config, tmp_path)
 
 
-def test_it_is_noticed_before_the_end_of_a_long_epoch(npz, tmp_path, monkeypatch):
+def test_a_non_finite_loss_is_noticed_within_a_long_epoch(npz, tmp_path, monkeypatch):
     steps = []
     make_advance = train.make_advance
 
@@ -295,7 +295,7 @@ def test_evaluations_and_checkpoints_are_not_training_time(npz, tmp_path, monkey
     assert [row["seconds"] for row in rows] == [0, 0]
 
 
-def test_both_pipelines_give_the_same_run(npz, tmp_path):
+def test_device_pipeline_equals_host(npz, tmp_path):
     rows = {}
     for pipeline in ("device", "tf.data"):
         config = configured(npz, data__pipeline=pipeline)
@@ -310,7 +310,7 @@ def stop_at_once(monkeypatch):
 
 
 @pytest.mark.slow
-def test_stopped_before_its_first_step_it_loses_nothing(npz, tmp_path, monkeypatch):
+def test_a_stop_before_the_first_step_loses_nothing(npz, tmp_path, monkeypatch):
     config = configured(npz, train__epochs=1.0)
     train.train_and_evaluate(config, tmp_path)
     config.train.epochs = 2.0
@@ -373,13 +373,13 @@ def test_an_evaluation_warns_of_changes_and_survives_a_full_disk(
     ]
 
 
-def test_it_learns(npz, tmp_path):
+def test_a_small_net_learns(npz, tmp_path):
     result = train.train_and_evaluate(configured(npz, train__epochs=6.0), tmp_path)
     assert result["test_accuracy"] > 0.9
     assert result["best_test_accuracy"] >= result["test_accuracy"]
 
 
-def test_a_notebook_can_do_what_the_command_line_does(tmp_path, monkeypatch):
+def test_a_notebook_equals_the_command_line(tmp_path, monkeypatch):
     """Several seeds in one process, ~, and paths relative to the current directory."""
     save_images(tmp_path / "small.npz", 8)
     home = tmp_path / "home"

@@ -17,7 +17,7 @@ from nets import cost
         ((5, 1), dict(depth=5)),
     ],
 )
-def test_counts_are_those_of_the_net(partitions, options):
+def test_counts_equal_the_net(partitions, options):
     primary, secondary = partitions
     groups = dict(primary_groups=primary)
     if options.get("grow") == "L":
@@ -31,7 +31,7 @@ def test_counts_are_those_of_the_net(partitions, options):
 
 
 def test_best_nets_within_the_budgets_of_regular_nets():
-    """RegConv-W16 and -W18 of depth 20; figures of the specification."""
+    """Budgets of RegConv-W16 and -W18 with depth 20."""
     best = best_partitions(269_722, min_secondary=1)
     found = [(p.primary, p.secondary, p.width, p.parameters) for p in best]
     assert found[0] == (35, 2, 70, 259_780)
@@ -85,7 +85,7 @@ def test_balance_ranks_the_widest_net_of_each_partition_size():
     assert plans[0].width == 70
 
 
-def test_unknown_or_impossible_options_are_refused():
+def test_unknown_or_impossible_options_are_rejected():
     with pytest.raises(ValueError, match=r"count 'flops': choose from .*'macs'"):
         best_partitions(1e5, count="flops")
     with pytest.raises(ValueError, match="grow 'N'"):

@@ -33,7 +33,7 @@ def test_command_writes_to_the_current_directory_by_default(
 
 
 @pytest.mark.parametrize("degree", ["0", "17"])
-def test_impossible_degree_is_refused(degree, tmp_path, monkeypatch):
+def test_impossible_degree_is_rejected(degree, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["wiring", f"--degree={degree}"])
     with pytest.raises(SystemExit):

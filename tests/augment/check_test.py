@@ -22,7 +22,7 @@ OPTIONS = common.base().augment.to_dict()
         (dict(ricap=0.3), "groups of 4, .* the 7 images"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         check(OPTIONS | options, 7)
 

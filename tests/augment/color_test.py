@@ -17,7 +17,7 @@ def noise(count=64, size=(6, 5)):
 
 
 def jittered(image, order, alpha):
-    """fb.resnet.torch's ColorJitter on one image, in float64."""
+    """Computes fb.resnet.torch's ColorJitter on one image, in float64."""
     image = image.astype(np.float64)
     for kind in order:
         gray = image @ np.array([0.299, 0.587, 0.114])
@@ -86,7 +86,7 @@ def test_lighting_adds_one_colour_with_the_published_covariance():
 
 
 def hls_by_definition(image, shift):
-    """8-bit HLS by OpenCV's documentation, pixel by pixel, in float32."""
+    """Computes 8-bit HLS from OpenCV's documentation, pixel by pixel, in float32."""
     result = np.empty_like(image)
     one = np.float32(1)
     for pixel in np.ndindex(image.shape[:-1]):

@@ -14,7 +14,7 @@ DRAWS = 1500
 
 
 def coordinates(rows):
-    """Images (b, H, W, 3) of batch row, y and x of each pixel, and one-hot targets."""
+    """Returns one-hot targets and images of (batch row, y, x) for each pixel."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     images = [np.stack([np.full_like(y, r), y, x], axis=-1) for r in range(rows)]
     return np.float32(images), np.eye(rows, CLASSES, dtype=np.float32)
@@ -26,7 +26,7 @@ def mixed_for(mix, keys, x, targets, *options):
 
 
 def many(mix, *options):
-    """DRAWS mixtures of a batch: x (DRAWS, 4, H, W, 3), targets (DRAWS, 4, 10)."""
+    """Mixes a batch DRAWS times: x (DRAWS, 4, H, W, 3), targets (DRAWS, 4, 10)."""
     keys = jax.random.split(jax.random.key(1), DRAWS)
     mixed = mixed_for(mix, keys, *coordinates(4), *options)
     return [np.asarray(part) for part in mixed]

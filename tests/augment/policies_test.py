@@ -54,7 +54,7 @@ MAGNITUDES = {
 
 
 def tinted_digits():
-    """40 digits, 32x32, in two random colours each; five of noise and a flat one."""
+    """Returns 40 digits in two random colours, five noise images and a flat one."""
     rng = np.random.default_rng(0)
     with np.load(digits.FILE) as file:
         small = file["images"][:40]
@@ -81,7 +81,7 @@ def images(request):
 
 
 def operate(name, images, magnitude, mean=MEAN):
-    """One operation on all images."""
+    """Applies one operation to all images."""
     chosen = np.zeros((len(images), 1), int)
     return np.asarray(policies.apply([(name, magnitude)], chosen, images, mean))
 
@@ -107,7 +107,7 @@ def test_operations_equal_pillows_on_images_that_are_not_square(images):
 
 
 def levels(name, level):
-    """Pillow's equally likely arguments for a level of AutoAugment's CIFAR code."""
+    """Returns Pillow's equally likely arguments for a level of AutoAugment's code."""
     if name in ("rotate", "translate_x", "translate_y"):
         degrees_or_pixels = 3 * level if name == "rotate" else level
         return degrees_or_pixels, -degrees_or_pixels
@@ -137,7 +137,7 @@ def randaugment_levels(name, magnitude):
 
 
 def outcomes(steps, image):
-    """bytes -> probability; steps: the alternatives (probability, change) of each."""
+    """Returns bytes -> probability; steps: alternatives (probability, change)."""
     found = {}
     for chosen in itertools.product(*steps):
         result, probability = Image.fromarray(image), 1.0
@@ -171,7 +171,7 @@ def draws(policy, image, number, *options):
 
 
 def exact(name, magnitude):
-    """Pillow's operation; ours if they may differ, which a second would amplify."""
+    """Applies Pillow's operation, or ours where a second one would amplify errors."""
     if name not in INEXACT:
         return PILLOW[name](magnitude)
 

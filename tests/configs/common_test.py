@@ -27,7 +27,7 @@ def test_empty_choices_are_the_defaults():
         ("20,cifar10,modern,fast", "4 parts, expected variant,data,recipe"),
     ],
 )
-def test_unknown_choices_are_refused_with_the_known_ones(argument, message):
+def test_unknown_choices_are_rejected_with_the_known_ones(argument, message):
     with pytest.raises(ValueError, match=message):
         cfmz.get_config(argument)
 

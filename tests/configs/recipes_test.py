@@ -236,7 +236,7 @@ def test_a_recipe_has_the_steps_and_rates_of_its_original(argument):
 
 @pytest.mark.parametrize("argument", TABLE)
 def test_a_recipe_can_be_run(argument):
-    """On one device: the last batch too, in groups of images that share statistics."""
+    """On one device, the last batch too is split into groups with own statistics."""
     config = get_config(argument)
     names = tuple(map(str, range(config.net.num_classes)))
     shape, num_train = (32, 32, 3), DATA_SETS[config.data.name].num_train

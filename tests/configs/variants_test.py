@@ -96,7 +96,7 @@ def test_a_row_has_the_published_number_of_parameters(family, variant):
 
 @pytest.mark.parametrize("family", CIFAR_FAMILIES)
 def test_only_the_classifier_grows_with_the_classes(family):
-    """In the smallest row, the count derived for 100 classes is that of the net."""
+    """In the smallest row, the count derived for 100 classes equals the net's."""
     module = FAMILIES[family]
     rows = {n: v.parameters for n, v in module.VARIANTS.items()}
     rows = {n: x["cifar100"] for n, x in rows.items() if x.keys() >= {*CIFAR}}

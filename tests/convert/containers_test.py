@@ -77,7 +77,7 @@ def test_a_truncated_file_is_one_line(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_flipped_bytes_never_crash_or_allocate_much(tmp_path, kind):
-    """Most formats have no checksum, so that a flipped value may be read."""
+    """Most formats have no checksum, so a flipped value may be read."""
     content, random = WRITERS[kind](TENSORS), np.random.default_rng(1)
     tracemalloc.start()
     for position in random.integers(0, len(content), 150):
@@ -275,7 +275,7 @@ def test_torch7_functions_and_replicas_are_skipped(tmp_path):
         read(tmp_path, head + fields)
 
 
-def test_shared_modules_are_refused_at_once(tmp_path):
+def test_shared_modules_are_rejected_at_once(tmp_path):
     """Otherwise a small file would describe a tree of any size."""
     bomb = push([])
     for _ in range(60):

@@ -109,7 +109,7 @@ def test_a_failed_load_leaves_the_net_unchanged(tensors):
     assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(nnx.state(net)))
 
 
-def test_a_mask_that_differs_between_taps_is_refused(tensors):
+def test_a_mask_that_differs_between_taps_is_rejected(tensors):
     name = "block1.layer.0.conv2.mask"
     mask = tensors[name].copy()
     mask[0, :, 0, 0] ^= True
@@ -120,7 +120,7 @@ def test_a_mask_that_differs_between_taps_is_refused(tensors):
 @pytest.mark.parametrize(
     ("field", "value"), [("eps", 1e-3), ("keep", 0.99), ("running_var", "biased")]
 )
-def test_other_batch_norm_conventions_are_refused(field, value):
+def test_other_batch_norm_conventions_are_rejected(field, value):
     reference = EXPANDER | {"batch_norm": EXPANDER["batch_norm"] | {field: value}}
     with pytest.raises(ValueError, match=f"{field} is .* here and '?{value}'? in"):
         convert.build(reference)
@@ -135,19 +135,19 @@ def test_an_unknown_reference_error_names_the_nearest():
         convert.load(nnx.Dropout(0.5), {})
 
 
-def test_an_unknown_field_of_a_reference_is_refused():
+def test_an_unknown_field_of_a_reference_is_rejected():
     config = EXPANDER["config"] | {"mystery": 1}
     with pytest.raises(ValueError, match=r"no field .*mystery"):
         convert.build(EXPANDER | {"config": config})
 
 
-def test_a_graph_that_differs_from_the_recorded_one_is_refused():
+def test_a_graph_that_differs_from_the_recorded_one_is_rejected():
     facts = dict(sampled_side="output", degree=2, nonzeros=8, mask_crc32=0)
     with pytest.raises(GoldenError, match=r"drew \(nonzeros, crc32\) .* recorded"):
         draw_graph("model/name", (4, 6), facts)
 
 
-def test_another_format_is_refused(tmp_path: pathlib.Path):
+def test_another_format_is_rejected(tmp_path: pathlib.Path):
     path = tmp_path / "old.json"
     path.write_text('{"format": 1}')
     with pytest.raises(GoldenError, match=r"old.json: expected format 2, got 1"):
@@ -190,7 +190,7 @@ def test_either_primary_or_secondary_groups_double(config, wiring):
         (dict(blocks_per_stage=[3, 4, 6, 3]), "no IGCNet builder"),
     ],
 )
-def test_stages_that_no_builder_supports_are_refused(fields, message):
+def test_stages_that_no_builder_supports_are_rejected(fields, message):
     section = convert.find("igcnets", "resnet_igc_imagenet").section
     with pytest.raises(ValueError, match=message):
         section(IGC10 | fields)

@@ -139,7 +139,7 @@ def deluge_tree(tensors, layers):
 
 
 def test_delugenets(tmp_path):
-    """Readers of one map may have other statistics: the net evaluates like the file."""
+    """Readers of one map may have different statistics; evaluation stays the same."""
     layers = (2, 3)
     config = config_of(delugenets, "146", layers=layers, width=0.25)
     tensors = weight_files.tensors(config.net, "delugenets", "delugenet")
@@ -230,7 +230,7 @@ def expander():
 
 @pytest.mark.parametrize("write", ["torch_zip", "torch_pickles", "npz", "safetensors"])
 def test_x_nets_without_a_config(tmp_path, expander, write):
-    """The graph is that of the masks."""
+    """The graph follows the masks."""
     path = tmp_path / "file"
     content = {k: v.astype(np.float32) for k, v in expander.items()}
     path.write_bytes(getattr(weight_files, write)(content))
@@ -240,7 +240,7 @@ def test_x_nets_without_a_config(tmp_path, expander, write):
     assert_same(match.net, loaded(EXPANDER.net, expander))
 
 
-def test_equal_counts_are_told_apart_by_names_and_shapes():
+def test_names_and_shapes_distinguish_equal_counts():
     """resnet-20, preresnet-20 and IGCNet's plain-20-W16 have 269,722 parameters."""
     names = {name for name, _ in identify.candidates(269_722)}
     assert {"configs/fb_resnet.py:resnet-20,cifar10"} < names
@@ -312,17 +312,17 @@ def test_a_wrong_shape_is_named(expander):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_refused(expander, value):
+def test_numbers_that_are_not_finite_are_rejected(expander, value):
     tensors = expander | {"fc.bias": np.full(10, value, np.float32)}
     assert "fc.bias holds numbers that are not finite" in refused(tensors)
 
 
-def test_integers_are_refused(expander):
+def test_integers_are_rejected(expander):
     tensors = expander | {"fc.bias": np.zeros(10, np.int64)}
     assert "fc.bias holds int64" in refused(tensors)
 
 
-def test_another_graph_is_refused(expander):
+def test_another_graph_is_rejected(expander):
     """A mask with fewer connections is another net."""
     tensors = dict(expander)
     mask = tensors["trans1.conv1.mask"].copy()
@@ -332,14 +332,14 @@ def test_another_graph_is_refused(expander):
     assert "trans1.conv1.mask: the mask has" in message
 
 
-def test_a_foreign_net_is_refused():
+def test_a_foreign_net_is_rejected():
     tensors = {"bert.embeddings.weight": np.ones((3, 4), np.float32)}
     message = refused(tensors)
     assert "these 12 parameters (bert.embeddings.weight)" in message
     assert "missing" in refused(tensors, ("x.py", EXPANDER))
 
 
-def test_a_file_of_another_number_of_layers_is_refused(tmp_path):
+def test_a_file_of_another_number_of_layers_is_rejected(tmp_path):
     config = config_of(fb_resnet, "resnet-20", depth=8, shortcut="B")
     tensors = weight_files.tensors(config.net, "resnet", "resnet")
     content = weight_files.torch7(residual_tree(tensors, 1, False))

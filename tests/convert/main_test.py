@@ -143,7 +143,7 @@ def test_errors_name_the_file(tmp_path, files):
         command.main([str(tmp_path / "foreign.npz"), "--dry-run"])
 
 
-def test_a_config_for_an_unknown_data_set_is_refused(tmp_path, files):
+def test_a_config_for_an_unknown_data_set_is_rejected(tmp_path, files):
     workdir = tmp_path / "run"
     with pytest.raises(SystemExit, match="data set 'mine' is unknown"):
         run(files, f"--workdir={workdir}", "--config.data.name=mine")

@@ -123,7 +123,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, packed):
+def test_a_malicious_pickle_is_rejected_and_not_run(tmp_path, packed):
     target = tmp_path / "executed"
     spoil = pickle.dumps({b"data": Malicious(target), b"labels": [0]})
     save(tmp_path, SMALL["cifar10"][0], packed=packed, spoil=spoil)
@@ -135,7 +135,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, packed):
 
 
 class Pointers:
-    """Pickles as an array of objects at an address of the attacker's choice."""
+    """Pickles as an array of objects at an address that an attacker chooses."""
 
     def __reduce__(self):
         return np.ndarray, ((1,), np.dtype(object), b"\x41" * 8)
@@ -152,7 +152,7 @@ class Restored:
 @pytest.mark.parametrize("content", [Pointers(), Restored()])
 @pytest.mark.parametrize("key", [b"data", b"labels"])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_no_array_of_pointers_is_made(content, key, protocol):
+def test_object_arrays_are_rejected(content, key, protocol):
     """Using one would crash the process."""
     batch = {b"data": rows(images()), b"labels": list(range(COUNT)), key: content}
     with pytest.raises(pickle.UnpicklingError, match="refused"):
@@ -198,7 +198,7 @@ def test_a_damaged_archive_is_never_trained_on(tmp_path, name, archive):
 
 
 @pytest.mark.parametrize(("name", "archive"), ARCHIVES)
-def test_a_file_with_fewer_images_is_refused(tmp_path, monkeypatch, name, archive):
+def test_a_file_with_fewer_images_is_rejected(tmp_path, monkeypatch, name, archive):
     more = archive._replace(count=archive.count | {"train": COUNT + 1})
     monkeypatch.setitem(archives.CIFAR, name, [more])
     save(tmp_path, archive, packed=False)
@@ -224,7 +224,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, archive):
         load(tmp_path, name)
 
 
-def test_a_label_out_of_range_is_refused(tmp_path):
+def test_a_label_out_of_range_is_rejected(tmp_path):
     archive = SMALL["cifar10"][1]
     save(tmp_path, archive, packed=False)
     path = tmp_path / archive.folder / "test_batch.bin"
@@ -331,7 +331,7 @@ def test_svhn_without_scipy_names_the_remedy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("label", [0, 11, 255])
-def test_svhn_labels_out_of_range_are_refused(tmp_path, label):
+def test_svhn_labels_out_of_range_are_rejected(tmp_path, label):
     save_svhn(tmp_path, y=np.array([[1, 2, 3, label, 5, 6, 7]], np.uint8).T)
     with pytest.raises(
         DataError, match=f"train_32x32.*label {label}, expected 1 to 10"

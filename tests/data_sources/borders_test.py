@@ -13,7 +13,7 @@ def random_images(*shape, seed=0):
 
 
 def mean_border_by_hand(image, pad):
-    """cfmz's rule in exact arithmetic, pixel by pixel."""
+    """Computes cfmz's border in exact arithmetic, pixel by pixel."""
 
     def mean(values):
         return round(
@@ -89,7 +89,7 @@ def test_no_padding_changes_nothing(border):
     np.testing.assert_array_equal(split.pad_images(images, 0, border), images)
 
 
-def test_unknown_border_is_refused_with_the_choices():
+def test_unknown_border_is_rejected_with_the_choices():
     with pytest.raises(ValueError, match=r"'wide'.*zero, mean"):
         split.pad_images(random_images(1, 4, 4, 3), 1, "wide")
 

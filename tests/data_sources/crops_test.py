@@ -31,7 +31,7 @@ def generated():
     params=["generated", "some", pytest.param("all", marks=pytest.mark.slow)],
 )
 def photographs(request, generated):
-    """Encoded images: generated, a few photographs, all 99 photographs."""
+    """Returns encoded images: generated, a few photographs, or all 99 photographs."""
     if request.param == "generated":
         return generated
     folder = request.getfixturevalue("shared") / "data" / "imagenet_sample"
@@ -42,7 +42,7 @@ def photographs(request, generated):
 
 
 def torch_bicubic(pixels, resized):
-    """Torch7's image.scale: corners aligned, Catmull-Rom, continued linearly."""
+    """Computes Torch7's image.scale: aligned corners, Catmull-Rom, linear borders."""
     for axis, length in enumerate(resized):
         pixels = np.moveaxis(pixels.astype(np.float64), axis, 0)
         old = len(pixels)
@@ -130,7 +130,7 @@ def test_random_resized_equals_pillows_resize(photographs):
 
 
 def warp_affine(pixels, matrix, height, width):
-    """OpenCV's warpAffine: bilinear, with the canvas colour outside."""
+    """Computes OpenCV's warpAffine: bilinear, with the canvas colour outside."""
     border = np.array((123, 113, 99), np.float64)
     padded = np.full((pixels.shape[0] + 4, pixels.shape[1] + 4, 3), border)
     padded[2:-2, 2:-2] = pixels
@@ -337,13 +337,13 @@ def test_16_bits_are_scaled_to_8(kind):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_32_bits_are_refused(dtype):
+def test_32_bits_are_rejected(dtype):
     content = save(Image.fromarray(np.zeros((9, 9), dtype)), "tiff")
     with pytest.raises(DataError, match=r"32 bits a channel .* convert it to 8 bits"):
         crops.center_crop(content, "inception", 32)
 
 
-def test_images_beyond_pillows_limit_are_refused(monkeypatch):
+def test_images_beyond_pillows_limit_are_rejected(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     content = encode(Image.new("RGB", (9, 9)))
     for crop in (crops.center_crop, crops.random_crop):
@@ -363,7 +363,7 @@ def with_thumbnail(image, **options):
 
 @pytest.mark.parametrize("progressive", [True, False])
 @pytest.mark.parametrize("crop", crops.CROPS)
-def test_a_truncated_jpeg_is_refused_by_every_crop(crop, progressive):
+def test_a_truncated_jpeg_is_rejected_by_every_crop(crop, progressive):
     image = wave(np.random.default_rng(1), 2).resize((90, 80))
     content = with_thumbnail(image, progressive=progressive)
     for draws in draws_for(30):

@@ -22,7 +22,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def decodings(monkeypatch):
-    """The numbers of images decoded, one for each decoded split."""
+    """The number of decoded images for each decoded split."""
     calls, info = [], logging.info
 
     def counted(text, *arguments):

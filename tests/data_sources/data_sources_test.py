@@ -96,7 +96,7 @@ def test_normalisation_is_the_users_then_the_recipes(data):
 
 
 @pytest.mark.parametrize("std", [(1.0, 1.0), (1.0, 0.0, 1.0), ("a", "b", "c")])
-def test_impossible_statistics_are_refused(data, std):
+def test_impossible_statistics_are_rejected(data, std):
     data.name, data.std = "digits", std
     with pytest.raises(DataError, match=r"data\.std must be 3 positive numbers"):
         input_pipeline.load(data, "test")
@@ -155,7 +155,7 @@ def test_damaged_descriptions_are_named(data, name):
         (dict(classes=2), r"0\.\.2, but 2 classes are numbered 0\.\.1"),
     ],
 )
-def test_sets_that_cannot_be_trained_on_are_refused(data, change, message):
+def test_sets_that_cannot_be_trained_on_are_rejected(data, change, message):
     write_set(data.dir, "tfrecord", **change)
     with pytest.raises(DataError, match=message):
         input_pipeline.load(data, "train")
@@ -214,7 +214,7 @@ def test_misspelt_names_list_the_nearest(data, name, message):
         input_pipeline.load(data, "train")
 
 
-def test_an_unknown_on_error_is_refused(data):
+def test_an_unknown_on_error_is_rejected(data):
     data.name, data.on_error = "digits", "ignore"
     with pytest.raises(DataError, match=r"'ignore': choose from raise, skip"):
         input_pipeline.load(data, "train")
@@ -266,7 +266,7 @@ def test_a_download_is_loaded_even_if_the_server_refuses_the_probe(
     assert len(input_pipeline.load(data, "train").labels) == 23
 
 
-def test_digits_are_the_stored_ones_with_every_fifth_for_test(data):
+def test_every_fifth_stored_digit_is_for_testing(data):
     data.name = "digits"
     with np.load(digits.FILE) as file:
         images, target = file["images"], file["labels"]

@@ -108,7 +108,7 @@ def test_a_labelled_test_folder_comes_before_val(data, root, logged):
     assert logged == [f"reading insects (test, 4 images) from {root}/test"]
 
 
-def test_a_test_folder_without_labels_alone_is_refused(data, root):
+def test_a_test_folder_without_labels_alone_is_rejected(data, root):
     write(root, "train")
     (root / "test").mkdir()
     Image.new("RGB", (4, 4)).save(root / "test" / "0.png")
@@ -133,7 +133,7 @@ def test_errors_name_what_is_there(data, root):
         input_pipeline.load(data, "train")
 
 
-def test_of_two_sets_with_the_same_name_the_log_names_the_one_read(
+def test_the_log_names_which_of_two_equally_named_sets_is_read(
     data, tmp_path, monkeypatch, logged
 ):
     data.name = "sets/insects"

@@ -87,7 +87,7 @@ def test_npz_may_be_grey_and_have_more_classes_than_labels(
         (dict(x_train=np.zeros((0, 8, 6, 3), np.uint8), y_train=np.arange(0)), "empty"),
     ],
 )
-def test_npz_that_does_not_fit_is_refused(data, tmp_path, change, message):
+def test_npz_that_does_not_fit_is_rejected(data, tmp_path, change, message):
     data.name = str(save_npz(tmp_path, **change))
     with pytest.raises(DataError, match=message):
         input_pipeline.load(data, "train")
@@ -179,7 +179,7 @@ def test_files_of_other_kinds_are_not_called_damaged(data, tmp_path, content, ki
 
 
 @pytest.mark.parametrize("name", ["x_train", "y_train", "y_test"])
-def test_arrays_of_objects_are_named(data, tmp_path, name):
+def test_object_arrays_are_named(data, tmp_path, name):
     objects = np.array([None, *map(np.zeros, range(8))], object)
     data.name = str(save_npz(tmp_path, **{name: objects}))
     with pytest.raises(DataError, match=f"npz: {name} is an array of Python objects"):

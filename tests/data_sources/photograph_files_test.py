@@ -24,7 +24,7 @@ def own(tmp_path):
 
 
 def test_the_test_folder_alone_can_be_read(own):
-    """As --mode=eval does: with an empty class folder for training, or none."""
+    """Like --mode=eval: with an empty class folder for training, or none."""
     folder = pathlib.Path(own.data.dir, "tiny")
     wanted = input_pipeline.load(own.data, "test")
     (folder / "train").rename(folder / "elsewhere")
@@ -80,7 +80,7 @@ def test_class_folders_must_agree(own):
         (dict(name="my.npz"), "my.npz holds small .*: set --config.data.crop=pad"),
     ],
 )
-def test_impossible_values_are_refused_at_once(own, change, message):
+def test_impossible_values_are_rejected_at_once(own, change, message):
     own.data.update(change)
     with pytest.raises(DataError, match=message):
         input_pipeline.load(own.data, "train")
@@ -151,7 +151,7 @@ def test_damaged_images_of_one_size_are_named_or_skipped(small, warnings):
         input_pipeline.load(config.data, "train")
 
 
-def test_images_that_exceed_the_memory_are_refused(small, monkeypatch):
+def test_images_that_exceed_the_memory_are_rejected(small, monkeypatch):
     sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 359}  # one byte less than they need
     monkeypatch.setattr(os, "sysconf", sizes.get)
     with pytest.raises(DataError, match=r"6 images of 4x5 .*crop=inception"):
@@ -218,7 +218,7 @@ def test_files_with_other_extensions_are_skipped_and_logged(small, warnings):
     )
 
 
-def test_a_single_class_is_refused(small):
+def test_a_single_class_is_rejected(small):
     config, _, train = small
     for split in ("train", "valid"):
         (train.parent / split / "class1").rename(train.parent / f"{split} elsewhere")
@@ -251,7 +251,7 @@ def test_damaged_headers_of_tfrecords_are_found(tmp_path):
         input_pipeline.load(make_config(tmp_path).data, "train")
 
 
-def test_labels_out_of_range_are_refused(tmp_path):
+def test_labels_out_of_range_are_rejected(tmp_path):
     write_tfds(tmp_path, "array_record", classes=3)
     with pytest.raises(DataError, match=r"0\.\.3, but 3 classes"):
         input_pipeline.load(make_config(tmp_path).data, "train")

@@ -69,7 +69,7 @@ def assert_same(batches, others):
 
 
 def by_hand(config, steps):
-    """Carries out plans one image at a time."""
+    """Applies plans one image at a time."""
     files = encoded_images()["train"]
     for step in steps:
         plan = input_pipeline.plan(config, len(files), step)
@@ -87,7 +87,7 @@ def by_hand(config, steps):
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("crop", crops.CROPS)
-def test_batches_are_the_plan_carried_out_by_hand(written, file_format, crop):
+def test_batches_equal_the_plan_applied_by_hand(written, file_format, crop):
     config = make_config(written / file_format, crop=crop)
     assert_same(take(config, 3), by_hand(config, range(3)))
 

@@ -49,7 +49,7 @@ def test_the_dense_net_has_dropout_and_no_normalisation():
 
 
 def test_linear_layers_read_channels_then_rows_then_columns():
-    """The original's order. 128 pixels result in a map of 3x3."""
+    """As in the original. Images of 128 pixels yield a 3x3 map."""
     net = build(image_size=128)
     assert net.linears[0].kernel.shape[0] == net.features == 256 * 3 * 3
     net = nets.create(SMALL | dict(image_size=128, dropout=0.0), nnx.Rngs(0))
@@ -63,7 +63,7 @@ def test_linear_layers_read_channels_then_rows_then_columns():
     np.testing.assert_array_equal(y[0], y[1])  # rows 0 to 8 read channel 0, which is 0
 
 
-def test_images_of_another_size_are_refused():
+def test_images_of_another_size_are_rejected():
     with pytest.raises(ValueError, match="image_size of at least 63, got 62"):
         build(image_size=62)
     definition, variables = nets.split(build())

@@ -56,7 +56,7 @@ def test_compression_keeps_fewer_connections_if_the_inputs_draw():
 
 
 def test_degrees_on_the_other_side_are_those_of_independent_draws():
-    """Mean k I / O, and zero for some channels if the degree is small."""
+    """Their mean is k I / O; with a small degree, some channels have none."""
     masks = [draw(32, 64, 4, "per_input", seed)[1] for seed in range(20)]
     degrees = np.stack([mask.sum(0) for mask in masks])
     assert degrees.mean() == 2
@@ -66,12 +66,12 @@ def test_degrees_on_the_other_side_are_those_of_independent_draws():
 
 
 @pytest.mark.parametrize("degree", [0, -1, 9])
-def test_an_impossible_degree_is_refused_with_both_numbers(degree):
+def test_an_impossible_degree_is_rejected_with_both_numbers(degree):
     with pytest.raises(ValueError, match=rf"in 1..8, got {degree}: .* 8 partners"):
         draw(8, 16, degree, "per_output")
 
 
-def test_an_unknown_rule_is_refused_with_the_choices():
+def test_an_unknown_rule_is_rejected_with_the_choices():
     with pytest.raises(ValueError, match=r"per_edge.*smaller_side.*per_input"):
         draw(8, 8, 2, "per_edge")
 

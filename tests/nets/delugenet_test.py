@@ -61,7 +61,7 @@ class Mixing(nnx.Module):
 
 
 def test_one_normalisation_for_all_readers_equals_one_per_reader():
-    """The original: the sum of a batch normalisation of every source."""
+    """Computes the original: the sum of a batch normalisation of every source."""
     xs, mixing, expected = maps(4), Mixing(4), 0
     for i, x in enumerate(xs):
         norm = BatchNorm(5)
@@ -106,7 +106,7 @@ def test_biases_and_lengths_of_weights_have_no_effect_before_a_normalisation():
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_sources_are_refused(count):
+def test_fewer_than_two_sources_are_rejected(count):
     with pytest.raises(ValueError, match=f"2 sources, got {count} of 6 channels"):
         CrossLayer(6, count)
 
@@ -211,7 +211,7 @@ def abstract(variant):
 def test_numbers_of_layers_are_those_of_the_originals(
     variant, normalisations, cross_layers, maps
 ):
-    """And every source has one normalisation, however many readers it has."""
+    """And every source has one normalisation for any number of readers."""
     modules = [module for _, module in nnx.iter_modules(abstract(variant))]
     norms = [module for module in modules if isinstance(module, BatchNorm)]
     assert sum(norm.scale is not None for norm in norms) == normalisations
@@ -281,7 +281,7 @@ def test_the_wiring_applies_to_the_composite_layers():
         (dict(wiring=dict(kind="grouped", groups=3)), "3 groups do not divide 8 input"),
     ],
 )
-def test_impossible_nets_are_refused(fields, message):
+def test_impossible_nets_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: nets.create(TINY | fields, nnx.Rngs(0)))
 
@@ -290,7 +290,7 @@ def test_impossible_nets_are_refused(fields, message):
 
 
 def original(net, seed=0):
-    """Random tensors of every original name and shape; variances are positive."""
+    """Returns random tensors for all original names; variances are positive."""
     tensors = {}
     sources = convert.find("delugenets", "delugenet").sources(net)
     shapes = {k: v for source in sources.values() for k, v in source.shapes.items()}
@@ -306,8 +306,8 @@ def values(net):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_net_gives_back_tensors_that_make_it_again(mode):
-    """In train mode the originals, but for statistics that no longer differ."""
+def test_export_and_load_round_trip(mode):
+    """In train mode all tensors return, except statistics that no longer differ."""
     net, again = convert.build(REFERENCE), convert.build(REFERENCE)
     getattr(net, mode)()
     getattr(again, mode)()
@@ -336,7 +336,7 @@ def test_the_newest_source_comes_first_in_the_original():
     np.testing.assert_array_equal(net.blocks[0].norms[0].mean[...], oldest)
 
 
-def test_a_depth_that_was_not_published_is_refused():
+def test_a_depth_that_was_not_published_is_rejected():
     config = dict(depth=150, width=1.0, dataset="cifar", num_classes=10)
     with pytest.raises(ValueError, match="depth 150: choose from 146"):
         convert.build(REFERENCE | {"config": config})

@@ -177,7 +177,7 @@ def test_one_segment_has_no_order():
 
 @pytest.mark.parametrize("segments", [2, 6])
 def test_the_backward_pass_stores_two_maps(segments):
-    """Input and output, but no inner map of a unit."""
+    """It stores input and output, but no inner map of a unit."""
     layer, x = of_bottlenecks("plain", segments=segments), images(2, 8, 8)
     definition, variables = nets.split(layer)
 
@@ -205,7 +205,7 @@ def test_units_have_independent_initial_weights_and_graphs():
 
 @pytest.mark.parametrize("shortcuts", ["projection", "plain"])
 def test_counts_include_all_units(shortcuts):
-    """By arithmetic; norms cost no multiply-adds."""
+    """Compares with arithmetic; norms cost no multiply-adds."""
     c, o, norms = 12, 3, 12 if shortcuts == "projection" else 10
     weights = (norms // 2 - 3) * c * c + 38 * c * o
     rows = cost.layers(of_bottlenecks(shortcuts), (2, 8, 6, c))
@@ -248,11 +248,11 @@ def test_the_wiring_applies_to_the_first_two_convolutions():
         ),
     ],
 )
-def test_impossible_nets_are_refused(fields, message):
+def test_impossible_nets_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: nets.create({"name": "gunn"} | fields, nnx.Rngs(0)))
 
 
-def test_an_input_of_another_width_is_refused():
+def test_an_input_of_another_width_is_rejected():
     with pytest.raises(ValueError, match="of 12 channels got 9"):
         of_matrices(np.zeros((4, 12, 3)))(jnp.zeros((1, 1, 1, 9)))

@@ -42,7 +42,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("variant", NETS)
-def test_counts_are_those_of_the_originals(variant):
+def test_counts_equal_the_originals(variant):
     reference, expected = NETS[variant]
     config = gunn.get_config(variant).net
     net = nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
@@ -123,7 +123,7 @@ def test_a_stacked_variable_holds_the_tensors_of_all_segments():
         np.testing.assert_array_equal(returned[name], tensor, err_msg=name)
 
 
-def test_an_unknown_reference_is_refused():
+def test_an_unknown_reference_is_rejected():
     def build(**config):
         return convert.build(dict(system="gunn", net="gunn", config=config))
 

@@ -66,7 +66,7 @@ def test_permuting_back_is_identity(channels, branches):
 
 @EVERY_SIZE
 def test_all_forms_agree(primary, secondary, channels):
-    """Output and both gradients, with those of permute, convolve, permute."""
+    """Compares outputs and both gradients with permute, convolve, permute."""
     x, kernel = normal(3, 4, 5, channels), normal(1, 1, channels // secondary, channels)
     weights = normal(*x.shape, seed=1)
 
@@ -111,7 +111,7 @@ def test_a_pair_reaches_every_output_from_every_input(primary, secondary, channe
 
 @EVERY_SIZE
 def test_all_inputs_reach_an_output_by_equally_many_paths(primary, secondary, channels):
-    """One in the canonical pair."""
+    """By one path in the canonical pair."""
     groups = dict(primary_groups=primary, secondary_groups=secondary)
     layer = pair(channels, channels, 1, **groups)
     for part in (layer.primary, layer.secondary):
@@ -146,7 +146,7 @@ def test_partitions_of_one_channel_are_depthwise_then_pointwise():
         ((8, 8), 0, 4, "1 primary and 1 secondary group, got 0 and 4"),
     ],
 )
-def test_groups_that_clash_are_refused_with_both_numbers(
+def test_groups_that_clash_are_rejected_with_both_numbers(
     channels, primary, secondary, message
 ):
     with pytest.raises(ValueError, match=message):
@@ -183,7 +183,7 @@ def test_groups_that_are_0_follow_from_the_width(fixed, expected):
         ),
     ],
 )
-def test_a_net_that_cannot_be_interleaved_is_refused(fields, message):
+def test_a_net_that_cannot_be_interleaved_is_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         abstract(tiny.config("cfmz_resnet", dict(kind="interleaved") | fields))
 

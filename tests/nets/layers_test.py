@@ -41,7 +41,7 @@ def fill(layer, seed=0):
 
 @pytest.mark.parametrize(("size", "stride"), [(6, 1), (6, 2), (5, 2)])
 def test_padding_is_symmetric_for_every_stride(size, stride):
-    """Against explicit sums, since "SAME" shifts strided windows."""
+    """Compares with explicit sums, since "SAME" shifts strided windows."""
     layer = fill(
         empty(lambda: Conv(2, 3, 3, stride=stride, padding=1, rngs=nnx.Rngs(0)))
     )
@@ -78,7 +78,7 @@ def test_grouped_convolutions_read_their_group_only():
         ((4, 4), 0, "0 groups"),
     ],
 )
-def test_groups_that_do_not_divide_are_refused(channels, groups, message):
+def test_groups_that_do_not_divide_are_rejected(channels, groups, message):
     with pytest.raises(ValueError, match=message):
         Conv(*channels, 3, groups=groups, rngs=nnx.Rngs(0))
 
@@ -94,7 +94,7 @@ def test_groups_that_do_not_divide_are_refused(channels, groups, message):
     ],
     ids=["he_fan_in", "he_fan_out", "torch_uniform", "torch_default"],
 )
-def test_initialisers_have_the_variance_of_their_origin(init, variance, bound):
+def test_initialisers_have_the_variance_of_their_original(init, variance, bound):
     values = np.asarray(init(jax.random.key(0), (3, 3, 40, 60), jnp.float32))
     assert abs(values.mean()) < 4 * np.sqrt(variance / values.size)
     assert np.var(values) == pytest.approx(variance, rel=0.03)
@@ -182,7 +182,7 @@ def test_padding_is_never_the_maximum(pool):
 
 @pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (3, 2, 0), (3, 1, 1)])
 def test_both_forms_of_max_pooling_agree(window):
-    """With ties as well: the first of equal values in a window has the gradient."""
+    """Also with ties: the first of equal values in a window receives the gradient."""
     x = np.round(normal(2, 7, 8, 3))
     upstream = lambda y: (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum()
     results = [
@@ -195,7 +195,7 @@ def test_both_forms_of_max_pooling_agree(window):
     assert np.isnan(max_pool(x, 2, stride=2)[0, 0, 0, 0])
 
 
-def test_maps_smaller_than_a_window_are_refused():
+def test_maps_smaller_than_a_window_are_rejected():
     with pytest.raises(ValueError, match=r"map of \(1, 4\) .* 2x2 pooling window"):
         average_pool(normal(2, 1, 4, 3), 2)
     with pytest.raises(ValueError, match=r"\(4, 2\) with padding 0 .* 3x3"):
@@ -222,7 +222,7 @@ def expander(kind, sizes, options, sampling="smaller_side"):
 @pytest.mark.parametrize("sampling", ["smaller_side", "per_output", "per_input"])
 @pytest.mark.parametrize(("kind", "sizes", "options", "shape"), EXPANDERS)
 def test_an_expander_equals_its_masked_twin(kind, sizes, options, shape, sampling):
-    """Same outputs and gradients; weights outside the mask are not stored."""
+    """Outputs and gradients are equal; weights outside the mask are not stored."""
     layer = expander(kind, sizes, options, sampling)
     twin_kind = {ExpanderConv: Conv, ExpanderLinear: Linear}[kind]
     bias = {"bias": False} if twin_kind is Linear else {}
@@ -273,13 +273,13 @@ def test_expanders_are_initialised_with_the_dense_fan(kind, sizes, fan):
         assert np.var(values) == pytest.approx(2 / fan, rel=0.1)
 
 
-def test_a_graph_with_another_number_of_edges_is_refused():
+def test_a_graph_with_another_number_of_edges_is_rejected():
     layer = expander(ExpanderLinear, (10, 6), {})
     with pytest.raises(ValueError, match=r"expected 18 edges, got \(17,\)"):
         layer.connect(np.arange(17))
 
 
-def test_impossible_expanders_are_refused_at_construction():
+def test_impossible_expanders_are_rejected_at_construction():
     options = dict(sampling="per_output", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"in 1..10, got 11: .* 10 partners"):
         ExpanderConv(10, 6, 3, degree=11, **options)

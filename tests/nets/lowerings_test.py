@@ -187,6 +187,6 @@ def test_works_inside_a_loop_of_a_sharded_step(monkeypatch, case):
         ((1, 4, 4, 6), (3, 3, 6, 8), {"lowering": "shift"}, "unknown.*shift.*native"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(x, kernel, options, message):
+def test_shapes_that_do_not_fit_are_rejected(x, kernel, options, message):
     with pytest.raises(ValueError, match=message):
         convolution(jnp.zeros(x), jnp.zeros(kernel), **options)

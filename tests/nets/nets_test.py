@@ -71,7 +71,7 @@ def graphs_of(layer):
     return np.asarray(layer.edges[...]).reshape(-1, layer.num_edges)
 
 
-def test_a_net_without_a_tiny_form_is_tested_in_that_of_its_smallest_row():
+def test_a_net_without_a_tiny_form_is_tested_as_its_smallest_row():
     row = tiny.smallest_row("densenet")
     assert (row["depth"], row["growth"], row["wiring"]["compress"]) == (22, 8, 2)
     with pytest.raises(LookupError, match="'densnet' has no row in configs/"):
@@ -182,7 +182,7 @@ def test_removed_connections_do_not_exist(name):
 
 @EVERY_NET
 def test_graphs_are_a_function_of_seed_and_path(name):
-    """They depend neither on the seed of the weights, nor jit, nor other layers."""
+    """They do not depend on the weights' seed, jit or other layers."""
 
     def graphs(net):
         return {
@@ -264,7 +264,7 @@ def test_configure_sets_every_module(name):
         ),
     ],
 )
-def test_create_refuses_fields_and_values_that_cannot_be_built(fields, message):
+def test_create_rejects_invalid_fields_and_values(fields, message):
     with pytest.raises(ValueError, match=message):
         abstract(dict(name="densenet") | fields)
 

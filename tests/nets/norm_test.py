@@ -83,7 +83,7 @@ def assert_equal_runs(actual, expected):
     ("groups", "devices"), [(1, 8), (2, 8), (8, 8), (8, 4), (4, 1)]
 )
 def test_statistics_do_not_depend_on_the_devices(kind, groups, devices):
-    """Devices with at least two images each, against one device with sixteen."""
+    """Compares devices with at least two images each with one device with sixteen."""
     x = 3 + 2 * normal(16, 3, 3, 5)
     layer = batch_norm(running_var=kind)
     layer.groups = groups
@@ -111,7 +111,7 @@ def test_statistics_do_not_depend_on_the_devices(kind, groups, devices):
 
 
 def test_ghost_groups_are_separate_batches():
-    """Each run of four images; running statistics take the mean over the runs."""
+    """Four images form a group; running statistics average the groups."""
     x = 3 + 2 * normal(12, 3, 3, 5)
     layer = batch_norm()
     layer.groups = 3
@@ -129,7 +129,7 @@ def test_ghost_groups_are_separate_batches():
     ("images", "groups", "equal"), [(12, 4, 4), (10, 4, 5), (3, 4, 3), (7, 2, 7)]
 )
 def test_ghost_groups_of_a_smaller_batch_have_equal_sizes(images, groups, equal):
-    """The configured number of groups, or the next larger one that divides."""
+    """The number of groups is as configured, or the next larger one that divides."""
     x = 3 + 2 * normal(images, 3, 3, 5)
     found, expected = batch_norm(), batch_norm()
     found.groups, expected.groups = groups, equal

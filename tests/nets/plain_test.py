@@ -203,6 +203,6 @@ def test_initial_weights_have_the_variance_of_the_group():
         ),
     ],
 )
-def test_impossible_nets_are_refused(fields, message):
+def test_impossible_nets_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         abstract(**fields)

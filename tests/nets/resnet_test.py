@@ -72,13 +72,13 @@ def test_counts_for_imagenet(depth, shortcut, parameters, macs):
         (dict(shortcut="D"), "unknown shortcut 'D': choose from A, B, C"),
     ],
 )
-def test_impossible_nets_are_refused(fields, message):
+def test_impossible_nets_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         abstract(**fields)
 
 
 @pytest.mark.parametrize("activation", ["both", "branch", "none"])
-def test_the_input_of_the_shortcut_of_a_preactivation_block(activation):
+def test_input_of_the_preactivation_shortcut(activation):
     """With zero weights in its branch, the block is its shortcut."""
     options = dict(shortcut="A", wiring=Wiring())
     block = PreactBasicBlock(

@@ -54,12 +54,12 @@ def test_without_batch_norm_the_expander_normalises_after_its_stem():
     assert normalised() == 8 * [False]
 
 
-def test_another_depth_is_refused():
+def test_another_depth_is_rejected():
     with pytest.raises(ValueError, match="depth 11, 13, 16, 19, got 12"):
         build(depth=12)
 
 
-def test_images_too_small_for_five_poolings_are_refused():
+def test_images_too_small_for_five_poolings_are_rejected():
     definition, variables = nets.split(build(depth=11))
     x = jax.ShapeDtypeStruct((2, 31, 31, 3), "float32")
     with pytest.raises(ValueError, match=r"map of \(1, 1\).*images are too small"):

@@ -1,4 +1,4 @@
-"""Names of X-Nets: complete, without doubles, and where the counting is delicate."""
+"""Tensor names of X-Nets: complete, distinct, with irregular indices."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def build(net, **fields):
 
 
 def layers(net, name):
-    """Names of layers, without those of tensors, in the order of the net."""
+    """Returns the names of the layers in the order of the net."""
     found = convert.find("xnets", name).sources(net)
     names = [tensor for source in found.values() for tensor in source.shapes]
     return sorted({tensor.rpartition(".")[0] for tensor in names}, key=natural)
@@ -35,7 +35,7 @@ def natural(name):
 
 @pytest.mark.parametrize("wiring", [{}, EXPANDER], ids=["dense", "expander"])
 @pytest.mark.parametrize("name", FORMS)
-def test_every_variable_has_a_name_of_its_own(name, wiring):
+def test_variables_have_distinct_names(name, wiring):
     net = build(name, **wiring)
     tensors = {}
     for path, source in convert.find("xnets", name).sources(net).items():
@@ -44,8 +44,8 @@ def test_every_variable_has_a_name_of_its_own(name, wiring):
     assert set(FORMS) == set(convert.FAMILIES["xnets"])
 
 
-def test_vgg_counts_what_it_has():
-    """Convolution, BN, ReLU and pooling; only the expander's stem has a BN here."""
+def test_vgg_counts_only_existing_modules():
+    """Convolution, BN, ReLU and pooling count; here only the expander's stem has BN."""
     head = ["classifier.0", "classifier.2"]
     dense = [f"features.{i}" for i in (0, 3, 6, 8, 11, 13, 16, 18)]
     assert layers(build("vgg_cifar"), "vgg_cifar") == head + dense
@@ -82,7 +82,7 @@ def test_an_expander_linear_layer_is_compact_too():
 
 
 def _regular(shape):
-    """A mask with as many edges as the sampling rule and published degree make."""
+    """A mask whose number of edges follows from sampling rule and published degree."""
     outputs, inputs = shape
     degree = 512 if outputs == 10 else 256
     mask = np.zeros(shape, bool)

@@ -97,7 +97,7 @@ def mesh_of_eight():
 
 
 def test_restored_state_can_be_donated_on_many_devices(tmp_path):
-    """Copies of a host array on eight devices must not be eight views of it."""
+    """Eight devices must hold copies of a host array, not views of it."""
     mesh = mesh_of_eight()
     everywhere = NamedSharding(mesh, PartitionSpec())
     template = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=everywhere)
@@ -142,7 +142,7 @@ def test_retains_the_last_and_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("which", [3, "newest"])
-def test_missing_checkpoint_is_answered_with_those_available(tmp_path, which):
+def test_a_missing_checkpoint_error_lists_the_available_ones(tmp_path, which):
     save_steps(tmp_path, [1, 2])
     with pytest.raises(CheckpointError, match=f"{which}.*available: last, best, 1, 2"):
         restored(tmp_path, which)
@@ -199,7 +199,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_in_any_file_never_gives_wrong_numbers(tmp_path, kind):
-    """Either the newest checkpoint is restored unharmed, or the previous one."""
+    """Restores either the newest checkpoint intact or the previous one."""
     save_steps(tmp_path / "good", [1, 2])
     newest = tmp_path / "good/checkpoints/2"
     files = [path for path in newest.rglob("*") if path.stat().st_size]
@@ -276,7 +276,7 @@ def test_run_resumes_past_a_damaged_checkpoint(tmp_path):
     assert_same(restored(tmp_path)[0], make_state(4))
 
 
-def test_checkpoint_of_another_net_is_refused_briefly(tmp_path):
+def test_checkpoint_of_another_net_is_rejected_briefly(tmp_path):
     save_steps(tmp_path, [1])
     with Checkpoints(tmp_path) as saved:
         saved.save(2, make_state(2, channels=17))
@@ -412,7 +412,7 @@ def test_too_little_space_for_one_checkpoint_is_noticed_in_advance(
     assert not any(tmp_path.iterdir())
 
 
-def test_the_row_of_a_step(tmp_path):
+def test_row_of_a_step(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": np.zeros(1)}, {"test_accuracy": 0.5})
         checkpoints.save(2, {"x": np.zeros(1)})

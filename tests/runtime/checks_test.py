@@ -125,7 +125,7 @@ def test_the_defaults_pass(family):
 
 
 def test_all_problems_are_listed_at_once():
-    """And without looking at any data, which do not exist."""
+    """Nor does it look at the data, which do not exist."""
     fields = {"train.dtype": "float16", "net.depth": 41}
     fields |= {"data.name": "cifar10", "data.dir": "/nowhere"}
     with pytest.raises(ValueError, match="3 problems") as error:
@@ -151,7 +151,7 @@ def test_every_number_has_a_rule():
     }
 
 
-# What a file of one's own, a notebook or a config.json may hold, and the message.
+# Faulty fields of a user's file, a notebook or a config.json, and words of the error.
 WRONG_FIELDS = {
     "misspelt": ({"train.bacth_size": 4}, "train.bacth_size train.batch_size (int)?"),
     "of torch": ({"optimizer.lr": 0.5}, "no field optimizer.lr configs/common.py"),
@@ -168,13 +168,13 @@ WRONG_FIELDS = {
 
 
 @pytest.mark.parametrize("name", WRONG_FIELDS)
-def test_unknown_fields_and_wrong_types_are_refused(name):
+def test_unknown_fields_and_wrong_types_are_rejected(name):
     fields, message = WRONG_FIELDS[name]
     values = checks.flatten(configured("xdensenet", {})) | fields
     refuse(ConfigDict(traverse_util.unflatten_dict(values, sep=".")), message)
 
 
-def test_missing_fields_are_refused():
+def test_missing_fields_are_rejected():
     config = configured("xdensenet", {}).unlock()
     del config.train.epochs, config.eval
     refuse(config, "missing: eval.batch_size eval.checkpoint train.epochs get_config()")
@@ -224,7 +224,7 @@ def test_every_field_with_a_need_is_tested():
 
 
 @pytest.mark.parametrize("field", NEEDS)
-def test_a_field_without_effect_is_refused(field):
+def test_a_field_without_effect_is_rejected(field):
     value, effective, idle = NEEDS[field]
     checks.check_effects(configured("xdensenet", effective | {field: value}), [field])
     with pytest.raises(
@@ -233,8 +233,8 @@ def test_a_field_without_effect_is_refused(field):
         checks.check_effects(configured("xdensenet", idle | {field: value}), [field])
 
 
-def test_what_a_recipe_has_set_may_lose_its_effect():
-    """Fields set to nothing, too."""
+def test_fields_of_a_recipe_may_lose_their_effect():
+    """Empty fields, too."""
     config = configured("cfmz", PHOTOGRAPHS | {"data.pad": 0})
     assert config.data.border == "mean"
     checks.check_effects(config, ["data.crop", "data.pad"])

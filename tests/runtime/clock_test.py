@@ -16,7 +16,7 @@ def clock(images=1437, **fields):
 
 
 def ends(clock, action, start=0):
-    """The steps after which the run evaluates or saves, when it starts at `start`."""
+    """Returns the steps after which a run from `start` evaluates or saves."""
     return [chunk.end for chunk in clock.chunks(start) if getattr(chunk, action)]
 
 
@@ -26,7 +26,7 @@ def test_cfmz_takes_as_many_steps_as_the_original():
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 128, 1000])
 def test_an_epoch_begins_with_its_first_image(batch_size):
-    """In the stream of images, which has no gap between epochs."""
+    """The stream of images has no gap between epochs."""
     for epoch in (0, 1, 2.5, 7, 90):
         step = step_of_epoch(epoch, steps_per_epoch(1000, batch_size))
         assert step * batch_size >= epoch * 1000
@@ -81,7 +81,7 @@ def test_checkpoints_are_saved_between_evaluations_too():
         ({}, 700),
     ],
 )
-def test_progress_is_counted_in_epochs_whatever_the_batch(fields, images):
+def test_progress_is_counted_in_epochs_for_any_batch_size(fields, images):
     """A run of 3 epochs in batches of 32 continues after one of them."""
     old, other = (
         clock(train__epochs=3.0),
@@ -124,7 +124,7 @@ DISPATCHES = [
 
 
 @pytest.mark.parametrize("fields", DISPATCHES)
-def test_what_follows_a_step_does_not_depend_on_where_the_run_resumes(fields):
+def test_events_after_a_step_do_not_depend_on_where_the_run_resumes(fields):
     every = dict(eval__every_epochs=0.35, checkpoint__every_steps=7)
     times = clock(**every, **fields)
     for action, start in itertools.product(("evaluate", "save"), range(times.total)):
@@ -157,7 +157,7 @@ def test_a_smaller_batch_is_dispatched_alone():
     ("epochs", "message"),
     [(1e-10, "less than one step"), (1e15, r"2\*\*31 steps or more")],
 )
-def test_a_run_without_steps_or_with_too_many_is_refused(epochs, message):
+def test_a_run_without_steps_or_with_too_many_is_rejected(epochs, message):
     with pytest.raises(ValueError, match=f"train.epochs={epochs} is {message}"):
         clock(train__epochs=epochs)
 

@@ -54,7 +54,7 @@ def test_a_config_that_cannot_be_loaded(value):
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
-def test_a_config_file_of_ones_own_that_is_wrong(tmp_path, text):
+def test_errors_in_a_user_config(tmp_path, text):
     path = tmp_path / "own.py"
     path.write_text(text)
     with pytest.raises(ValueError, match=words(f"{path} {BAD_FILES[text]}")):
@@ -84,7 +84,7 @@ def test_the_config_of_a_run_can_be_used_again(tmp_path):
         command_line.load_config_file(str(path))
 
 
-def test_a_config_file_of_ones_own(tmp_path):
+def test_a_user_config(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
         "from configs import xdensenet\n"
@@ -96,7 +96,7 @@ def test_a_config_file_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_an_override_of_no_field(path):
+def test_an_unknown_override(path):
     with pytest.raises(ValueError, match=words(f"--config.{path} {PATHS[path]}")):
         command_line.check_path(xdensenet.get_config(), path)
 

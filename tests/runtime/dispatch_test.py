@@ -12,7 +12,7 @@ SWITCH = "jax_enable_compilation_cache"
 
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
-    """The settings as after the import of JAX, put back at the end."""
+    """Resets the settings to JAX's defaults, and restores them at the end."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = {name: getattr(jax.config, name) for name in (DIRECTORY, SECONDS, SWITCH)}
     jax.config.update(DIRECTORY, None)
@@ -27,19 +27,19 @@ def test_programs_are_stored_in_the_cache_directory(settings, tmp_path):
     assert settings() == (str(tmp_path / "wirings" / "jax"), 0.5)
 
 
-def test_a_directory_of_ones_own_is_used(settings):
+def test_a_user_directory_is_used(settings):
     jax.config.update(DIRECTORY, "/mine")
     dispatch.use_compilation_cache()
     assert settings() == ("/mine", 1.0)
 
 
-def test_a_time_of_ones_own_is_used(settings, monkeypatch):
+def test_a_user_minimum_time_is_used(settings, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1.0")
     dispatch.use_compilation_cache()
     assert settings()[1] == 1.0
 
 
-def test_a_cache_that_is_switched_off_stays_off(settings):
+def test_a_disabled_cache_stays_disabled(settings):
     jax.config.update(SWITCH, False)
     dispatch.use_compilation_cache()
     assert settings() == (None, 1.0)

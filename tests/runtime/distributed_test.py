@@ -1,4 +1,4 @@
-"""Two real processes, one device each, and gloo between them: one run."""
+"""One run of two real processes with one device each, connected by gloo."""
 
 import shutil
 import signal
@@ -13,7 +13,7 @@ from tests.support.launch import CONFIG, TOTAL, arguments, finish, kill_when, st
 
 
 def start_both(workdir, cache, **fields):
-    """A list holds what each of the two gets."""
+    """Starts both processes. A list gives one value per process."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -38,9 +38,9 @@ def finish_both(processes):
 
 
 def complete(workdir, cache, **fields):
-    codes, said = finish_both(start_both(workdir, cache, **fields))
-    assert codes == [0, 0], said
-    return said
+    codes, errors = finish_both(start_both(workdir, cache, **fields))
+    assert codes == [0, 0], errors
+    return errors
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def together(cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["device", "tf.data"])
-def test_two_processes_compute_what_one_does(tmp_path, cache, pipeline):
+def test_two_processes_equal_one(tmp_path, cache, pipeline):
     short = dict(train__epochs=0.2, eval__every_epochs=0.1, data__pipeline=pipeline)
     short["optimizer__learning_rate"] = 0.001  # steps do not blow up rounding
     one, two = tmp_path / "one", tmp_path / "two"
     launch.complete(arguments(one, **short), cache)
     quiet = complete(two, cache, **short)[1]
-    assert "step" not in quiet  # one of them tells it all
+    assert "step" not in quiet  # only process 0 logs
     for ours, wanted in zip(
         *(read_rows(x / "metrics.csv") for x in (two, one)), strict=True
     ):
@@ -67,7 +67,7 @@ def test_two_processes_compute_what_one_does(tmp_path, cache, pipeline):
 
 
 @pytest.mark.slow
-def test_killed_they_resume_to_the_same_end(tmp_path, cache, together):
+def test_a_kill_does_not_change_the_result(tmp_path, cache, together):
     processes = start_both(tmp_path, cache)
     assert kill_when(processes[0], lambda: max(launch.steps(tmp_path), default=0) >= 40)
     processes[1].kill()
@@ -78,38 +78,38 @@ def test_killed_they_resume_to_the_same_end(tmp_path, cache, together):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_of_one_stops_both(tmp_path, cache, together, told):
+@pytest.mark.parametrize("target", [0, 1])
+def test_sigterm_to_one_process_stops_both(tmp_path, cache, together, target):
     processes = start_both(tmp_path, cache)
     row = tmp_path / "metrics.csv"
-    killed = kill_when(processes[told], row.exists, number=signal.SIGTERM)
-    codes, said = finish_both(processes)
-    assert killed, said
-    assert codes == [128 + signal.SIGTERM] * 2, said
-    assert f"SIGTERM: saved step {max(launch.steps(tmp_path))}" in said[0]
+    killed = kill_when(processes[target], row.exists, number=signal.SIGTERM)
+    codes, errors = finish_both(processes)
+    assert killed, errors
+    assert codes == [128 + signal.SIGTERM] * 2, errors
+    assert f"SIGTERM: saved step {max(launch.steps(tmp_path))}" in errors[0]
     complete(tmp_path, cache)
     launch.assert_same_end(tmp_path, together)
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_the_same_for_both_is_told(tmp_path, cache, together):
+def test_separate_workdirs_are_an_error(tmp_path, cache, together):
     folders = [shutil.copytree(together, tmp_path / "mine"), tmp_path / "other"]
-    codes, said = finish_both(start_both(folders, cache, train__epochs=3.0))
-    assert codes == [1, 1], said
-    for err in said:
+    codes, errors = finish_both(start_both(folders, cache, train__epochs=3.0))
+    assert codes == [1, 1], errors
+    for err in errors:
         assert "Traceback" not in err
         assert f"last steps [-1, {TOTAL}" in err
         assert "one shared directory" in err
 
 
 @pytest.mark.slow
-def test_other_flags_for_one_of_them_are_told(tmp_path, cache):
-    codes, said = finish_both(start_both(tmp_path, cache, seed=[1, 2]))
-    assert codes == [1, 1], said
-    assert all("need the same --config" in err for err in said)
+def test_different_flags_are_an_error(tmp_path, cache):
+    codes, errors = finish_both(start_both(tmp_path, cache, seed=[1, 2]))
+    assert codes == [1, 1], errors
+    assert all("need the same --config" in err for err in errors)
 
 
-def test_nothing_is_compared_over_processes():
+def test_no_step_compares_values_across_processes():
     """jax.device_put compares all values: each step would wait for collectives."""
     for name in (
         "runtime/devices.py",
@@ -120,7 +120,7 @@ def test_nothing_is_compared_over_processes():
         assert "jax.device_put(" not in (launch.ROOT / name).read_text(), name
 
 
-def test_what_is_missing_is_named(tmp_path, cache):
+def test_a_missing_coordinator_is_named(tmp_path, cache):
     flags = arguments(tmp_path, CONFIG, "--distributed")
     code, _, err = finish(start(flags, cache))
     assert code == 1

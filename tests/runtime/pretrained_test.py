@@ -80,7 +80,7 @@ def test_a_classifier_for_other_classes_starts_fresh_and_is_named(source, caplog
         (variables(0, width=8), "another net shapes (3, 3, 3, 4) here (3, 3, 3, 8)"),
     ],
 )
-def test_another_net_is_refused(source, ours, message):
+def test_another_net_is_rejected(source, ours, message):
     with pytest.raises(ValueError, match=words(f"init_from={source} {message}")):
         initialize(ours, source)
 
@@ -89,6 +89,6 @@ def test_another_net_is_refused(source, ours, message):
     ("suffix", "message"),
     [("/other", "not workdir config.json"), ("@4", "'4' available: last, best, 3, 6")],
 )
-def test_what_is_not_there_is_named(source, suffix, message):
+def test_a_missing_source_is_named(source, suffix, message):
     with pytest.raises(ValueError, match=words(f"{source} {message}")):
         load_weights(source + suffix)

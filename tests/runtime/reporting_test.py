@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs import xdensenet
-from runtime import reporting
+from runtime import profile, reporting, tensorboard
 from runtime.clock import Clock
-from runtime.reporting import Reporter, TensorBoard, profile_range, write_confusion
+from runtime.profile import profile_range
+from runtime.reporting import Reporter, write_confusion
 from runtime.workdir import read_rows
 
 CONFIG = xdensenet.get_config("22-8-2,digits")
@@ -29,7 +30,7 @@ def row(step, accuracy):
 
 
 class Time:
-    """A clock that only moves when told to."""
+    """A clock that moves only when a test sets it."""
 
     seconds = 0.0
 
@@ -90,15 +91,15 @@ def test_best_is_the_first_of_equal_rows(tmp_path):
     assert json.loads((tmp_path / "best.json").read_text()) == row(200, 0.7)
 
 
-def test_best_is_that_of_the_resumed_run(tmp_path):
+def test_best_ignores_rows_after_the_resumed_step(tmp_path):
     """best.json of a killed run may hold a row that the resumed run has not reached."""
     reporter(tmp_path).evaluated(row(300, 0.9))
     reporter(tmp_path, step=100).evaluated(row(200, 0.2))
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 200
 
 
-def test_progress_is_that_of_the_last_interval(tmp_path, lines):
-    """Not of the whole epoch, whose sums `totals` holds."""
+def test_progress_covers_the_last_interval(tmp_path, lines):
+    """Not the whole epoch, whose sums `totals` holds."""
     writer = reporter(tmp_path)
     for step in range(1, 10):
         writer.trained(step, totals(step))
@@ -115,7 +116,7 @@ def test_progress_is_that_of_the_last_interval(tmp_path, lines):
     assert "ETA" in first
 
 
-def test_sums_start_over_after_an_evaluation(tmp_path, lines):
+def test_sums_restart_after_an_evaluation(tmp_path, lines):
     writer = reporter(tmp_path)
     writer.trained(99, totals(99))
     writer.trained(100, totals(100))
@@ -138,7 +139,7 @@ class Computing:
 
 
 def computing(steps, now, ready):
-    """The totals of some steps, which are ready at a time."""
+    """The totals of some steps, ready at a given time."""
     return {k: Computing(v, now, ready) for k, v in totals(steps).items()}
 
 
@@ -178,8 +179,8 @@ def test_rates_exclude_compilation_evaluations_and_checkpoints(tmp_path, lines):
     assert second["peak_memory_mb"] > 1
 
 
-def test_first_interval_excludes_what_was_before_the_resume(tmp_path, lines):
-    """A run resumed in the middle of an epoch starts with the sums of its beginning."""
+def test_first_interval_excludes_steps_before_the_resume(tmp_path, lines):
+    """A run resumed within an epoch starts with the sums since the epoch's start."""
     now = Time()
     writer = reporter(tmp_path, step=50, now=now)
     before = totals(51, loss=8.0)
@@ -278,7 +279,7 @@ def test_a_run_does_not_need_tensorboard(tmp_path, lines, monkeypatch, error):
 
     where = [
         (metric_writers, "SummaryWriter"),
-        (reporting.input_pipeline, "tensorflow"),
+        (tensorboard.input_pipeline, "tensorflow"),
     ]
     monkeypatch.setattr(*where[error is AttributeError], broken)
     writer = reporter(tmp_path, tensorboard=True)
@@ -298,9 +299,9 @@ def test_a_failing_writer_does_not_end_the_run(tmp_path, lines, monkeypatch):
         def write_scalars(self, *_):
             raise OSError("disk full")
 
-    monkeypatch.setattr(reporting.input_pipeline, "tensorflow", lambda: None)
+    monkeypatch.setattr(tensorboard.input_pipeline, "tensorflow", lambda: None)
     monkeypatch.setattr(metric_writers, "SummaryWriter", Full)
-    events = TensorBoard(tmp_path)
+    events = tensorboard.TensorBoard(tmp_path)
     for step in range(3):
         events.write("scalars", step, {})
     events.close()
@@ -310,7 +311,7 @@ def test_a_failing_writer_does_not_end_the_run(tmp_path, lines, monkeypatch):
 @pytest.mark.parametrize(
     "steps", [(20,), (1, 2, 3), (0, 5), (5, 5), (30, 20), (1.5, 2), ("a", "b")]
 )
-def test_impossible_profile_steps_are_refused(steps):
+def test_impossible_profile_steps_are_rejected(steps):
     config = CONFIG.copy_and_resolve_references()
     config.train.profile_steps = steps
     with pytest.raises(ValueError, match=r"train.profile_steps=.* first < last"):
@@ -328,9 +329,9 @@ def test_profile_steps_must_be_part_of_the_run():
 
 def test_profile_covers_the_requested_steps(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(reporting.jax.profiler, "start_trace", calls.append)
+    monkeypatch.setattr(profile.jax.profiler, "start_trace", calls.append)
     monkeypatch.setattr(
-        reporting.jax.profiler, "stop_trace", lambda: calls.append("stop")
+        profile.jax.profiler, "stop_trace", lambda: calls.append("stop")
     )
     writer = reporter(tmp_path, profile_steps=(20, 30))
     for step in range(8, 80, 8):
@@ -386,7 +387,7 @@ def test_confusion_names_the_class_most_taken_for(tmp_path):
 
 
 def test_a_class_name_may_be_undecodable(tmp_path):
-    """As the file system returns it: caf\xe9 in Latin 1."""
+    """For example caf\xe9 in Latin 1, as the file system returns it."""
     name = os.fsdecode(b"caf\xe9")
     write_confusion(tmp_path, np.eye(2, dtype=int), (name, "tea"))
     assert (tmp_path / "confusion.csv").read_bytes().startswith(b"caf\xe9,tea\n")

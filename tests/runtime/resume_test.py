@@ -54,7 +54,7 @@ def test_other_batches_continue_from_the_share_that_is_done(
 
 
 def test_a_rate_follows_the_share_that_is_done(npz, finished, tmp_path):
-    """Dropped at epoch 1.5, which comes 4 steps after the first epoch, not 7."""
+    """The rate drops at epoch 1.5, which is 4 steps after the first epoch, not 7."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     config = configured(npz, train__epochs=2.0, train__batch_size=32)
     config.eval.every_epochs = 0.25
@@ -95,7 +95,7 @@ def test_a_training_set_that_grew_is_named(npz, finished, tmp_path, caplog):
         ({"data__mean": (1.0, 2.0, 3.0)}, "data.mean (1.0, 2.0, 3.0) --workdir"),
     ],
 )
-def test_a_complete_run_with_other_settings_is_refused(npz, finished, fields, message):
+def test_a_complete_run_with_other_settings_is_rejected(npz, finished, fields, message):
     config = configured(npz, **{"train__epochs": 1.0} | fields)
     remedy = "" if "data__mean" in fields else "--config.train.epochs init_from"
     with pytest.raises(ValueError, match=words(f"{message} {remedy} --workdir")):
@@ -128,7 +128,7 @@ def test_changed_data_is_described(fields, message):
     assert all(line.startswith(x) for line, x in zip(found, message, strict=True))
 
 
-def test_the_normalisation_of_a_run_is_kept(tmp_path):
+def test_a_resumed_run_retains_its_normalisation(tmp_path):
     config = configured("small.npz")
     run = resume.Run(tmp_path, config, FACTS, Clock.of(config, 100), 7, True)
     grown = dataclasses.replace(FACTS, mean=(0.0,) * 3, std=(9.0,) * 3, num_train=120)

@@ -19,14 +19,14 @@ FACTS = Facts(
 
 
 def config(**fields):
-    """A configuration with tuples, empty ones too."""
+    """Returns a configuration with tuples, including empty ones."""
     result = igcnets.get_config("resnet-20-L24M2,cifar10")
     fields = {k.replace("__", "."): v for k, v in fields.items()}
     result.update_from_flattened_dict(fields)
     return result
 
 
-def test_config_and_facts_come_back_equal(tmp_path):
+def test_config_and_facts_round_trip(tmp_path):
     workdir.save_config(tmp_path, config(), FACTS)
     assert workdir.load_config(tmp_path) == config()
     assert workdir.load_facts(tmp_path) == FACTS
@@ -48,7 +48,7 @@ def test_config_and_facts_come_back_equal(tmp_path):
         ({"step_offset": None}, "cannot be read .*step_offset"),
     ],
 )
-def test_config_of_another_format_is_refused(tmp_path, load, change, message):
+def test_config_of_another_format_is_rejected(tmp_path, load, change, message):
     workdir.save_config(tmp_path, config(), FACTS)
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text()) | change
@@ -58,7 +58,7 @@ def test_config_of_another_format_is_refused(tmp_path, load, change, message):
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "1", "\0"])
-def test_damaged_or_missing_config_is_refused(tmp_path, text):
+def test_damaged_or_missing_config_is_rejected(tmp_path, text):
     path = tmp_path / "config.json"
     with pytest.raises(WorkdirError, match=f"{path} does not exist.*--workdir"):
         workdir.load_config(tmp_path)
@@ -109,7 +109,7 @@ def test_changes_name_the_field_and_both_values(tmp_path):
 
 
 def test_an_evaluation_takes_the_net_of_the_run(tmp_path, caplog):
-    """And its averages, but the lowering that is asked for."""
+    """And its averaged weights, but with the requested lowering."""
     run = config(net__depth=32, train__ema=0.9)
     workdir.save_config(tmp_path, run, FACTS)
     other = xdensenet.get_config("22-8-2,digits")
@@ -133,7 +133,7 @@ def test_a_workdir_has_one_run_at_a_time(tmp_path):
 
 
 def test_a_lock_file_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
-    """Otherwise the next run would create a new lock file and hold that one."""
+    """Otherwise the next run would create and hold a new lock file."""
     flock = fcntl.flock
 
     def late(file, how):
@@ -155,7 +155,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplo
         assert "cannot be locked: no locks available" in caplog.text
 
 
-def test_rows_come_back_equal(tmp_path):
+def test_rows_round_trip(tmp_path):
     rows = [{"step": 100, "loss": 0.1}, {"step": 200, "loss": 1 / 3}]
     (tmp_path / "metrics.csv").write_text(as_csv(rows))
     found = read_rows(tmp_path / "metrics.csv")
@@ -167,7 +167,7 @@ def test_rows_come_back_equal(tmp_path):
 @pytest.mark.parametrize(
     "text", ["step,loss\n1,", "loss\n1.0\n", "step,loss\n1\n", "\0\n1"]
 )
-def test_damaged_rows_are_refused(tmp_path, text):
+def test_damaged_rows_are_rejected(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(WorkdirError, match=r"metrics\.csv is damaged; delete it"):
         read_rows(tmp_path / "metrics.csv")
@@ -189,7 +189,7 @@ def test_one_run_lives_in_the_workdir_itself(monkeypatch):
     assert run == run_config
 
 
-def test_several_seeds_have_directories_of_their_own(tmp_path):
+def test_each_seed_has_its_own_directory(tmp_path):
     run_config = config()
     run_config.update(seed=3, seeds=2)
     runs = list(workdir.runs(run_config, tmp_path))

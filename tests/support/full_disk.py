@@ -6,7 +6,7 @@ import resource
 
 @contextlib.contextmanager
 def files_no_larger_than(size):
-    """Makes writing more bytes to a file an OSError, also in threads of C++."""
+    """Makes writes of more bytes to a file fail with OSError, also in C++ threads."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -134,7 +134,7 @@ def _name(path, layer) -> str:
 
 
 def trajectory(path: pathlib.Path) -> Comparison:
-    """Training on a new batch in each step, from running statistics of zero."""
+    """Trains on a new batch in each step, from running statistics of zero."""
     comparison, (facts, arrays) = Comparison(), read_layers(path)
     model = facts["tag"]
     fields = {"L": "L", "M": "M", "depth": "depth", "classes": "num_classes"}

@@ -31,7 +31,7 @@ FAMILIES = [
 
 
 def is_golden(path: pathlib.Path, facts) -> bool:
-    """Whether a file is to be compared: no table of counts, no arrays of a json."""
+    """Returns whether to compare a file: not a table of counts or a json's arrays."""
     if path.suffix == ".npz":
         return path.name.startswith("optimizer_")
     return isinstance(facts, dict) and (
