@@ -92,7 +92,8 @@ def _find(data: ConfigDict) -> list[tuple[str, pathlib.Path | None]]:
                 f"{others[0]}: set --config.data.name={others[0].absolute()} to read "
                 "the folder, or another --config.data.dir to read the digits"
             )
-        return [("digits", digits.FILE)]
+        others = folders.find(pathlib.Path.cwd(), name)
+        return [("digits", digits.FILE), *(("folders", path) for path in others)]
     if name.lower().endswith(".npz"):
         folder = pathlib.Path(os.path.expanduser(data.dir))
         return [("npz", folder / os.path.expanduser(name))]

@@ -200,9 +200,13 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
     """
     required = ["x_train", "y_train", "x_test", "y_test"]
     if not path.is_file():
-        raise DataError(
-            f"no file {path.absolute()}: check --config.data.name and --config.data.dir"
+        here = pathlib.Path(data.name).absolute()
+        remedy = (
+            f"set --config.data.name={here}"
+            if here.is_file()
+            else "check --config.data.name and --config.data.dir"
         )
+        raise DataError(f"no file {path.absolute()}: {remedy}")
     logging.info("reading %s (%s)", data.name, split)
     with reading(path):
         _check_signature(path)
@@ -233,7 +237,7 @@ def load_npz(path: pathlib.Path, data: ConfigDict, split: str):
         if array.dtype.kind not in "iu" or array.shape not in ((n,), (n, 1)):
             raise DataError(
                 f"{path}: {name} is {array.dtype} {array.shape}, expected integers "
-                "(N,), the classes numbered from 0"
+                "(N,), the classes numbered from 0 (one-hot rows: y.argmax(axis=1))"
             )
     labels = arrays[f"y_{split}"].reshape(-1)
     if len(labels) != len(images):

@@ -151,7 +151,9 @@ def test_the_log_names_which_of_two_equally_named_sets_is_read(
     assert len(logged) == 1
 
 
-def test_a_folder_called_digits_does_not_hide_behind_the_embedded_ones(data, tmp_path):
+def test_a_folder_called_digits_does_not_hide_behind_the_embedded_ones(
+    data, tmp_path, monkeypatch, logged
+):
     root = write(tmp_path / "digits", "train", "test")
     data.name = "digits"
     with pytest.raises(
@@ -162,3 +164,7 @@ def test_a_folder_called_digits_does_not_hide_behind_the_embedded_ones(data, tmp
     assert len(input_pipeline.load(data, "train")) == 4
     data.update(name="digits", dir=str(root))
     assert len(input_pipeline.load(data, "train")) == 1437
+    assert not any("not from" in text for text in logged)
+    monkeypatch.chdir(tmp_path)
+    assert len(input_pipeline.load(data, "test")) == 360
+    assert logged[-1].endswith(f"digits.npz, not from {root}")

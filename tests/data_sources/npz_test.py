@@ -117,9 +117,14 @@ def test_npz_may_use_the_largest_label_of_its_type(data, tmp_path, dtype):
     assert input_pipeline.load(data, "train").class_names[-1] == str(labels[0])
 
 
-def test_a_missing_npz_is_named(data, tmp_path):
+def test_a_missing_npz_is_named(data, tmp_path, monkeypatch):
     data.name = str(tmp_path / "mine.npz")
-    with pytest.raises(DataError, match=f"no file {data.name}"):
+    with pytest.raises(DataError, match=f"no file {data.name}: check"):
+        input_pipeline.load(data, "train")
+    path = save_npz(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data.update(name="mine.npz", dir="/nowhere")
+    with pytest.raises(DataError, match=f"/nowhere/mine.npz: set .*data.name={path}"):
         input_pipeline.load(data, "train")
 
 
