@@ -2,10 +2,10 @@
 
 python -m analysis.curves /tmp/run /tmp/other --out=curves.png
 
-Each directory is the workdir of a run, or holds those of --config.seeds. Runs that
-differ only in their seed and are equally long share a row. Errors are on the test set,
-in percent. "best" is the best epoch on that same set, as several papers report it;
-"last 5" is the median of the last five evaluations, as others do.
+Each directory is the workdir of a run, or contains the runs of --config.seeds. Runs
+that differ only in their seed and are equally long share a row. Errors are on the test
+set, in percent. "best" is the best epoch on the same set, as several papers report it;
+"last 5" is the median of the last five evaluations, as others report it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Curve = list[dict[str, float]]
 
 
 def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
-    """Returns configuration name -> the rows of metrics.csv of each of its runs.
+    """Returns {configuration name: rows of metrics.csv for each of its runs}.
 
     Raises ValueError for a directory without an evaluated run, and for a repeated seed.
     """

@@ -70,7 +70,7 @@ def best_partitions(
 ) -> list[Plan]:
     """Returns the plans within a budget of `count` ("parameters", "macs"), best first.
 
-    grow: what doubles with the width, "M" (IGCNets for CIFAR) or "L".
+    grow: whether "M" (IGCNets for CIFAR) or "L" doubles with the width.
     objective: "width", then the smaller count; or "balance", then width, among the
       widest nets of each M.
     min_secondary: smallest M; 1 admits depthwise-separable pairs.
@@ -130,7 +130,7 @@ def _coefficients(depth: int, num_classes: int, grow: str) -> np.ndarray:
     """Returns the coefficients (4, 2) of _terms in the parameters and macs of a net.
 
     Counting a net takes a second, too long for a search. But the counts of each layer
-    are sums of the four terms, so four nets determine those of all.
+    are linear in the four terms, so four nets determine all others.
     """
     pairs = [(2, 2), (4, 2), (2, 4), (4, 4)]
     counts = []

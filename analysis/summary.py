@@ -1,7 +1,7 @@
 """Prints tables of networks: all published rows, or one network layer by layer.
 
 python -m analysis.summary                                  all variants, minutes
-python -m analysis.summary configs/xvgg.py configs/gunn.py  those of some families
+python -m analysis.summary configs/xvgg.py configs/gunn.py  some families
 python -m analysis.summary configs/xdensenet.py:40-48-2,cifar100    layer by layer
 """
 
@@ -75,7 +75,7 @@ def _counts(layer: cost.Cost) -> tuple[str, ...]:
 
 
 def show(header: tuple[str, ...], rows: Iterator, widths: tuple[str, ...]) -> None:
-    """Prints each row as soon as it is counted: all of them take minutes."""
+    """Prints each row as soon as it is counted, because all rows take minutes."""
     for row in itertools.chain([header], rows):
         cells = (f"{x:{width}}" for x, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip(), flush=True)

@@ -9,7 +9,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def machine(device_kind: str, cores: int | None = None) -> str:
-    """Names the machine in file names: the accelerator, or the processor and cores."""
+    """Returns the machine's part of file names: accelerator, or processor and cores."""
     if device_kind.lower() == "cpu":
         return f"{platform.machine()}-{cores or os.cpu_count()}cores"
     return device_kind.lower().replace(" ", "-")

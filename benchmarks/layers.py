@@ -1,8 +1,9 @@
 """Milliseconds of each lowering of each layer: python -m benchmarks.layers
 
 Measures the convolutions of ResNet-20 and DenseNet-BC-40-24, and grouped ones, at batch
-size 64. The lowerings of a layer take turns, and the fastest repeat counts, because the
-machine may be shared. `of_native` is the time relative to XLA's own convolution.
+size 64. Rounds over the lowerings of a layer are interleaved, and the fastest repeat
+counts, because the machine may be shared. `of_native` is the time relative to XLA's own
+convolution.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main() -> None:
 
 
 def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
+    """Measures and prints all lowerings of a layer; returns a row for each."""
     net, size, i, o, window, stride, groups = layer
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((batch_size, size, size, i)), jnp.float32)
@@ -62,7 +64,7 @@ def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
     shape = Shape.of(x, kernel, **geometry)
     names = applicable(shape)
     programs = {
-        name: compiled(x, kernel, geometry | {"lowering": name}) for name in names
+        name: compile_parts(x, kernel, geometry | {"lowering": name}) for name in names
     }
     least = {name: dict.fromkeys(PARTS, float("inf")) for name in names}
     for _ in range(repeats):
@@ -90,8 +92,8 @@ def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
     return rows
 
 
-def compiled(x, kernel, options: dict) -> dict:
-    """Returns compiled functions without arguments, one per part."""
+def compile_parts(x, kernel, options: dict) -> dict:
+    """Returns {part: compiled function without arguments}."""
     convolve = functools.partial(convolution, **options)
     forward = jax.jit(convolve)
     dy = jnp.ones_like(forward(x, kernel))

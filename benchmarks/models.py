@@ -1,13 +1,13 @@
-"""Speed and memory of whole training steps on images of 32x32, beside PyTorch's.
+"""Speed and memory of whole training steps on 32x32 images, compared with PyTorch.
 
 python -m benchmarks.models --peer
 python -m benchmarks.models --variants cfmz:20 gunn:15 --lowerings auto --reference=DIR
 
 Each contestant runs in its own process, so that its peak memory can be measured. The
-contestants of a table take turns, because machines are shared and noisy: compare the
-ratios, which are medians over rounds. --peer requires PyTorch and pytorchcv.
---reference adds the same steps of another checkout of this repository, such as a git
-worktree of an older commit.
+rounds of the contestants are interleaved, because machines are shared and noisy:
+compare the ratios, which are medians over rounds. --peer requires PyTorch and
+pytorchcv. --reference adds the same steps in another checkout of this repository, such
+as a git worktree of an older commit.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
 
 
 def ratio(player: "Player", other: "Player | None") -> float | str:
-    """Returns the median over rounds of the ratio of two speeds; "" without another."""
+    """Returns the median over rounds of the ratio of two speeds; "" without `other`."""
     if other is None:
         return ""
     pairs = zip(player.speeds, other.speeds, strict=True)
@@ -109,8 +109,8 @@ class Player:
     ):
         self.contestant, self.speeds = contestant, []
         self._images = options.batch_size * options.steps
-        # These flags and the lines on stdin and stdout are a protocol between commits:
-        # --reference must understand older checkouts.
+        # These flags and the lines on stdin and stdout must not change: --reference
+        # runs them in older checkouts.
         fields = ("batch_size", "dtype", "steps", "threads")
         self._process = subprocess.Popen(
             [
@@ -127,17 +127,18 @@ class Player:
             | os.environ
             | {"PYTHONPATH": str(checkout.absolute())},
         )
-        self.facts = self._answer()
+        self.facts = self._read()
 
     def play(self) -> None:
-        """Trains one round."""
+        """Trains one round and records its speed."""
         self._process.stdin.write("play\n")
         self._process.stdin.flush()
-        self.speeds.append(self._images / self._answer()["seconds"])
+        self.speeds.append(self._images / self._read()["seconds"])
 
     def finish(self) -> dict:
+        """Ends the process and returns its speeds, memory and facts."""
         self._process.stdin.close()
-        rest = self._answer()
+        rest = self._read()
         self._process.wait()
         return {
             "images_per_second": round(statistics.median(self.speeds), 1),
@@ -147,7 +148,7 @@ class Player:
             **rest,
         }
 
-    def _answer(self) -> dict:
+    def _read(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
@@ -164,7 +165,8 @@ def compete(framework: str, variant: str, name: str, options) -> None:
     step, facts, memory = make(variant, name, options)
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
-        # The first step after another's turn must allocate anew: up to 1.4 s.
+        # The first step after another contestant's round must allocate anew: up to
+        # 1.4 s.
         step(wait=True)
         start = time.perf_counter()
         for _ in range(options.steps - 1):
@@ -175,6 +177,7 @@ def compete(framework: str, variant: str, name: str, options) -> None:
 
 
 def ours(variant: str, lowering: str, options):
+    """Compiles our train step; returns (step, facts, memory in MiB) for `compete`."""
     import jax
     import numpy as np
 
@@ -220,6 +223,7 @@ def ours(variant: str, lowering: str, options):
 
 
 def pytorch(variant: str, name: str, options):
+    """Builds PyTorch's train step; returns (step, facts, memory in MiB)."""
     import torch
     from pytorchcv.model_provider import get_model
     from torch.nn.functional import cross_entropy

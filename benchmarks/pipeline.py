@@ -1,18 +1,18 @@
 """Images per second of each input pipeline: python -m benchmarks.pipeline
 
-Small images: 50,000 of 32x32 (noise, as the pixels do not matter), with a border of 4,
-in batches of 128. `tf.data` makes numpy batches on an otherwise idle host; `device`
-draws a plan, sends it and runs it in JAX, one dispatch per batch. Photographs: made-up
-JPEGs of 500x375, or those in --photographs=DIR, in random_resized crops of 224 and
-batches of 64, by `threads`.
+Small images: 50,000 images of 32x32 noise with a border of 4, in batches of 128.
+`tf.data` makes numpy batches on an otherwise idle host; `device` draws a plan, sends it
+and runs it in JAX, one dispatch per batch. Photographs: generated JPEGs of 500x375, or
+the files in --photographs=DIR, in random_resized crops of 224 and batches of 64, by
+`threads`.
 
 The peer is PyTorch's DataLoader with one process per core and torchvision's transforms
-(torch_loader.py); it is skipped if PyTorch is not installed. All take turns in one run
-of a few minutes, and the median of the repeats counts. ratio: ours relative to the
-peer's. grown_mb: the memory that this process gained after the first repeat, in more
-than an epoch.
+(torch_loader.py); it is skipped if PyTorch is not installed. Rounds are interleaved in
+one run of a few minutes, and the median of the repeats counts. ratio: ours relative to
+the peer's. grown_mb: the memory that this process gained after the first repeat, in
+more than an epoch.
 
-waits-*.csv: the share of a training run that the loop waits for the next batch of
+waits-*.csv: the share of a training run in which the loop waits for the next batch of
 tf.data, while the previous step may still be computing.
 """
 
@@ -95,6 +95,7 @@ def measure(paths: dict) -> list[dict]:
 
 
 def small_paths() -> dict:
+    """Returns the pipelines for small images, in the form that `measure` takes."""
     config = common.base()
     config.train.batch_size = SMALL_BATCH
     examples = small_examples()
@@ -113,6 +114,7 @@ def small_paths() -> dict:
 
 
 def small_examples() -> input_pipeline.InMemory:
+    """Returns 50,000 images (32, 32, 3) of noise."""
     images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
     labels = np.zeros(len(images), np.int32)
     return input_pipeline.InMemory(images, labels, tuple(map(str, range(10))))
@@ -144,7 +146,7 @@ def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
 
 
 def make_photographs(folder: pathlib.Path) -> pathlib.Path:
-    """Writes noisy clouds of ImageNet's most common size, about 100 kB each."""
+    """Writes JPEGs of noisy clouds, 500x375 and about 100 kB, and returns `folder`."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(MADE_UP):
@@ -174,7 +176,7 @@ class Timed:
 
 
 def waits(variant: str) -> dict:
-    """Trains a variant for a few steps, as train.py does."""
+    """Trains a variant for a few steps; returns the share of time spent waiting."""
     family, _, row = variant.partition(":")
     config = importlib.import_module(f"configs.{family}").get_config(row)
     config.train.batch_size = SMALL_BATCH
@@ -233,6 +235,7 @@ def speed(next_batch, warm_up: int) -> float:
 
 
 def wait(batch) -> None:
+    """Waits until a batch is computed."""
     if isinstance(batch, dict):  # PyTorch's are lists, and already computed
         jax.block_until_ready(batch)
 
@@ -247,6 +250,7 @@ def resident_mb() -> float:
 
 
 def version(*names: str) -> str:
+    """Returns the version of the first installed distribution, '' if none is."""
     found = [d.version for n in names for d in importlib.metadata.distributions(name=n)]
     return found[0] if found else ""
 

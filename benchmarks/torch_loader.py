@@ -1,6 +1,6 @@
 """The peer of benchmarks/pipeline.py: PyTorch's DataLoader, torchvision's transforms.
 
-The transforms are written in Pillow and torch, as torchvision computes them on Pillow's
+The transforms are written in Pillow and torch, as torchvision computes them on Pillow
 images, so that torchvision need not be installed. This file imports little, because
 each worker process imports it.
 """

@@ -66,9 +66,9 @@ def find(system: str, net: str) -> Reference:
 def build(reference: Mapping) -> nnx.Module:
     """Builds the net of a reference configuration, with zeros in all variables.
 
-    reference: `system`, `net` and `config`, as in the golden files. Optional are
-      `tensors` (dicts with a `name`), which decide what `config` leaves open, and
-      `batch_norm` (eps, keep, running_var), which our net must match: raises
+    reference: `system`, `net` and `config`, as in the golden files. Optional:
+      `tensors` (dicts with a `name`), which decide what `config` leaves open;
+      `batch_norm` (eps, keep, running_var), which our net must match. Raises
       ValueError if it does not.
     """
     original = find(reference["system"], reference["net"])
@@ -119,8 +119,8 @@ def fit(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
     """Returns the source of each variable of a net, given the names of the tensors.
 
-    The originals have several names for the tensors of some nets. Of the references
-    with the class of this net, the one that shares most names is used.
+    The originals have several names for the tensors of some nets. Among the references
+    for this net's class, uses the one that shares most names.
     """
     candidates = []
     for reference in _references(net):

@@ -1,9 +1,9 @@
-"""The ResNets of cfmz (neon 1.2.1), by the names in its golden files (neon has none).
+"""Tensor names of cfmz's ResNets (neon 1.2.1). neon has no names, so these are ours.
 
 neon stores convolution weights as (in * kh * kw, out), the golden files as OIHW. Its
-images are blue, green, red; neon 1.2.1 subtracts the mean of red from blue and that of
-blue from red. Our net takes red, green, blue, so the weights of a file are reordered
-and the means are `swapped`.
+images are blue, green, red, and neon 1.2.1 swaps the means of red and blue. Our net
+takes red, green, blue, so `layout` reorders the weights of a file and `swap_means` the
+means.
 """
 
 import math
@@ -25,6 +25,7 @@ LEAVES = {
 
 
 def name(path: Path, layer: nnx.Module) -> str:
+    """Returns the tensor name of a variable. Raises LookupError for an unknown path."""
     return f"{_layer(path[:-1])}.{LEAVES[path[-1]]}"
 
 
@@ -62,7 +63,8 @@ def layout(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return kernel[:, ::-1] if shape[1] == 3 else kernel
 
 
-def swapped(mean: tuple[float, ...]) -> tuple[float, ...]:
+def swap_means(mean: tuple[float, ...]) -> tuple[float, ...]:
+    """Swaps the means of red and blue."""
     return mean[::-1]
 
 

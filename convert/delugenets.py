@@ -1,9 +1,9 @@
-"""DelugeNets, by the names in its golden files (Lua modules have none).
+"""Tensor names of DelugeNets. Lua modules have no names, so these are ours.
 
 The original stores running statistics per reader of a feature map, our net once per
 map. All readers have the same statistics after training. In train mode, the weights are
-loaded unchanged. In eval mode, a map takes the statistics of its last reader, and the
-difference to those of another reader is folded into that reader's weight and bias:
+loaded unchanged. In eval mode, a map takes the statistics of its last reader; weight
+and bias of every other reader absorb the difference:
 w (x - m) / s + b = w' (x - m') / s' + b', w' = w s' / s, b' = b + w (m' - m) / s.
 """
 
@@ -33,15 +33,17 @@ class Reader(NamedTuple):
     norms: tuple[Path, ...]
 
     def shapes(self, *leaves: str) -> dict[str, tuple[int, int]]:
+        """Returns {name: shape} of tensors of this reader in the original."""
         shape = (self.channels, len(self.norms))
         return {f"{self.name}.{TORCH_LEAVES[leaf]}": shape for leaf in leaves}
 
     def column(self, norm: Path) -> int:
-        """Column of a source in the original, which counts from the newest."""
+        """Returns a source's column in the original, which counts from the newest."""
         return len(self.norms) - 1 - self.norms.index(norm)
 
 
 def sources_of(net: DelugeNet) -> dict[Path, Source]:
+    """Returns the source of each variable; eval mode folds differing statistics."""
     folded = net.norm.use_running_average
     return by_layer(net, lambda path, _: name(net, path)) | cross_layers(
         readers(net), folded
@@ -49,6 +51,7 @@ def sources_of(net: DelugeNet) -> dict[Path, Source]:
 
 
 def name(net: DelugeNet, path: Path) -> str:
+    """Returns the tensor name of a variable. Raises LookupError for an unknown path."""
     match path[:-1]:
         case ("blocks", block, "norms", source):
             # A placeholder: cross_layers defines the sources of these statistics.
@@ -111,13 +114,13 @@ def cross_layers(readers: list[Reader], folded: bool) -> dict[Path, Source]:
             plain = _weight(reader, leaf)
             fold = folded and set(last.values()) != {reader}
             sources[*reader.path, leaf] = (
-                _folded(reader, last, leaf, plain) if fold else plain
+                _fold(reader, last, leaf, plain) if fold else plain
             )
     return sources
 
 
 def _weight(reader: Reader, leaf: str) -> Source:
-    """(channels, newest to oldest source) -> (oldest to newest source, channels)."""
+    """Maps (channels, newest to oldest source) to (oldest to newest, channels)."""
     shapes = reader.shapes(leaf)
     (name,) = shapes
     return Source(
@@ -143,7 +146,7 @@ def _statistic(norm: Path, readers: list[Reader], leaf: str) -> Source:
     )
 
 
-def _folded(
+def _fold(
     reader: Reader, last: Mapping[Path, Reader], leaf: str, plain: Source
 ) -> Source:
     """Joins as if the reader had the last reader's statistics; splits unchanged."""

@@ -1,4 +1,4 @@
-"""fb.resnet.torch, by the names in its golden files (Lua modules have none)."""
+"""Tensor names of fb.resnet.torch. Lua modules have no names, so these are ours."""
 
 from collections.abc import Mapping
 
@@ -14,6 +14,7 @@ PARTS = (
 
 
 def resnet(path: Path, layer: nnx.Module) -> str:
+    """Returns the tensor name of a variable. Raises LookupError for an unknown path."""
     match path[:-1]:
         case ("stages", stage, block, "shortcut", part):
             where = f"layer{stage + 1}.{block}.shortcut.{_bn(part)}"
@@ -28,7 +29,7 @@ def resnet(path: Path, layer: nnx.Module) -> str:
 
 
 def preresnet(path: Path, layer: nnx.Module) -> str:
-    """Counts the batch norms of a block from 0: bn0 precedes conv1."""
+    """Like resnet, but counts the batch norms of a block from 0: bn0 precedes conv1."""
     if path[0] == "stages" and path[-2] in ("norm1", "norm2", "norm3"):
         path = (*path[:-2], f"norm{int(path[-2][-1]) - 1}", path[-1])
     return resnet(path, layer)

@@ -1,4 +1,4 @@
-"""GUNN (Torch7), by the names in its golden files: positions in the module tree.
+"""Tensor names of GUNN. Torch7 has no names, so these are positions in the module tree.
 
 Positions count from 1: "7.3.1.2.4.weight" is the 3x3 convolution of segment 3 of the
 first layer. The original has separate tensors per segment; our units stack them.
@@ -10,17 +10,11 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from flax import nnx
 
+from configs.gunn import VARIANTS
 from convert.sources import TORCH_LEAVES, Path, Reference, Source, by_layer
 from nets.gunn import Gunn
 from nets.layers.gradual import unstack
 
-# (depth, wide): stages of channels and segments, expansion.
-MODELS = {
-    (15, False): ((240, 300, 360), (20, 25, 30), 2),
-    (18, False): ((400, 800, 1600, 2000), (10, 20, 40, 50), 2),
-    (18, True): ((1200, 1600, 2000, 2000), (30, 40, 50, 50), 2),
-    (24, False): ((720, 900, 1080), (20, 25, 30), 3),
-}
 # Positions in the bottleneck, and in the projection beside it.
 BOTTLENECK = {"conv1": 1, "norm1": 2, "conv2": 4, "norm2": 5, "conv3": 7, "norm3": 8}
 PROJECTION = {"projection": 1, "projection_norm": 2}
@@ -29,24 +23,22 @@ PROJECTION = {"projection": 1, "projection_norm": 2}
 def _section(config: Mapping) -> dict:
     config = dict(config)
     depth, wide = config.pop("depth"), config.pop("wide", False)
-    if (depth, wide) not in MODELS:
-        known = ", ".join(map(str, MODELS))
-        raise ValueError(
-            f"unknown GUNN (depth, wide) {depth, wide}: choose from {known}"
-        )
-    channels, segments, expansion = MODELS[depth, wide]
+    variant = f"wide-{depth}" if wide else str(depth)
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown GUNN {variant!r}: choose from {', '.join(VARIANTS)}")
+    net = VARIANTS[variant].net
     form = "imagenet" if config.pop("dataset") == "imagenet" else "cifar"
     # In the original, the data set alone decides the shortcuts.
     shortcuts = ("none",) if form == "imagenet" else ("projection",)
     section = dict(
         name="gunn",
         form=form,
-        channels=config.pop("channels", channels),
-        segments=config.pop("segments", segments),
-        expansion=expansion,
+        channels=config.pop("channels", net["channels"]),
+        segments=config.pop("segments", net["segments"]),
+        expansion=net.get("expansion", 2),
         num_classes=config.pop("num_classes"),
     )
-    if depth == 24:  # derived: any other field is accepted and ignored
+    if depth == 24:  # derived: all other fields are ignored
         shortcuts += (config.pop("second_shortcut", "projection"),)
     elif config:
         raise ValueError(f"GUNN-{depth} has no field {sorted(config)}")
@@ -66,6 +58,7 @@ def _refine(section: Mapping, names: Collection[str]) -> dict:
 
 
 def sources(net: Gunn) -> dict[Path, Source]:
+    """Returns the source of each variable of a net."""
     rest = nnx.clone(net)
     rest.layers = nnx.List()
     found = by_layer(rest, functools.partial(_name, net))
@@ -85,7 +78,7 @@ def layer_sources(units: nnx.Module, name) -> dict[Path, Source]:
         by_layer(unit, functools.partial(name, segment))
         for segment, unit in enumerate(unstack(units))
     ]
-    return {path: _stacked([sources[path] for sources in each]) for path in each[0]}
+    return {path: _stack([sources[path] for sources in each]) for path in each[0]}
 
 
 def layer_name(units, prefix: str, segment: int, path: Path, layer) -> str:
@@ -131,8 +124,8 @@ def _position(net: Gunn, path: Path) -> int:
     raise LookupError(f"unknown GUNN layer {path}")
 
 
-def _stacked(sources: list[Source]) -> Source:
-    """Combines the sources of slices into that of a variable with a leading axis."""
+def _stack(sources: list[Source]) -> Source:
+    """Combines the sources of slices into the source of the stacked variable."""
 
     def join(*tensors):
         size = len(tensors) // len(sources)

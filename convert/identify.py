@@ -54,8 +54,8 @@ def identify(
 ) -> Match:
     """Returns the net of some tensors.
 
-    given: the name and configuration to use. Raises Unidentified if the tensors fit
-    neither that nor, without it, any variant. The message names the variant that fits.
+    given: the name and configuration to use; without it, tries all variants. Raises
+    Unidentified if the tensors do not fit; the message names a variant that does.
     """
     check(tensors)
     count = count_parameters(tensors)
@@ -90,7 +90,7 @@ def identify(
 
 
 def count_parameters(tensors: Mapping[str, np.ndarray]) -> int:
-    """Counts parameters as our nets store them: those that a mask removes are none."""
+    """Counts parameters as our nets store them, without those that a mask removes."""
     count = 0
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
@@ -117,7 +117,7 @@ def candidates(count: int) -> Iterator[tuple[str, ConfigDict]]:
 def _fit(config: ConfigDict, tensors) -> tuple[nnx.Module | None, str]:
     """Returns the net with the tensors; None and the reason if they do not fit."""
     net = empty(lambda: nets.create(config.net, nnx.Rngs(0)))
-    net.eval()  # a DelugeNet is to evaluate as the original does
+    net.eval()  # so that a DelugeNet evaluates like the original
     try:
         convert.fit(net, tensors)
     except (convert.Mismatch, convert.UnknownReference) as error:

@@ -1,4 +1,4 @@
-"""IGCNets, by the argument names in the authors' MXNet builders and symbol files."""
+"""Tensor names of IGCNets, from the authors' MXNet builders and symbol files."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,7 +20,7 @@ LEAVES = {
 
 
 class Naming(NamedTuple):
-    """The names in a builder. blocks: of a unit's blocks; conv: of a single conv."""
+    """A builder's names of the classifier, the blocks of a unit and a single conv."""
 
     classifier: str
     blocks: Mapping[str, str] = {}
@@ -37,6 +37,7 @@ BUILDER = Naming("fc_score", UNIT | {"block1": "igc1", "block2": "igc2"})
 
 
 def name(path: Path, layer: nnx.Module, naming: Naming) -> str:
+    """Returns the tensor name of a variable. Raises LookupError for an unknown path."""
     match path[:-1]:
         case ("classifier",):
             return f"{naming.classifier}_{LEAVES[path[-1]]}"

@@ -1,8 +1,8 @@
 """Conversion between reference tensors and the variables of a net.
 
-Each variable of ours lists the tensors that determine it. A mapping from tensors to
-variables would not do: a mask determines an expander's edges and also which weights its
-kernel stores, and a stacked kernel holds the weights of many reference layers.
+Each of our variables lists the tensors that determine it. A one-to-one mapping is not
+enough: a mask determines an expander's edges and also which weights its kernel stores,
+and a stacked kernel holds the weights of many reference layers.
 """
 
 import math
@@ -38,9 +38,8 @@ class Source(NamedTuple):
 
     shapes: {name: shape in the reference layout}.
     join: (these tensors, in this order) -> the variable.
-    split: the inverse, also for gradients and statistics. Returns {name: array} for
-      the tensors that the variable determines; entries that other variables determine
-      are zero.
+    split: the inverse, also for gradients and statistics: variable -> {name: array}.
+      Entries that other variables determine are zero.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -119,7 +118,7 @@ def tensor_shapes(sources: Mapping[Path, Source]) -> dict[str, tuple[int, ...]]:
 def by_position(
     net: nnx.Module, reference: Reference, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Renames tensors that are called by their position, such as "7.3.weight".
+    """Renames tensors that are named by position, such as "7.3.weight".
 
     Raises Mismatch if the file does not have as many layers as the net.
     """
@@ -140,7 +139,7 @@ def by_position(
 
 
 def _layers(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{'1.2.weight': x} -> {'1.2': {'weight': x}}, in the same order."""
+    """Groups {'1.2.weight': x} as {'1.2': {'weight': x}}, in the same order."""
     layers = {}
     for name, value in tensors.items():
         layer, _, leaf = name.rpartition(".")
@@ -153,7 +152,7 @@ def assign(
 ) -> None:
     """Sets the variables of a net to the precision of the tensors, at least float32.
 
-    Raises Mismatch, and then changes nothing.
+    Raises Mismatch and changes nothing if the tensors do not fit.
     """
     _check_fit(sources, {k: np.shape(v) for k, v in tensors.items()})
     variables = dict(nnx.to_flat_state(nnx.state(net)))
@@ -180,7 +179,7 @@ def to_reference(
 
 
 def _plain(name: str, shape: tuple[int, ...]) -> Source:
-    """Source of a vector, Linear kernel (in, out) or Conv kernel (kh, kw, in, out)."""
+    """Returns the source of a vector, or of a Linear or Conv kernel."""
     to_theirs = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[len(shape)]
     to_ours = np.argsort(to_theirs)
     return Source(
@@ -230,12 +229,12 @@ def _dense_shape(layer: Expander) -> tuple[int, ...]:
 
 
 def _to_pairs(tensor: np.ndarray) -> np.ndarray:
-    """(O, I, taps...) -> (taps..., I * O)."""
+    """Reshapes (O, I, taps...) to (taps..., I * O)."""
     return np.moveaxis(tensor, (1, 0), (-2, -1)).reshape(*tensor.shape[2:], -1)
 
 
 def _from_pairs(values: np.ndarray, edges, layer: Expander) -> np.ndarray:
-    """values (taps..., E) -> (O, I, taps...), zero where no connection exists."""
+    """Scatters values (taps..., E) to (O, I, taps...), zero without a connection."""
     pairs = np.zeros(
         (*_taps(layer), layer.in_channels, layer.out_channels), values.dtype
     )

@@ -25,8 +25,8 @@ def save(
 ) -> None:
     """Writes the checkpoint, config.json and origin.json of a weight file.
 
-    path: of the file. There is no metrics.csv or best.json: nothing was evaluated.
-    Raises WorkdirError if the workdir holds a run.
+    path: of the file. Writes no metrics.csv or best.json, because nothing has been
+    evaluated. Raises WorkdirError if the workdir holds a run.
     """
     facts = data_facts(match.config, weights)
     with lock(workdir):
@@ -40,7 +40,7 @@ def save(
 
 
 def origin(path: pathlib.Path, weights: Weights, match: Match) -> dict:
-    """Returns what is recorded about the file of some weights."""
+    """Returns the record of a weight file for origin.json."""
     return {
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -73,7 +73,7 @@ def data_facts(config: ConfigDict, weights: Weights) -> Facts:
     return Facts(
         class_names=_class_names(data.name, classes),
         image_shape=(size, size, 3),
-        mean=cfmz.swapped(mean) if weights.container == "neon" else mean,
+        mean=cfmz.swap_means(mean) if weights.container == "neon" else mean,
         std=std,
         num_train=known.num_train,
     )

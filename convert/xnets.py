@@ -1,4 +1,8 @@
-"""X-Nets (Deep Expander Networks), by the state_dict names of the PyTorch code."""
+"""Tensor names of X-Nets (Deep Expander Networks), from the PyTorch state_dicts.
+
+The functions that take a path return the name of a layer, and raise LookupError for an
+unknown path.
+"""
 
 from collections.abc import Mapping
 
@@ -12,12 +16,13 @@ from nets.mobilenet import MobileNet
 from nets.resnet import ResNet
 from nets.vgg import VGG
 
-# Fields of the golden files -> ours, which nest those of the wiring.
+# Fields of the golden files -> ours, where the wiring is a section.
 RENAMED = {"expander_transitions": "wired_transitions"}
 WIRING = {"wiring": "kind"} | {k: k for k in ("compress", "sampling", "groups")}
 
 
 def leaf(attribute: str, layer: nnx.Module) -> str:
+    """Returns the last part of a variable's tensor name."""
     if isinstance(layer, ExpanderConv) and attribute == "kernel":
         return "fpWeight"
     return TORCH_LEAVES[attribute]
@@ -81,7 +86,7 @@ def mobilenet(path: Path) -> str:
 
 
 def vgg_cifar(net: VGG) -> dict[Path, str]:
-    """Returns the name of each layer. Every conv, BN, ReLU and pooling has an index."""
+    """Returns the name of each layer: conv, BN, ReLU and pooling count as modules."""
     names, index = {("hidden",): "classifier.0", ("classifier",): "classifier.2"}, 0
     for stage, blocks in enumerate(net.stages):
         for i, block in enumerate(blocks):
@@ -93,7 +98,7 @@ def vgg_cifar(net: VGG) -> dict[Path, str]:
 
 
 def alexnet(net: AlexNet) -> dict[Path, str]:
-    """Returns the name of each layer. A dense net also counts its dropouts."""
+    """Returns the name of each layer: in a dense net, dropouts count as modules."""
     names, index = {}, 0
     for i, (*_, pooled) in enumerate(CONVOLUTIONS):
         names["convs", i] = f"features.{index}"

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `workdir/checkpoints/<step>` with two orbax items: `arrays`,
 a flat {path: array}, and `table`, our own JSON with the dtype, shape and CRC-32 of each
-array. Orbax restores a flipped bit as a wrong number, and casts dtypes, without a word.
+array. Orbax silently restores flipped bits and casts dtypes.
 
 Retention is ours: orbax's LatestN and BestN count damaged checkpoints, lose the best to
 a NaN, refuse to replace a step, and a kill during a deletion leaves half a checkpoint.
@@ -48,10 +48,10 @@ class _DamageError(Exception):
 class Checkpoints:
     """The checkpoints of a workdir: retains the last `keep` and the best.
 
-    The best has the highest metrics.BEST_METRIC of those saved with a row, the earliest
-    if equal, or the last if none has a row. Every process of a run creates an instance
-    and makes the same calls; the arrays are replicated, and process 0 writes. Only
-    save() changes files.
+    The best has the highest metrics.BEST_METRIC among checkpoints saved with a row;
+    ties go to the earliest. If none has a row, the last is the best. Every process of a
+    run creates an instance and makes the same calls; the arrays are replicated, and
+    process 0 writes. Only save() changes files.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
@@ -90,7 +90,7 @@ class Checkpoints:
         return {}
 
     def template(self, which: str | int) -> dict[str, np.ndarray]:
-        """Returns arrays like those of a checkpoint, by path, to restore them into."""
+        """Returns empty arrays with a checkpoint's paths, dtypes and shapes."""
         reasons = ""
         for step in self._candidates(which):
             try:
@@ -121,7 +121,7 @@ class Checkpoints:
         write has failed in the background.
         """
         self.wait()
-        # Digests and files are made from one private copy. On CPU np.asarray is a view,
+        # Digests and files come from one private copy. On CPU np.asarray is a view,
         # and jax does not reuse a donated buffer while a view exists.
         arrays = _host_copy(state)
         table = {
@@ -157,6 +157,10 @@ class Checkpoints:
         multihost_utils.sync_global_devices("checkpoints: pruned")
 
     def close(self) -> None:
+        """Waits for the background write and releases orbax's threads.
+
+        Raises CheckpointError if the write failed.
+        """
         try:
             self.wait()
         finally:
@@ -281,7 +285,7 @@ class Checkpoints:
             )
 
     def _clean_up(self) -> None:
-        """Finishes what a kill or an error has interrupted."""
+        """Completes operations that a kill or an error interrupted."""
         for name in os.listdir(self.directory):
             entry, original = self.directory / name, name.removesuffix(REPLACED)
             if name != original and not (self.directory / original).exists():
@@ -345,7 +349,7 @@ def _describe(array: Any) -> str:
 
 
 def _empty(form: str) -> np.ndarray:
-    """Returns an array of the given _describe."""
+    """Returns an empty array with the dtype and shape of a _describe."""
     dtype, _, shape = form.rstrip("]").partition("[")
     return np.empty([int(n) for n in shape.split(",") if n], dtype)
 
@@ -379,7 +383,7 @@ def _check_fit(
     differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if not differing:
         return
-    # Arrays that both have come first: a missing block may fill a hundred lines.
+    # Shared arrays come first: a missing block may fill a hundred lines.
     differing.sort(key=lambda name: name not in ours or name not in theirs)
     first = "".join(
         f"\n  {name}: {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"

@@ -3,8 +3,8 @@
     weights = containers.read("model_best.pth.tar")
 
 A container is recognised by its first bytes. The readers need no framework, and no more
-memory than a small multiple of the file. Tensors of neon and Torch7 have no names: they
-are called by their position in the tree of modules, such as "7.3.1.2.4.weight".
+memory than a small multiple of the file. Tensors of neon and Torch7 have no names;
+their position in the module tree serves as the name, such as "7.3.1.2.4.weight".
 """
 
 import os
@@ -16,9 +16,9 @@ from convert.containers.weights import Weights
 
 __all__ = ["ContainerError", "Weights", "read"]
 
-# The first whose `matches` accepts the content reads it: torch before npz, which are
-# both zip archives, and before neon, which are both pickles. The length that begins a
-# file of safetensors can have the first bytes of any other.
+# The first reader whose `matches` accepts the content reads it. torch precedes npz
+# (both are zip archives) and neon (both are pickles). safetensors begins with a length,
+# which can equal the first bytes of any other format.
 READERS = {
     "safetensors": safetensors,
     "torch": torch,
@@ -41,7 +41,7 @@ def read(path: str | os.PathLike) -> Weights:
             continue
         try:
             weights = reader.read(content)
-        except Exception as error:  # whatever a damaged file leads to
+        except Exception as error:  # a damaged file can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ContainerError(
                 f"{path} looks like a file of {name}, but is damaged or of another "

@@ -31,7 +31,7 @@ def _array(content: bytes) -> np.ndarray:
     }
     shape, fortran, dtype = readers[version](stream)
     if dtype.hasobject or dtype.names:
-        raise ContainerError(f"an array of {dtype} is refused")
+        raise ContainerError(f"an array of {dtype} is not supported")
     shape = tuple(map(int, shape))
     array = Cursor(content, stream.tell()).array(
         dtype, shape[::-1] if fortran else shape

@@ -1,4 +1,4 @@
-"""What a weight file holds."""
+"""The content of a weight file."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 class Weights(NamedTuple):
-    """The tensors of a file, in their order, with the framework's names and layouts.
+    """The tensors of a file, in order, with the framework's names and layouts.
 
-    skipped: what else the file holds. container: its kind.
+    skipped: names of other content. container: the format of the file.
     """
 
     tensors: dict[str, np.ndarray]
