@@ -61,6 +61,11 @@ def load_weights(source: str) -> dict[str, np.ndarray]:
     folder, which = os.path.expanduser(source), "best"
     if "@" in folder and not os.path.isdir(folder):
         folder, _, which = folder.rpartition("@")
+    if os.path.isfile(folder):
+        raise ValueError(
+            f"init_from={source} is a file: write a workdir with python -m convert "
+            f"{folder} --workdir=W, then set init_from=W"
+        )
     if not os.path.isfile(os.path.join(folder, CONFIG_JSON)):
         raise ValueError(
             f"init_from={source}: {folder} is not the workdir of a run: it has no "

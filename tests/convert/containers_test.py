@@ -89,6 +89,14 @@ def test_flipped_bytes_never_crash_or_allocate_much(tmp_path, kind):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("kind", ["torch zip", "npz"])
+def test_a_flipped_weight_in_an_archive_is_noticed(tmp_path, kind):
+    content = bytearray(WRITERS[kind](TENSORS))
+    content[content.index(TENSORS["2.weight"].tobytes())] ^= 1
+    with pytest.raises(containers.ContainerError, match="CRC"):
+        read(tmp_path, content)
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path

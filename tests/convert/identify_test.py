@@ -165,23 +165,7 @@ def test_gunn(tmp_path):
     fields = dict(channels=(16, 24), segments=(4, 3))
     config = config_of(gunn, "15", **fields)
     tensors = weight_files.tensors(config.net, "gunn", "gunn")
-    tree = {}
-    for name, tensor in tensors.items():
-        *path, leaf = name.split(".")
-        node = tree
-        for position in map(int, path):
-            node = node.setdefault(position, {})
-        node[leaf] = tensor
-
-    def module(node):
-        if "weight" in node:
-            return weight_files.Module(("cudnn.X", node))
-        return sequence_of({k: module(v) for k, v in node.items()})
-
-    def sequence_of(children):
-        return weight_files.Module(("nn.X", {"modules": children}))
-
-    content = weight_files.torch7(module(tree))
+    content = weight_files.torch7(weight_files.module_tree(tensors))
     assert_same(identified(tmp_path, content, config), loaded(config.net, tensors))
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 import convert
 import train
-from configs import cfmz, xdensenet
+from configs import cfmz, gunn, igcnets, xdensenet
 from convert import __main__ as command
 from runtime.workdir import load_config, load_facts
 from tests.support import weight_files
@@ -130,6 +130,69 @@ def test_errors_are_one_line(files, arguments, message):
     assert str(error.value).startswith("error: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Container: writer of tensors, original, family, fields of a small net.
+SMALL = dict(depth=10, growth=4)
+SEGMENTS = dict(channels=(16,), segments=(2,))
+CONTAINERS = {
+    "torch zip": (weight_files.torch_zip, "xnets/densenet_cifar", xdensenet, SMALL),
+    "torch": (weight_files.torch_pickles, "xnets/densenet_cifar", xdensenet, SMALL),
+    "npz": (weight_files.npz, "xnets/densenet_cifar", xdensenet, SMALL),
+    "safetensors": (weight_files.safetensors, "xnets/densenet_cifar", xdensenet, SMALL),
+    "MXNet": (weight_files.mxnet, "igcnets/plain_igc", igcnets, dict(depth=5)),
+    "Torch7": (
+        lambda tensors: weight_files.torch7(weight_files.module_tree(tensors)),
+        *("gunn/gunn", gunn, SEGMENTS),
+    ),
+    "neon": (
+        lambda tensors: weight_files.neon(tensors, (1, 1, 1)),
+        *("cfmz/msra_resnet", cfmz, dict(depth=8)),
+    ),
+}
+
+
+def spoil(tensors, kind):
+    """Returns other tensors and a word of the error."""
+    name, last = list(tensors)[-1], list(tensors.values())[-1]
+    if kind == "not finite":
+        return tensors | {name: np.full_like(last, np.nan)}, "not finite"
+    if kind == "extra":
+        return tensors | {"99.weight": last}, "unexpected: 99.weight"
+    if kind == "missing":
+        return {k: v for k, v in tensors.items() if k != name}, f"missing: {name}"
+    return tensors, "misshaped: "  # another net
+
+
+# The writer for neon takes whole nets; identify_test has one with other layers.
+KINDS = [
+    (container, kind)
+    for container in CONTAINERS
+    for kind in ("not finite", "extra", "missing", "another net")
+    if container != "neon" or kind in ("not finite", "another net")
+]
+
+
+@pytest.mark.parametrize(("container", "kind"), KINDS)
+def test_tensors_that_do_not_fit_are_one_line(tmp_path, container, kind):
+    write, original, family, fields = CONTAINERS[container]
+    config = family.get_config()
+    config.net.update(fields)
+    tensors = weight_files.tensors(config.net, *original.split("/"))
+    tensors = {k: v.astype(np.float32) for k, v in tensors.items()}
+    tensors, word = spoil(tensors, kind)
+    (tmp_path / "weights").write_bytes(write(tensors))
+    if kind == "another net":
+        config.net.num_classes = 7
+    overrides = {**fields, "num_classes": config.net.num_classes}
+    flags = [f"--config.net.{k}={v}" for k, v in overrides.items()]
+    flags.append(f"--config={family.__file__}")
+    with pytest.raises(SystemExit) as error:
+        command.main([str(tmp_path / "weights"), "--dry-run", *flags])
+    message = str(error.value)
+    assert message.startswith(f"error: {tmp_path / 'weights'}: ")
+    assert word in message
+    assert "\n" not in message
 
 
 def test_errors_name_the_file(tmp_path, files):

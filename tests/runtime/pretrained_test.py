@@ -87,7 +87,11 @@ def test_another_net_is_rejected(source, ours, message):
 
 @pytest.mark.parametrize(
     ("suffix", "message"),
-    [("/other", "not workdir config.json"), ("@4", "'4' available: last, best, 3, 6")],
+    [
+        ("/other", "not workdir config.json"),
+        ("/config.json", "is a file: python -m convert --workdir=W"),
+        ("@4", "'4' available: last, best, 3, 6"),
+    ],
 )
 def test_a_missing_source_is_named(source, suffix, message):
     with pytest.raises(ValueError, match=words(f"{source} {message}")):

@@ -222,6 +222,25 @@ def layer(kind: str, name: str, tensors: dict) -> Module:
     return Module((kind, leaves | {"train": False}))
 
 
+def module_tree(tensors: dict) -> Module:
+    """Returns modules for tensors whose names are positions, such as 7.3.weight."""
+    tree = {}
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        node = tree
+        for position in map(int, path):
+            node = node.setdefault(position, {})
+        node[leaf] = tensor
+
+    def module(node):
+        if "weight" in node:
+            return Module(("cudnn.X", node))
+        inner = {position: module(child) for position, child in node.items()}
+        return Module(("nn.Sequential", {"modules": inner}))
+
+    return module(tree)
+
+
 def torch7(root) -> bytes:
     numbers = iter(range(1, 1_000_000))
 
