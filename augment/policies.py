@@ -170,9 +170,9 @@ def apply(
     """Applies operations[chosen[i, j]] for j = 0, 1, ... to image i.
 
     operations: (name, magnitude), with Pillow's arguments: degrees, the coefficient of
-    a shear, pixels, threshold, bits, or the factor of an enhancement; the sign of
-    geometric operations is that of Pillow's AFFINE. chosen: (b, n) int. images: (b, H,
-    W, 3) uint8. mean: the colour of uncovered pixels, 0..255.
+    a shear, pixels, threshold, bits, or the factor of an enhancement; signs of
+    geometric operations follow Pillow's AFFINE. chosen: (b, n) int. images: (b, H, W,
+    3) uint8. mean: the colour of uncovered pixels, 0..255.
     """
     size = images.shape[1:3]
     branch = [_BRANCHES.index(OPERATIONS[name]) for name, _ in operations]

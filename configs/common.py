@@ -77,8 +77,8 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initial weights, order of examples and augmentation
     config.seeds = 1  # number of runs, with consecutive seeds, in WORKDIR/seed0, ...
-    # Workdir of a run to start from: the weights of its best checkpoint, or those of
-    # another as WORKDIR@last or WORKDIR@STEP. '': random weights.
+    # Start from the weights of this workdir's best checkpoint, or of another one given
+    # as WORKDIR@last or WORKDIR@STEP. '': random weights.
     config.init_from = ""
     config.variant = ""  # row of the family's VARIANTS, for logs and tables
     config.recipe = ""  # one of RECIPES, for tables
@@ -111,8 +111,8 @@ def base() -> ConfigDict:
             # 'auto': 'tf.data' for images in memory, 'threads' for photographs. Or
             # 'device': images, crop and flip on the accelerator.
             pipeline="auto",
-            # 'pad': pads and crops images in memory. Any other: reads photographs of
-            # any size from disk and crops them (data_sources/crops.py).
+            # 'pad': pads and crops images in memory. Any other value: reads photographs
+            # of any size from disk and crops them (data_sources/crops.py).
             crop="pad",
             pad=4,  # crop='pad': width of the border in pixels; 0: no random crop
             border="zero",  # crop='pad': or mean, dataset_mean, white, reflect
@@ -190,10 +190,10 @@ def base() -> ConfigDict:
             batch_size=250,
             every_epochs=1.0,  # may be a fraction; a checkpoint follows each evaluation
             checkpoint="best",  # --mode=eval: best, last or a step
-            # --mode=eval: 'center' as during training; 'flip' averages the logits of
-            # the image and its mirror image, 'tencrop' those of the centre and the four
-            # corners of a photograph and of its mirror image. Results are then called
-            # test_accuracy_flip and so on.
+            # --mode=eval: 'center': as during training. 'flip': averages the logits of
+            # the image and its mirror image. 'tencrop': averages the logits of centre
+            # and four corners of a photograph and its mirror image. Results are then
+            # named test_accuracy_flip and so on.
             views="center",
         )
     )

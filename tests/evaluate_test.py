@@ -1,4 +1,4 @@
-"""Every test example counts once, whatever the batches and the devices."""
+"""Every test example counts once, for any batch size and number of devices."""
 
 import io
 

@@ -1,10 +1,10 @@
 """Expander layers: convolutions and linear layers over a fixed random sparse graph.
 
 Deep Expander Networks (arXiv 1711.08757; facts from the published code). For sampling
-rules see nets/connectivity.py. Only existing connections are stored, so
-parameter counts, optimizer state and checkpoints are those of the sparse layer. The
-forward pass scatters them into a dense kernel, which is never slower than masking and
-15x faster on CPU than gathering the inputs of each output.
+rules see nets/connectivity.py. Only existing connections are stored, so parameters,
+optimizer state and checkpoints are as small as the sparse layer. The forward pass
+scatters them into a dense kernel, which is never slower than masking and 15x faster on
+CPU than gathering the inputs of each output.
 """
 
 import math

@@ -54,7 +54,7 @@ def assert_same(got, wanted):
 def save_until_killed(workdir, suffix, number):
     """Saves, replaces and deletes checkpoints; prints the steps that are on disk.
 
-    Kills this process before the file system operation `number` of those that it makes
+    Kills this process before its file system operation `number`, counting those
     while a directory named *suffix exists.
     """
     directory, count = pathlib.Path(workdir) / "checkpoints", 0
