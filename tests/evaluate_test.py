@@ -109,7 +109,7 @@ def test_the_logits_of_ten_crops_are_averaged(net, examples):
         Image.fromarray(large).save(file, "PNG")
         return file.getvalue()
 
-    options = "random_resized", 8, "raise", False
+    options = "random_resized", 8, "raise", False, str
     split = OnDisk(examples.labels, examples.class_names, png, str, *options)
     views = np.stack([crops.ten_crops(png(i), *options[:2]) for i in range(COUNT)])
     config, mesh = xdensenet.get_config("22-8-2,digits"), make_mesh(jax.devices()[:2])
