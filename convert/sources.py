@@ -169,7 +169,8 @@ def to_reference(
 ) -> dict[str, np.ndarray]:
     """Converts {path: variable, gradient or statistic} to {reference name: array}.
 
-    The contributions of several variables to one tensor are added.
+    Adds the contributions of several variables to one tensor. The parity tests compare
+    gradients and statistics with recordings in this form.
     """
     tensors = {}
     for path, value in values.items():
