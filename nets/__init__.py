@@ -13,6 +13,7 @@ from nets.alexnet import AlexNet
 from nets.delugenet import DelugeNet
 from nets.densenet import DenseNet, ImageNetDenseNet
 from nets.gunn import Gunn
+from nets.intermediates import capture
 from nets.layers import lowerings
 from nets.layers.expander import Connectivity, Expander
 from nets.layers.norm import BatchNorm
@@ -22,7 +23,15 @@ from nets.plain import IgcImageNetResNet, IgcResNet, Plain
 from nets.resnet import CfmzResNet, ResNet
 from nets.vgg import VGG
 
-__all__ = ["Connectivity", "Definition", "configure", "create", "names", "split"]
+__all__ = [
+    "Connectivity",
+    "Definition",
+    "capture",
+    "configure",
+    "create",
+    "names",
+    "split",
+]
 
 NETS: dict[str, type[nnx.Module]] = {
     "alexnet": AlexNet,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import nets
+from nets import intermediates
 from nets.layers.gradual import Gradual
 
 
@@ -104,14 +105,9 @@ def _calls(net: nnx.Module, input_shape) -> dict[str, list[tuple[int, ...]]]:
     def forward(state, x):
         net = nnx.merge(graphdef, state, copy=True)
         net.eval()
-        capture = nnx.capture(net, nnx.Intermediate, method_outputs=nnx.Intermediate)
-        outputs = []
-        for path, variable in nnx.to_flat_state(capture(x)[1]):
-            if path[-1] == "__call__":
-                for output in variable.get_value():
-                    paths.append(_dotted(path[:-1]))
-                    outputs.append(output)
-        return outputs
+        outputs = intermediates.outputs(net, x)
+        paths.extend(path for path, calls in outputs.items() for _ in calls)
+        return [output for calls in outputs.values() for output in calls]
 
     x = jax.ShapeDtypeStruct(input_shape, jnp.float32)
     jaxpr = jax.make_jaxpr(forward)(state, x).jaxpr
