@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -42,6 +43,7 @@ def make_evaluator(
         image_shape = (VIEWS[views], *image_shape)
     batch_size = min(math.ceil(config.eval.batch_size / VIEWS[views]), len(split))
     batch_size = padded_batch_size(batch_size, mesh.size)
+    logging.info("compiling the evaluation step")
     _try_batch(eval_step, variables, batch_size, image_shape, mesh, num_classes)
 
     def evaluator(variables):

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import augment
@@ -43,10 +44,10 @@ from runtime.workdir import (
     take_net,
 )
 
-# Constants folded into random keys. Of a step's key: its devices take 0, 1, ...
-AUGMENTATION = 2**31 - 1
-# Of a seed's key: the layers of the net take 0, 1, ...
-STEPS = 2**31 - 2
+# Constants for jax.random.fold_in. Devices fold 0, 1, ... into the key of a step, and
+# layers fold 0, 1, ... into the key of a seed.
+AUGMENTATION = 2**31 - 1  # into the key of a step
+STEPS = 2**31 - 2  # into the key of a seed
 
 
 @jax.tree_util.register_dataclass
@@ -176,7 +177,7 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
         new = _averaged({"params": params, "stats": stats})
         ema = optax.incremental_update(new, ema, 1 - decay)
     # The weights are checked too, because an update can overflow after a finite loss.
-    # The loss is that of the totals, because these stop the loop (reporter.finite).
+    # Checks the accumulated loss, as reporter.finite does.
     totals = jax.tree.map(jnp.add, state.totals, sums)
     sound = jnp.isfinite(totals["loss"]) & jnp.isfinite(optax.global_norm(params))
     bad = (state.bad_step < 0) & ~sound
@@ -207,29 +208,22 @@ def train_and_evaluate(
     the run is complete. With config.seeds > 1, trains a run for each seed in
     workdir/seed<seed> and returns a list of their results.
 
-    Raises ValueError (DataError and CheckpointError are subclasses) for a run that
-    cannot work, FloatingPointError if the loss or the weights are not finite, and
+    Raises ValueError (DataError and CheckpointError are subclasses) if the
+    configuration, the data or the workdir are invalid, FloatingPointError if the loss or the weights are not finite, and
     Preempted after SIGTERM.
     """
     checks.check_fields(config)
     if config.seeds != 1:
         return [train_and_evaluate(*run) for run in runs(config, workdir)]
-    [(config, workdir)], mesh = runs(config, workdir), make_mesh()
+    [(config, workdir)] = runs(config, workdir)
+    mesh = make_mesh()
     _check_agreement(config, workdir)
     net = checks.check_config(config, mesh)
-    train, test = input_pipeline.load_both(config.data)
     old = resume.find(workdir)
-    if old:
-        names = old.facts.class_names, config.data.name
-        train, test = (input_pipeline.map_classes(x, *names) for x in (train, test))
-    facts = input_pipeline.facts(config.data, train, test)
-    checks.check_data(config, mesh, facts, test)
+    train_split, test_split, facts, changes = _load_data(config, mesh, old)
     clock = Clock.of(config, facts.num_train)
     profile_range(config, clock.total)
-    changes = old.changes(config, facts) if old else []
-    if old:
-        facts = old.keep_normalization(config, facts)
-    if old and not changes and old.complete:
+    if old and old.complete and not changes:
         logging.info("%s already holds this run, complete", workdir)
         return summary(read_rows(workdir / "metrics.csv"))
     with (
@@ -238,13 +232,12 @@ def train_and_evaluate(
     ):
         program, state = create_train_state(config, facts)
         log_run(config, facts, net, mesh)
-        state = place(state, mesh)
-        state, step = _restore(checkpoints, state)
+        state, step = _restore(checkpoints, place(state, mesh))
         if config.init_from and not step:
             state = place(_initialize(config, state), mesh)
         if old:
             clock = clock.resume(old.clock, step)
-            program = _delay(program, config, facts, clock.offset)
+            program = _shift_schedule(program, config, facts, clock.offset)
         # A crash in the first evaluation leaves a checkpoint that awaits it.
         pending = clock.is_evaluated(step) and not checkpoints.row(step)
         if step >= clock.total and not pending:
@@ -259,18 +252,20 @@ def train_and_evaluate(
         save_config(workdir, config, facts, clock.offset)
         reporter = Reporter(workdir, clock, step, config)
         step_fn = functools.partial(train_step, program)
-        first = step - clock.offset  # of the plans for the present settings
-        advance = make_advance(config, step_fn, mesh, train, facts, state, first)
+        first = step - clock.offset  # the step, counted with the current batch size
+        advance = make_advance(config, step_fn, mesh, train_split, facts, state, first)
         evaluator = evaluate.make_evaluator(
             config,
             program.definition,
             program.normalization,
             mesh,
-            test,
+            test_split,
             state.eval_variables(),
         )
         if step == 0:
-            reporter.sheet(lambda: _augmented_images(config, program, train, facts))
+            reporter.sheet(
+                lambda: _augmented_images(config, program, train_split, facts)
+            )
         with contextlib.closing(reporter), sigterm() as stopped:
             for chunk in clock.chunks(step, evaluate_first=pending):
                 state, totals, bad_step = advance(state, chunk.steps)
@@ -278,7 +273,7 @@ def train_and_evaluate(
                 stop = stopped() or not reporter.finite
                 if chunk.evaluate or chunk.save or stop:
                     with reporter.pause():
-                        _refuse(bad_step, checkpoints)
+                        _raise_if_not_finite(bad_step, checkpoints)
                         row = None
                         if chunk.evaluate:
                             # A failure of the first evaluation loses no step.
@@ -309,15 +304,36 @@ def _check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
     check_agreement(fields, last, workdir)
 
 
+def _load_data(
+    config: ConfigDict, mesh: Mesh, old: resume.Run | None
+) -> tuple[input_pipeline.Split, input_pipeline.Split, input_pipeline.Facts, list[str]]:
+    """Loads and checks both splits; returns them, their facts, and what has changed.
+
+    If `old` is resumed, labels are numbered by its class names, and images are
+    normalised as before.
+    """
+    train_split, test_split = input_pipeline.load_both(config.data)
+    if old:
+        names = old.facts.class_names, config.data.name
+        train_split = input_pipeline.map_classes(train_split, *names)
+        test_split = input_pipeline.map_classes(test_split, *names)
+    facts = input_pipeline.facts(config.data, train_split, test_split)
+    checks.check_data(config, mesh, facts, test_split)
+    if not old:
+        return train_split, test_split, facts, []
+    changes = old.describe_changes(config, facts)
+    return train_split, test_split, old.keep_normalization(config, facts), changes
+
+
 def _restore(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
     """Returns the newest state in workdir and its step, or the given state and 0."""
     return checkpoints.restore(state, "last") if checkpoints.steps() else (state, 0)
 
 
-def _delay(
+def _shift_schedule(
     program: Program, config: ConfigDict, facts: input_pipeline.Facts, offset: int
 ) -> Program:
-    """Returns the program with a learning rate that is `offset` steps later."""
+    """Delays the learning-rate schedule by `offset` steps."""
     if not offset:
         return program
     rate = optimizers.schedule(config, facts.num_train, offset)
@@ -328,11 +344,11 @@ def _delay(
 def _augmented_images(
     config: ConfigDict,
     program: Program,
-    train: input_pipeline.Split,
+    train_split: input_pipeline.Split,
     facts: input_pipeline.Facts,
 ) -> np.ndarray:
     """Returns up to 64 images of the first batch, as trained on, (N, H, W, 3) uint8."""
-    batch = input_pipeline.preview(config, train, facts.mean, count=64)
+    batch = input_pipeline.preview(config, train_split, facts.mean, count=64)
     x, _ = augment.augment(
         batch["image"],
         batch["label"],
@@ -353,7 +369,7 @@ def _train_row(program: Program, clock: Clock, step: int, totals: dict) -> dict:
     return row | metrics.means(totals, "train")
 
 
-def _refuse(bad_step: jax.Array, checkpoints: Checkpoints) -> None:
+def _raise_if_not_finite(bad_step: jax.Array, checkpoints: Checkpoints) -> None:
     """Raises FloatingPointError, before anything is saved, if a step was not finite."""
     if (bad := int(bad_step)) < 0:
         return
@@ -412,7 +428,7 @@ def evaluate_checkpoint(
             facts.image_shape,
         )
     elif facts.digests[1:] not in ((), (test.digest,)):
-        logging.warning("evaluating other test images or labels than the run did")
+        logging.warning("the test images or labels differ from those of the run")
     normalization = _normalization(config, facts)
     evaluator = evaluate.make_evaluator(
         config, definition, normalization, mesh, test, variables, config.eval.views

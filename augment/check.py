@@ -13,10 +13,11 @@ LARGEST = {
 }
 
 
-def check(options: Mapping[str, Any], rows_per_device: int) -> None:
+def check(options: Mapping[str, Any], rows_per_device: int | None = None) -> None:
     """Raises ValueError for invalid options of config.augment.
 
-    rows_per_device: images of a batch on each device; mixing groups must divide it.
+    rows_per_device: images of a batch on each device, which mixing groups must divide;
+      None to check everything else.
     """
     for name, value in options.items():
         for number in value if name == "hls" else [value]:
@@ -38,7 +39,7 @@ def check(options: Mapping[str, Any], rows_per_device: int) -> None:
     _at_most_one(options, ("autoaugment", "randaugment_ops"))
     mixings = _at_most_one(options, mixing.NAMES)
     multiple = 4 if options["ricap"] else 2
-    if mixings and rows_per_device % multiple:
+    if mixings and (rows_per_device or 0) % multiple:
         raise ValueError(
             f"{mixings[0]} mixes images in groups of {multiple}, which do not divide "
             f"the {rows_per_device} images of a device: change train.batch_size, or, "

@@ -1,4 +1,4 @@
-"""Refuses runs that cannot work: one table of fields, before the data and after it."""
+"""Validates a run before and after its data are loaded, from one table of fields."""
 
 import difflib
 import math
@@ -57,7 +57,7 @@ def anything(value: Any) -> str:
 
 
 class Need(NamedTuple):
-    """What a field requires to have an effect."""
+    """A condition under which a field has an effect."""
 
     holds: Callable[[ConfigDict], bool]
     remedy: str
@@ -75,8 +75,8 @@ def switched_on(field: str) -> Need:
 class Field(NamedTuple):
     """A field of the configuration.
 
-    type: of its values. rule: returns what is wrong with a value, or "". needs: without
-    it, the field has no effect; None: it always has one.
+    type: the type of its values. rule: returns what is wrong with a value, or "".
+    needs: the condition under which the field has an effect (None: always).
     """
 
     type: type
@@ -93,7 +93,7 @@ BORDER = Need(
 )
 PHOTOGRAPHS = Need(
     lambda config: config.data.crop != "pad",
-    "photographs: --config.data.crop=random_resized, or another crop but pad",
+    "photographs: --config.data.crop=random_resized, or any crop except pad",
 )
 DROPS = Need(
     lambda config: (
@@ -195,8 +195,8 @@ NET_FIELDS = {
 def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
     """Raises ValueError for each field of `changed` that has no effect.
 
-    changed: the fields that the user has set, not those of a recipe, which may have
-    lost their effect by what the user has set. Zero, False and () are no request.
+    changed: the fields that the user has set. Those of a recipe may lose their effect.
+    0, False and () count as unset.
     """
     values = flatten(config)
     needs = {x: FIELDS[x].needs for x in changed if x in FIELDS and values[x]}
@@ -232,6 +232,10 @@ def check_config(
     try:
         if not any(problem.startswith("net.") for problem in problems):
             net = cost.build(config.net)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        check_augment(config.augment)
     except ValueError as error:
         problems.append(str(error))
     try:
@@ -319,7 +323,7 @@ def hint(field: str, known: Iterable[str], prefix: str = "") -> str:
         near = difflib.get_close_matches(field, [x for x, *_ in split], 1)
     if not near:
         return (
-            "; its file in configs/ has the fields of a net, configs/common.py others"
+            "; configs/common.py lists all fields, configs/FAMILY.py those of the net"
         )
     kind = f" ({FIELDS[near[0]].type.__name__})" if near[0] in FIELDS else ""
     return f"; did you mean {prefix}{near[0]}{kind}?"

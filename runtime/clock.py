@@ -38,9 +38,9 @@ class Chunk(NamedTuple):
 class Clock:
     """Converts between the steps and the epochs of a run, and schedules its dispatches.
 
-    steps_per_epoch is a whole number if each epoch ends with a smaller batch. offset:
-    the steps of a run, less those that the same epoch takes under its present settings;
-    not 0 once it has been resumed with another batch size or number of images.
+    steps_per_epoch is a whole number if each epoch ends with a smaller batch.
+    offset: steps taken so far minus the steps that the same number of epochs takes with
+      the current batch size and data; 0 unless these changed when the run was resumed.
     """
 
     steps_per_epoch: float
@@ -83,10 +83,7 @@ class Clock:
         )
 
     def resume(self, old: "Clock", step: int) -> "Clock":
-        """Returns this clock for a run that has taken `step` steps of another clock.
-
-        The run continues in the epoch that it has reached.
-        """
+        """Returns this clock, shifted so that a run at `step` of `old` keeps its epoch."""
         offset = old.offset
         if self.steps_per_epoch != old.steps_per_epoch:
             offset = step - self.step_of(old.epoch(step))

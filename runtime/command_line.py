@@ -31,7 +31,7 @@ def parse(argv: Sequence[str]) -> list[str]:
             before = flatten(_check(argv))
         unused = flags.FLAGS(argv)[1:]
         if unused:
-            raise ValueError(f"{unused[0]!r} belongs to no flag")
+            raise ValueError(f"unexpected argument {unused[0]!r}")
         if "workdir" in flags.FLAGS and flags.FLAGS.workdir is None:
             raise ValueError(f"--workdir is missing; {argv[0]} --help lists the flags")
         if not help_wanted:
@@ -136,7 +136,7 @@ def load_config_file(value: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ValueError(
-            f"--config={value}: get_config() returns {kind}, no ConfigDict"
+            f"--config={value}: get_config() must return a ConfigDict, not {kind}"
         )
     return config
 

@@ -1,4 +1,4 @@
-"""What a resumed run takes over from its workdir, and what may have changed."""
+"""Finds the run in a workdir and compares it with the run that resumes it."""
 
 import dataclasses
 import pathlib
@@ -20,9 +20,9 @@ from runtime.workdir import (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run in a workdir, as it was started or resumed for the last time.
+    """The run stored in a workdir, with the settings that it last ran with.
 
-    last_step: of its checkpoints; evaluated: whether that one was evaluated.
+    last_step: its newest checkpoint; evaluated: whether that one was evaluated.
     """
 
     workdir: pathlib.Path
@@ -39,8 +39,8 @@ class Run:
         ended = self.last_step == total and self.evaluated
         return ended and bool(rows) and rows[-1]["step"] == total
 
-    def changes(self, config: ConfigDict, facts: Facts) -> list[str]:
-        """Describes what has changed, one line for each field and for the data."""
+    def describe_changes(self, config: ConfigDict, facts: Facts) -> list[str]:
+        """Describes each changed field and each changed split, one line each."""
         return changes(config, self.workdir) + data_changes(self.facts, facts)
 
     def keep_normalization(self, config: ConfigDict, facts: Facts) -> Facts:
@@ -61,8 +61,8 @@ class Run:
 def find(workdir: pathlib.Path) -> Run | None:
     """Returns the run in a workdir, or None if it has no checkpoint.
 
-    Also if config.json is missing, which the user may have deleted: the checkpoints are
-    then resumed without comparison.
+    Also returns None if config.json is missing; the checkpoints are then resumed
+    without a comparison.
     """
     with Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
@@ -86,7 +86,7 @@ def data_changes(old: Facts, new: Facts) -> list[str]:
         return []  # another crop, which is a change of the configuration
     digests = zip(("training", "test"), old.digests, new.digests, strict=False)
     return [
-        f"other {split} images or labels than the run was started with"
+        f"the {split} images or labels differ from those the run was started with"
         for split, before, after in digests
         if before != after
     ]
@@ -99,9 +99,9 @@ def check_end(
     step: int,
     changes: list[str],
 ) -> None:
-    """Raises ValueError for a run that was to be resumed, but has no steps left."""
+    """Raises ValueError if a changed run cannot be resumed: it has no steps left."""
     remedy = (
-        "set more --config.train.epochs to train on, or use another --workdir "
+        "increase --config.train.epochs to continue, or use another --workdir "
         f"(--config.init_from={workdir} starts from these weights)"
     )
     if step > clock.total:
@@ -112,6 +112,6 @@ def check_end(
     if changes:
         raise ValueError(
             f"{workdir} already holds a complete run, up to epoch "
-            f"{clock.epoch(step):g}, that was trained otherwise: "
+            f"{clock.epoch(step):g}, trained with different settings: "
             f"{'; '.join(changes)}: {remedy}"
         )

@@ -19,11 +19,11 @@ import input_pipeline
 
 CONFIG_JSON = "config.json"
 FORMAT = 2  # of config.json
-# Keys of config.json that are no fields of the configuration.
+# Keys of config.json that are not fields of the configuration.
 _OWN_KEYS = ("format", "data_set", "step_offset")
 PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
-# Fields of the net and the data that do not affect evaluation: it has its own crop and
-# no dropout, and graphs come from the checkpoint. The net is that of the run.
+# Fields that do not affect evaluation, which has its own crop and no dropout, and takes
+# the net and its graphs from the run.
 TRAINING_ONLY = (
     *(*PATHS, "data.download", "data.pipeline", "data.flip", "data.pad"),
     *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
@@ -38,11 +38,11 @@ class WorkdirError(ValueError):
 def runs(
     config: ConfigDict, workdir: str | os.PathLike
 ) -> Iterator[tuple[ConfigDict, pathlib.Path]]:
-    """Yields (config, workdir) of each run that a configuration asks for.
+    """Yields (config, workdir) for each seed of a configuration.
 
     One run in the workdir itself, or config.seeds runs with seeds config.seed,
-    config.seed + 1, ... in workdir/seed<seed>. Raises ValueError for an impossible
-    workdir or number of seeds.
+    config.seed + 1, ... in workdir/seed<seed>. Raises ValueError if the workdir or
+    the number of seeds is invalid.
     """
     if not str(workdir):
         raise ValueError("--workdir must not be empty")
