@@ -209,8 +209,8 @@ def train_and_evaluate(
     workdir/seed<seed> and returns a list of their results.
 
     Raises ValueError (DataError and CheckpointError are subclasses) if the
-    configuration, the data or the workdir are invalid, FloatingPointError if the loss or the weights are not finite, and
-    Preempted after SIGTERM.
+    configuration, the data or the workdir are invalid, FloatingPointError if the loss
+    or the weights are not finite, and Preempted after SIGTERM.
     """
     checks.check_fields(config)
     if config.seeds != 1:
