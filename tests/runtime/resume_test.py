@@ -118,7 +118,10 @@ def test_only_a_complete_run_is_complete(npz, finished, tmp_path):
         ({}, []),
         ({"num_train": 90}, ["90 training images (the run was started with 100)"]),
         ({"digests": (7, 9)}, ["the test images or labels differ"]),
-        ({"digests": (6, 9)}, ["the training images or labels", "the test images or labels"]),
+        (
+            {"digests": (6, 9)},
+            ["the training images or labels", "the test images or labels"],
+        ),
         ({"image_shape": (9, 9, 3), "digests": (0, 0)}, []),
     ],
 )
