@@ -358,8 +358,7 @@ def _augmented_images(
         key=jax.random.key(program.seed),
         first_row=0,
     )
-    images = np.asarray(x) * np.asarray(facts.std) + np.asarray(facts.mean)
-    return np.clip(np.rint(images), 0, 255).astype(np.uint8)
+    return augment.denormalize(x, facts.mean, facts.std)
 
 
 def _train_row(program: Program, clock: Clock, step: int, totals: dict) -> dict:
@@ -393,9 +392,12 @@ def summary(rows: list[dict]) -> dict:
             "training is complete, but metrics.csv is missing rows; evaluate the "
             "checkpoints with --mode=eval"
         )
-    best = max(rows, key=lambda row: row[metrics.BEST_METRIC])
-    best = {k: v for k, v in best.items() if k == "step" or k.startswith("test_")}
-    return rows[-1] | {f"best_{k}": v for k, v in best.items()}
+    best = {
+        f"best_{k}": v
+        for k, v in metrics.best(rows).items()
+        if k == "step" or k.startswith("test_")
+    }
+    return rows[-1] | best
 
 
 def evaluate_checkpoint(

@@ -83,7 +83,7 @@ class Clock:
         )
 
     def resume(self, old: "Clock", step: int) -> "Clock":
-        """Returns this clock, shifted so that `step` is in the same epoch as in `old`."""
+        """Returns this clock, shifted so that `step` keeps the epoch of `old`."""
         offset = old.offset
         if self.steps_per_epoch != old.steps_per_epoch:
             offset = step - self.step_of(old.epoch(step))

@@ -119,7 +119,7 @@ def test_fields_of_the_config_may_be_set(files, capsys):
         (["--dry-run", "--config.net.growth=8"], "misshaped"),
         (["--dry-run", "--config.net.grwth=8"], "no field 'grwth'"),
         (["--dry-run", "--config.net.growth=x"], "growth=x"),
-        (["--dry-run", "--nonsense"], "unexpected argument '--nonsense'"),
+        (["--dry-run", "--nonsense"], "'--nonsense' belongs to no flag"),
         ([], "--workdir is missing"),
         (["--dry-run=3"], "--dry-run: ignored explicit argument"),
     ],
