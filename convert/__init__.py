@@ -8,7 +8,7 @@ The tensor names of each system are defined in a file of their own.
 
 import contextlib
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 from flax import nnx
@@ -23,6 +23,7 @@ from convert.sources import (
     assign,
     by_position,
     empty,
+    own,
     tensor_shapes,
 )
 from nets.layers.norm import BatchNorm
@@ -35,15 +36,19 @@ __all__ = [
     "find_sources",
     "fit",
     "load",
+    "original_sources",
+    "own",
 ]
 
+# If several references have the layers of a net, it is exported with the names of the
+# first: X-Nets' ResNets for ImageNet, which are PyTorch's, before those of Lua.
 FAMILIES: dict[str, dict[str, Reference]] = {
+    "xnets": xnets.REFERENCES,
     "cfmz": cfmz.REFERENCES,
     "delugenets": delugenets.REFERENCES,
     "gunn": gunn.REFERENCES,
     "igcnets": igcnets.REFERENCES,
     "resnet": fb_resnet.REFERENCES,
-    "xnets": xnets.REFERENCES,
 }
 
 
@@ -88,9 +93,10 @@ def build(reference: Mapping) -> nnx.Module:
 
 
 def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
-    """Sets all variables of a net from tensors with original names and layouts.
+    """Sets all variables of a net from tensors with its original's names and layouts.
 
-    Raises Mismatch, which lists missing and unexpected tensors and wrong shapes.
+    Or with ours (`own`). Raises Mismatch, which lists missing and unexpected tensors
+    and wrong shapes.
     """
     assign(net, find_sources(net, tensors), tensors)
 
@@ -119,23 +125,38 @@ def fit(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
     """Returns the source of each variable of a net, given the names of the tensors.
 
-    The originals have several names for the tensors of some nets. Among the references
-    for this net's class, uses the one that shares most names.
+    The originals have several names for the tensors of some nets. Uses those, or ours,
+    that share most names.
     """
-    candidates = []
-    for reference in _references(net):
-        # A reference may not name all layers that its class can have.
-        with contextlib.suppress(LookupError):
-            candidates.append(reference.sources(net))
-    if not candidates:
-        raise UnknownReference(
-            f"cannot convert this {type(net).__name__}: no reference has its layers"
-        )
 
     def shared(sources):
         return len(tensor_shapes(sources).keys() & set(names))
 
+    ours = own(net)
+    candidates = [*_original_sources(net), *([ours] if shared(ours) else [])]
+    if not candidates:
+        raise _unknown(net)
     return max(candidates, key=shared)
+
+
+def original_sources(net: nnx.Module) -> dict[Path, Source]:
+    """Returns the source of each variable of a net, with the names of its original."""
+    for sources in _original_sources(net):
+        return sources
+    raise _unknown(net)
+
+
+def _original_sources(net: nnx.Module) -> Iterator[dict[Path, Source]]:
+    for reference in _references(net):
+        # A reference may not name all layers that its class can have.
+        with contextlib.suppress(LookupError):
+            yield reference.sources(net)
+
+
+def _unknown(net: nnx.Module) -> UnknownReference:
+    return UnknownReference(
+        f"cannot convert this {type(net).__name__}: no reference has its layers"
+    )
 
 
 def _references(net: nnx.Module) -> list[Reference]:

@@ -1,7 +1,7 @@
-"""Converts an original weight file to a workdir: python -m convert FILE --workdir=W
+"""Converts weight files and runs into each other; docs/weights.md lists the formats.
 
-The net is recognised by the names and shapes of its tensors. docs/weights.md lists the
-files that can be read.
+python -m convert FILE --workdir=W    from a weight file to a workdir
+python -m convert W --to=FILE         from a workdir to weights or a program
 """
 
 import ast
@@ -18,7 +18,7 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from convert import containers, identify, workdirs
+from convert import containers, export, identify, workdirs
 from runtime import command_line
 
 
@@ -26,26 +26,46 @@ def main(arguments: list[str]) -> None:
     """Runs the command; exits with a one-line error if it cannot."""
     try:
         options, overrides = _parser().parse_known_args(arguments)
-        if options.workdir is None and not options.dry_run:
-            raise ValueError("--workdir is missing; python -m convert --help")
-        given = _config(options.config, overrides)
-        weights = containers.read(options.file)
-        try:
-            match = identify.identify(weights.tensors, given)
-        except identify.Unidentified as error:
-            raise ValueError(f"{options.file}: {error}") from error
-        print(_describe(options.file, weights, match))
-        if options.dry_run:
-            return
-        workdir = options.workdir.expanduser()
-        workdirs.save(workdir, options.file.expanduser(), weights, match)
-        print(
-            f"saved          {workdir}\n"
-            f"evaluate       python main.py --mode=eval --workdir={workdir}\n"
-            f"fine-tune      python main.py --workdir={workdir}"
-        )
+        if options.to is None:
+            import_file(options, overrides)
+        else:
+            export_run(options, overrides)
     except (ValueError, OSError, MemoryError) as error:
         sys.exit(f"error: {error or type(error).__name__}")
+
+
+def import_file(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Writes the workdir of a weight file, whose net its names and shapes decide."""
+    if options.workdir is None and not options.dry_run:
+        raise ValueError("--workdir is missing; python -m convert --help")
+    given = _config(options.config, overrides)
+    weights = containers.read(options.file)
+    try:
+        match = identify.identify(weights.tensors, given)
+    except identify.Unidentified as error:
+        raise ValueError(f"{options.file}: {error}") from error
+    print(_describe(options.file, weights, match))
+    if options.dry_run:
+        return
+    workdir = options.workdir.expanduser()
+    workdirs.save(workdir, options.file.expanduser(), weights, match)
+    print(
+        f"saved          {workdir}\n"
+        f"evaluate       python main.py --mode=eval --workdir={workdir}\n"
+        f"fine-tune      python main.py --workdir={workdir}"
+    )
+
+
+def export_run(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Writes the net of a workdir to a file, and a model card beside it."""
+    imports = [options.workdir, options.dry_run or None, options.config, *overrides]
+    if any(value is not None for value in imports):
+        raise ValueError("--to takes no --workdir, --dry-run or --config: see --help")
+    written = export.export(
+        options.file, options.to, names=options.names, which=options.checkpoint
+    )
+    for path in written:
+        print(f"saved          {path}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "python -m convert", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("file", type=pathlib.Path, help="the original weights")
+    parser.add_argument(
+        "file", type=pathlib.Path, help="a weight file; with --to, a workdir"
+    )
     parser.add_argument("--workdir", type=pathlib.Path, help="a new directory")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what the file holds, write nothing"
@@ -66,6 +88,21 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         help="configs/FAMILY.py:VARIANT,DATA, if the file does not decide it; "
         "--config.FIELD=VALUE changes a field",
+    )
+    parser.add_argument(
+        "--to",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"a file to export to: {', '.join(export.SUFFIXES)}",
+    )
+    parser.add_argument(
+        "--names",
+        default="ours",
+        choices=["ours", "original"],
+        help="of exported weights, with their layouts",
+    )
+    parser.add_argument(
+        "--checkpoint", default="best", help="to export: best, last or a step"
     )
     return parser
 

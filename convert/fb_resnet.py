@@ -56,10 +56,16 @@ def _section(config: Mapping, preactivation: bool) -> dict:
 
 def _reference(preactivation: bool) -> Reference:
     naming = preresnet if preactivation else resnet
+
+    def sources(net):
+        if (net.norm is not None) != preactivation:
+            raise LookupError(f"not a net with preactivation={preactivation}")
+        return by_layer(net, naming)
+
     return Reference(
         net=ResNet,
         section=lambda config: _section(config, preactivation),
-        sources=lambda net: by_layer(net, naming),
+        sources=sources,
         order=order,
     )
 

@@ -18,6 +18,7 @@ from runtime.workdir import flatten
 NOT_TRAINED = (
     *("running_mean", "running_var", "moving_mean", "moving_var", "gmean", "gvar"),
     "mask",
+    *(".mean", ".var", ".edges"),  # our names
 )
 
 
@@ -41,7 +42,7 @@ class Match(NamedTuple):
 def check(tensors: Mapping[str, np.ndarray]) -> None:
     """Raises Unidentified unless all weights are finite numbers."""
     for name, tensor in tensors.items():
-        if name.endswith("mask"):
+        if name.endswith(("mask", ".edges")):
             continue
         if tensor.dtype.kind in "biu":
             raise Unidentified(f"{name} holds {tensor.dtype}, not weights")

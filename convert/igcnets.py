@@ -6,6 +6,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from convert.sources import Path, Reference, by_layer
+from nets.layers.interleaved import InterleavedConv
 from nets.layers.norm import BatchNorm
 from nets.plain import IgcImageNetResNet, IgcResNet, Plain
 
@@ -115,6 +116,9 @@ def _partitions(widths: list[int], primary: list[int] | None) -> dict:
 
 def _reference(net, section, naming: Naming) -> Reference:
     def sources(net):
+        modules = (module for _, module in nnx.iter_modules(net))
+        if naming is REGULAR and any(isinstance(x, InterleavedConv) for x in modules):
+            raise LookupError("the symbol files of regular nets have no IGC blocks")
         return by_layer(net, lambda path, layer: name(path, layer, naming))
 
     return Reference(net=net, section=section, sources=sources)

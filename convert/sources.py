@@ -5,6 +5,7 @@ enough: a mask determines an expander's edges and also which weights its kernel 
 and a stacked kernel holds the weights of many reference layers.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -108,6 +109,40 @@ def by_layer(
             mask_name = name((*path[:-1], "edges"), module)
             sources[path] = _compact(name(path, module), mask_name, module)
     return sources
+
+
+def own(net: nnx.Module) -> dict[Path, Source]:
+    """Returns the sources of a net with our names and layouts.
+
+    A name is the path of a variable, such as "blocks.0.2.conv1.kernel".
+    """
+    modules = dict(nnx.iter_modules(net))
+    sources = {}
+    kinds = nnx.Any(nnx.Param, nnx.BatchStat, Connectivity)
+    for path, variable in nnx.to_flat_state(nnx.state(net, kinds)):
+        name, shape = ".".join(map(str, path)), variable.get_value().shape
+        join = _same
+        if path[-1] == "edges":
+            join = functools.partial(_checked_edges, name, modules[path[:-1]])
+        split = functools.partial(_named, name)
+        sources[path] = Source({name: shape}, join, split)
+    return sources
+
+
+def _same(tensor: np.ndarray) -> np.ndarray:
+    return tensor
+
+
+def _named(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: value}
+
+
+def _checked_edges(name: str, layer: Expander, edges: np.ndarray) -> np.ndarray:
+    pairs = layer.in_channels * layer.out_channels
+    ascending = edges.dtype.kind in "iu" and (np.diff(edges.astype(np.int64)) > 0).all()
+    if not ascending or edges.min() < 0 or edges.max() >= pairs:
+        raise Mismatch(f"{name}: expected ascending numbers from 0 to {pairs - 1}")
+    return edges.astype(np.int32)
 
 
 def tensor_shapes(sources: Mapping[Path, Source]) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """NumPy: .npz, a zip archive of .npy files."""
 
 import io
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,6 +20,13 @@ def read(content: bytes) -> Weights:
     names = [name for name in archive.namelist() if name.endswith(".npy")]
     tensors = {n.removesuffix(".npy"): _array(archive.read(n)) for n in names}
     return Weights(tensors, sorted(set(archive.namelist()) - set(names)))
+
+
+def write(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the content of a file that np.load reads."""
+    stream = io.BytesIO()
+    np.savez(stream, **tensors)
+    return stream.getvalue()
 
 
 def _array(content: bytes) -> np.ndarray:

@@ -1,6 +1,7 @@
 """safetensors: a uint64, a JSON header of that length, and the values."""
 
 import json
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,3 +42,19 @@ def read(content: bytes) -> Weights:
             raise ContainerError(f"{name}: {end - first} bytes for {dtype}{shape}")
         tensors[name] = Cursor(content, start + first).array(dtype, shape)
     return Weights(tensors, [name for name in header if name not in tensors])
+
+
+def write(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the content of a file that the safetensors library loads, too."""
+    kinds = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
+    header, pieces, start = {}, [], 0
+    for name, tensor in tensors.items():
+        pieces.append(np.ascontiguousarray(tensor).tobytes())
+        header[name] = {
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start := start + len(pieces[-1])],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # aligns the values
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
