@@ -113,6 +113,21 @@ def test_weights_of_every_net_return_to_the_bit(tmp_path, name, names, container
     assert_same(net, other)
 
 
+@pytest.mark.parametrize("library", ["numpy", "safetensors.numpy"])
+def test_other_libraries_read_the_files(tmp_path, library):
+    library = pytest.importorskip(library, reason=f"{library} is not installed")
+    tensors = export.tensors(weight_files.build(tiny.config("densenet", "expander")))
+    if library is np:
+        (tmp_path / "net.npz").write_bytes(containers.npz.write(tensors))
+        loaded = dict(np.load(tmp_path / "net.npz"))
+    else:
+        loaded = library.load(containers.safetensors.write(tensors))
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(loaded[name], tensor, err_msg=name)
+
+
 def test_the_original_has_its_names_and_layouts():
     net = randomised(weight_files.build(tiny.config("densenet", "expander")))
     tensors = export.tensors(net, "original")
@@ -177,7 +192,7 @@ def test_every_net_is_exported_for_all_platforms_and_batches(name):
     net = weight_files.build(tiny.config(name, "expander"))
     shape = (tiny.image_size(name),) * 2 + (3,)
     facts = Facts((), shape, (0.0,) * 3, (1.0,) * 3, 1)
-    program = jax_export.deserialize(bytearray(export.program(net, config, facts)))
+    program = jax_export.deserialize(export.program(net, config, facts))
     assert program.platforms == ("cpu", "cuda", "tpu")
     [images], [logits] = program.in_avals, program.out_avals
     assert (images.dtype, images.shape[1:]) == (np.uint8, shape)
@@ -190,7 +205,7 @@ PROGRAM = """
 import importlib.util, sys
 import jax, jax.export, numpy
 assert not any(map(importlib.util.find_spec, ("nets", "convert", "augment", "train")))
-program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+program = jax.export.deserialize(open(sys.argv[1], "rb").read())
 images = numpy.load(sys.argv[2])
 whole = program.call(images)
 alone = [program.call(images[i : i + 1])[0] for i in (0, 1)]
