@@ -78,7 +78,7 @@ def base() -> ConfigDict:
     config.seed = 0  # of initial weights, order of examples and augmentation
     config.seeds = 1  # number of runs, with consecutive seeds, in WORKDIR/seed0, ...
     # Start from the weights of this workdir's best checkpoint, or of another one given
-    # as WORKDIR@last or WORKDIR@STEP. '': random weights.
+    # as WORKDIR@last or WORKDIR@STEP, or of an original's file. '': random weights.
     config.init_from = ""
     config.variant = ""  # row of the family's VARIANTS, for logs and tables
     config.recipe = ""  # one of RECIPES, for tables

@@ -47,7 +47,7 @@ def random_crop(
     """Returns a random crop (size, size, 3) uint8 of an encoded image.
 
     crop: one of CROPS; draws: (DRAWS,) uniform in 0..1, which choose the crop. Raises
-    DataError for images of an unsupported kind, and whatever the decoders raise if the
+    DataError for images of an unsupported kind, and any error of the decoders if the
     image is damaged.
     """
     image = open_image(io.BytesIO(content))
@@ -184,7 +184,7 @@ def decode(
 
     image: the same image, opened by Pillow. Of upright grey and RGB JPEGs only the
     window is decoded; all other images are decoded whole. Raises DataError as rgb does,
-    and ValueError for a truncated JPEG, whatever the window.
+    and ValueError for a truncated JPEG, for any window.
     """
     # Pillow has read up to the first scan. An end marker before it belongs to a
     # thumbnail; within a scan these two bytes mean nothing else, and any bytes may

@@ -101,7 +101,7 @@ def _allow_open_files(more: int) -> None:
 def first(builder, split: str, feature: dict) -> int | np.ndarray:
     """Returns a feature, given as {key: feature}, of the first record of a split.
 
-    Raises whatever the readers raise if there is none.
+    Errors of the readers propagate if there is none.
     """
     import tensorflow_datasets as tfds
 

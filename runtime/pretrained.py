@@ -1,7 +1,10 @@
-"""Weights to start from: those of another run (config.init_from)."""
+"""Loads the weights that a run starts from: config.init_from."""
 
 import os
 import pathlib
+import subprocess
+import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -54,18 +57,17 @@ def _layer(path: str) -> str:
 def load_weights(source: str) -> dict[str, np.ndarray]:
     """Loads the weights of a run by path: 'params/...', 'stats/...' and 'wiring/...'.
 
-    source: WORKDIR for its best checkpoint, WORKDIR@last or WORKDIR@STEP. Takes the
-    weights that the run evaluates: the moving averages, if it has any. Raises
-    ValueError (CheckpointError is a subclass) if there are none.
+    source: WORKDIR for its best checkpoint, WORKDIR@last or WORKDIR@STEP; or an
+    original's weight file, which `python -m convert` must recognise. Takes the weights
+    that the run evaluates: the moving averages, if it has any. Raises ValueError
+    (CheckpointError is a subclass) if there are none.
     """
     folder, which = os.path.expanduser(source), "best"
     if "@" in folder and not os.path.isdir(folder):
         folder, _, which = folder.rpartition("@")
     if os.path.isfile(folder):
-        raise ValueError(
-            f"init_from={source} is a file: write a workdir with python -m convert "
-            f"{folder} --workdir=W, then set init_from=W"
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            return load_weights(_convert(folder, os.path.join(scratch, "run")))
     if not os.path.isfile(os.path.join(folder, CONFIG_JSON)):
         raise ValueError(
             f"init_from={source}: {folder} is not the workdir of a run: it has no "
@@ -84,3 +86,24 @@ def load_weights(source: str) -> dict[str, np.ndarray]:
     }
     weights = {path: x for path, x in arrays.items() if not path.startswith("ema/")}
     return weights | averages
+
+
+def _convert(file: str, workdir: str) -> str:
+    """Converts a weight file to a workdir, in a process of its own.
+
+    The room `convert` is built on train.py, so nothing below train.py may import it.
+    """
+    logging.info("converting %s", file)
+    command = [sys.executable, "-m", "convert", os.path.abspath(file)]
+    result = subprocess.run(
+        [*command, f"--workdir={workdir}"],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},  # leaves the accelerator to the run
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        reason = (result.stderr.strip() or "no message").splitlines()[-1]
+        raise ValueError(f"init_from={file}: {reason.removeprefix('error: ')}")
+    return workdir

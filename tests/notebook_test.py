@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and installs what a Colab runtime needs."""
+"""The notebook runs from top to bottom, and its first cell prepares a Colab runtime."""
 
 import importlib.metadata
 import json

@@ -3,14 +3,17 @@
 import hashlib
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import convert
+import nets
 import train
 from configs import cfmz, gunn, igcnets, xdensenet
 from convert import __main__ as command
+from runtime import pretrained
 from runtime.workdir import load_config, load_facts
 from tests.support import weight_files
 
@@ -242,3 +245,19 @@ def test_a_net_of_neon_gets_its_means(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(value[...], other[...], err_msg=str(path))
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_weight_file(tmp_path):
+    """config.init_from=FILE converts it in a process of its own."""
+    net = xdensenet.get_config("22-8-2,digits").net
+    state = weight_files.tensors(net, "xnets", "densenet_cifar")
+    path = tmp_path / "model.pth.tar"
+    path.write_bytes(weight_files.torch_pickles({"state_dict": state}))
+    expected = weight_files.build(net)
+    convert.load(expected, state)
+    _, wanted = nets.split(expected)
+    _, ours = nets.split(nets.create(net, nnx.Rngs(1)))
+    jax.tree.map(
+        np.testing.assert_array_equal, pretrained.initialize(ours, str(path)), wanted
+    )
