@@ -1,6 +1,7 @@
 """Every test example counts once, for any batch size and number of devices."""
 
 import io
+import itertools
 
 import jax
 import numpy as np
@@ -132,8 +133,16 @@ def spoiled(batch):
     return batch | {"image": image.astype(np.float32), "label": label}
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("batch_size", [1, 7, 16, 37, 250])
+FAST = [(1, 1), (7, 8), (16, 2), (37, 1), (250, 8)]  # batch size, devices
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices"),
+    [
+        pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
+        for pair in itertools.product([1, 7, 16, 37, 250], [1, 2, 8])
+    ],
+)
 def test_each_example_counts_once(net, examples, wanted, batch_size, devices):
     wanted, confusion = wanted
     got, counts = evaluated(net, examples, batch_size, devices)

@@ -200,6 +200,7 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_machine_without_tensorflow(tmp_path, cache):
     command = ["-c", WITHOUT_TENSORFLOW]
     short = dict(train__tensorboard=True, train__epochs=0.4, eval__every_epochs=0.2)

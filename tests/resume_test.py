@@ -78,6 +78,7 @@ def after_row(workdir):
     return lambda: changed() != old
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_time_does_not_change_the_result(tmp_path, cache, reference):
     workdir, chance = tmp_path / "run", random.Random(2)
     kill(workdir, later(chance.uniform(0.5, 3)), cache)  # starting up

@@ -21,9 +21,8 @@ def npz(tmp_path_factory):
     return save_images(tmp_path_factory.mktemp("data") / "small.npz", 8)
 
 
-@pytest.mark.parametrize(
-    "pipeline", ["device", pytest.param("tf.data", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
 def test_a_pass_may_end_with_a_smaller_batch(npz, tmp_path, pipeline):
     """100 images in batches of 16: seven steps a pass, the last of 4 images."""
     config = configured(npz, data__pipeline=pipeline, train__last_batch="partial")

@@ -145,7 +145,7 @@ def test_dropout_is_a_function_of_seed_and_step(npz):
     assert losses != Steps(configured(npz), 1).losses()
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_dropout_differs_between_devices(npz, rate):
     """Equal draws on two devices with equal images would double the loss of one."""
     options = dict(net__dropout=rate, train__batch_norm_groups=0)
@@ -163,7 +163,9 @@ def compilations():
         yield entered
 
 
-@pytest.mark.parametrize("pipeline", ["device", "tf.data"])
+@pytest.mark.parametrize(
+    "pipeline", ["device", pytest.param("tf.data", marks=pytest.mark.slow)]
+)
 def test_nothing_is_compiled_again(npz, tmp_path, monkeypatch, compilations, pipeline):
     """Not after an evaluation, not for the short dispatch before one."""
     per_dispatch = 4 if pipeline == "device" else 1
@@ -239,9 +241,8 @@ def numbered(events):
     return zip(counts, events, strict=True)
 
 
-@pytest.mark.parametrize(
-    ("jump", "epoch"), [pytest.param(13, 2.0, marks=pytest.mark.slow), (15, 2.4)]
-)
+@pytest.mark.parametrize(("jump", "epoch"), [(13, 2.0), (15, 2.4)])
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_the_run(npz, tmp_path, jump, epoch):
     """Nor is it saved: step 15 has a sound loss and makes the weights of step 16."""
     config = configured(npz, train__epochs=100.0, checkpoint__every_steps=4)
@@ -342,6 +343,7 @@ def test_sigterm_after_the_last_step_is_not_lost(npz, tmp_path, monkeypatch):
     assert train.train_and_evaluate(config, tmp_path)["step"] == 7
 
 
+@pytest.mark.slow
 def test_a_run_in_a_thread_of_a_notebook(npz, tmp_path):
     config = configured(npz, train__epochs=0.5)
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -353,6 +355,7 @@ def test_a_run_in_a_thread_of_a_notebook(npz, tmp_path):
     assert train.evaluate_checkpoint(config, tmp_path).items() <= result.items()
 
 
+@pytest.mark.slow
 def test_an_evaluation_warns_of_changes_and_survives_a_full_disk(
     npz, tmp_path, monkeypatch
 ):
@@ -379,6 +382,7 @@ def test_a_small_net_learns(npz, tmp_path):
     assert result["best_test_accuracy"] >= result["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_notebook_equals_the_command_line(tmp_path, monkeypatch):
     """Several seeds in one process, ~, and paths relative to the current directory."""
     save_images(tmp_path / "small.npz", 8)
@@ -396,6 +400,7 @@ def test_a_notebook_equals_the_command_line(tmp_path, monkeypatch):
     assert (config.seed, config.seeds) == (3, 2)
 
 
+@pytest.mark.slow
 def test_a_crash_in_the_first_evaluation_loses_no_step(npz, tmp_path, monkeypatch):
     def crash(*_):
         raise RuntimeError("crash")
@@ -427,6 +432,7 @@ def test_other_views_have_other_names(npz, tmp_path):
     assert (tmp_path / "confusion-7_flip.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(npz, tmp_path):
     """The net that is trained has other classes and would have other graphs."""
     source, data = tmp_path / "source", dict(np.load(npz))
@@ -446,6 +452,6 @@ def test_a_run_starts_from_the_weights_of_another(npz, tmp_path):
     before, after = launch.arrays(source), launch.arrays(tmp_path / "run")
     variables = [k for k in before if k.startswith(("params/", "wiring/"))]
     fresh = [k for k in variables if not np.array_equal(before[k], after[k])]
-    assert fresh == ["params/classifier/kernel", "params/classifier_norm/scale"]
+    assert {k.split("/")[1] for k in fresh} == {"classifier", "classifier_norm"}
     assert any(k.startswith("wiring/") for k in variables)
     assert load_facts(tmp_path / "run").class_names == ("0", "1", "2")

@@ -214,6 +214,7 @@ assert not {"flax", "nets", "tensorflow"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_program_runs_without_this_project(tmp_path, workdir):
     path = tmp_path / "net.jax"
     assert export.export(workdir, path) == [path, tmp_path / "README.md"]

@@ -59,6 +59,7 @@ def expected_net(tiny):
     return net
 
 
+@pytest.mark.slow
 def test_a_converted_run_is_restored_evaluated_and_resumed(tmp_path, files, tiny):
     workdir = tmp_path / "run"
     run(files, f"--workdir={workdir}")

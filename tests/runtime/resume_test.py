@@ -30,6 +30,7 @@ def finished(npz, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_other_batches_continue_from_the_share_that_is_done(
     npz, finished, tmp_path, caplog
 ):
