@@ -254,7 +254,8 @@ def test_a_run_starts_from_a_weight_file(tmp_path):
     net = xdensenet.get_config("22-8-2,digits").net
     state = weight_files.tensors(net, "xnets", "densenet_cifar")
     path = tmp_path / "model.pth.tar"
-    path.write_bytes(weight_files.torch_pickles({"state_dict": state}))
+    floats = {name: tensor.astype(np.float32) for name, tensor in state.items()}
+    path.write_bytes(weight_files.torch_pickles({"state_dict": floats}))
     expected = weight_files.build(net)
     convert.load(expected, state)
     _, wanted = nets.split(expected)
