@@ -76,8 +76,10 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
     peer = PEERS.get(variant) if options.peer else None
     if peer:
         players["pytorch", peer] = Player(("pytorch", variant, peer), options)
-    for _ in range(options.rounds):
-        for player in players.values():
+    for number in range(options.rounds):
+        # Alternate the order: the first of a round may always meet a cooler machine.
+        turns = list(players.values())
+        for player in turns if number % 2 == 0 else reversed(turns):
             player.play()
     rows = []
     for (framework, name), player in players.items():
