@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and its first cell prepares a Colab runtime."""
+"""Each notebook runs from top to bottom; its first cell prepares a Colab runtime."""
 
 import importlib.metadata
 import json
@@ -8,24 +8,57 @@ import subprocess
 import sys
 import types
 
+import nbclient
+import nbformat
 import pytest
 
-NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "tour.ipynb"
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
+NAMES = ["inside", "tour", "weights", "wirings", "your_data"]
 MAGIC = "%"  # IPython's own lines
-CHECKS = """
+CHECKS = {
+    "inside": """
+assert maps["blocks.0.2.conv2"].shape == (4, 32, 32, 8)
+assert 0 < graph.sum() < graph.size
+assert (jacobian[~graph] == 0).all() and (jacobian[graph] != 0).all()
+assert ((influence > 0) == (paths > 0)).all()
+assert fields["stem"].sum() <= 9 < fields["blocks.0.2.conv2"].sum() < 32 * 32
+""",
+    "tour": """
 assert after_three[0] == 0.25 and 0.94 < after_three[1] < 0.96, after_three
 assert layer.kernel.shape == (1, 1, len(outputs)) and max(outputs) == 31
 assert all(result["test_accuracy"] > 0.85 for result in results.values()), results
 assert (logits.argmax(-1) == examples.labels[:10]).sum() > 7
 assert sorted(groups) == ["densenet dense, digits", "densenet expander, digits"]
-"""
+""",
+    "weights": """
+assert result["test_accuracy"] > 0.3, result
+assert (logits["imported"] == logits["trained"]).all()
+assert sorted(equal) == sorted(original) == sorted(again)
+""",
+    "wirings": """
+assert totals["expander"].parameters == totals["grouped"].parameters == 17418
+assert totals["dense"].parameters == 32606
+assert all(result["test_accuracy"] > 0.4 for result in results.values()), results
+assert len(groups) == 3
+""",
+    "your_data": """
+assert results["finetuned"]["test_accuracy"] > 0.85, results
+assert [row.split(",")[0] for row in per_class.split()] == ["class", "even", "odd"]
+assert sum(predicted) > 6, predicted
+""",
+}
+
+
+def _read(name: str) -> list[dict]:
+    """Returns the code cells of a notebook."""
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
 @pytest.fixture(scope="module")
 def cells():
-    """Returns the code cells."""
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
+    """Returns the code cells of the tour."""
+    return _read("tour")
 
 
 def _plain(cell) -> str:
@@ -33,8 +66,23 @@ def _plain(cell) -> str:
     return "".join([*lines, "\n"])
 
 
-def test_no_results_are_stored(cells):
-    assert all(not cell["outputs"] and not cell["execution_count"] for cell in cells)
+def test_every_notebook_is_listed():
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_notebook_begins_with_the_same_cell(cells, name):
+    assert _read(name)[0]["source"] == cells[0]["source"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tour"])
+def test_the_results_of_one_complete_run_are_stored(name):
+    cells = _read(name)
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    assert not any(output["output_type"] == "error" for output in outputs)
 
 
 @pytest.fixture
@@ -52,7 +100,7 @@ def colab(cells, tmp_path, monkeypatch):
             commands.append(command)
             if command[0] == "git":
                 (tmp_path / "wirings").mkdir()
-                shutil.copy(NOTEBOOK.parents[1] / "pyproject.toml", "wirings")
+                shutil.copy(NOTEBOOKS.parent / "pyproject.toml", "wirings")
             return types.SimpleNamespace(stdout=smi)
 
         found = importlib.metadata.version
@@ -103,7 +151,10 @@ def test_a_new_enough_jax_is_left_alone(colab):
 
 
 @pytest.mark.slow
-def test_the_tour_runs(cells, tmp_path):
-    program = tmp_path / "tour.py"
-    program.write_text("".join(map(_plain, cells)) + CHECKS)
-    subprocess.run([sys.executable, program], cwd=NOTEBOOK.parent, check=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_notebook_runs(name):
+    """In a kernel, as a reader runs it."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(CHECKS[name]))
+    resources = {"metadata": {"path": str(NOTEBOOKS)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
