@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from nets import connectivity
 from nets.layers.lowerings import convolution
@@ -79,7 +80,7 @@ class ExpanderConv(Expander):
 
     All taps of the kernel share one graph. Initial values are N(0, 2 / (out k k)) with
     the *dense* fan-out, as in the original: signals start smaller than in the dense
-    twin, and batch normalisation compensates.
+    twin, and batch normalisation compensates. No published net uses `dilation`.
     """
 
     def __init__(
@@ -92,18 +93,25 @@ class ExpanderConv(Expander):
         sampling: str,
         stride: int = 1,
         padding: int = 0,
+        dilation: int = 1,
         rngs: nnx.Rngs,
     ):
         super().__init__(in_channels, out_channels, degree, sampling)
         shape = (kernel_size, kernel_size, self.num_edges)
         std = math.sqrt(2 / (out_channels * kernel_size**2))
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
-        self.stride, self.padding, self.lowering = stride, padding, "auto"
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.lowering = "auto"
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.dense(self.kernel[...].astype(x.dtype))
+        if self.dilation > 1:  # every lowering takes zeros between the taps
+            between = (0, 0, self.dilation - 1)
+            zero = jnp.zeros((), kernel.dtype)
+            kernel = lax.pad(kernel, zero, (between, between, (0, 0, 0), (0, 0, 0)))
         return convolution(
             x,
-            self.dense(self.kernel[...].astype(x.dtype)),
+            kernel,
             stride=self.stride,
             padding=self.padding,
             lowering=self.lowering,

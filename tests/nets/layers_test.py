@@ -254,6 +254,32 @@ def test_an_expander_equals_its_masked_twin(kind, sizes, options, shape, samplin
     assert layer.absent_weights == np.prod(taps) * (~mask).sum()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_expander_dilates_its_kernel(stride):
+    options = dict(stride=stride, padding=2, dilation=2)
+    layer = expander(ExpanderConv, (6, 4, 3), options)
+    x = normal(2, 7, 7, 6, seed=7)
+
+    def reference(values, x):
+        return jax.lax.conv_general_dilated(
+            *(x, layer.dense(values), (stride, stride), [(2, 2)] * 2),
+            rhs_dilation=(2, 2),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def ours(values, x):
+        graphdef, state = nnx.split(layer)
+        module = nnx.merge(graphdef, state, copy=True)
+        module.kernel[...] = values
+        return module(x)
+
+    y, gradient = jax.vjp(ours, layer.kernel[...], x)
+    expected, expected_gradient = jax.vjp(reference, layer.kernel[...], x)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for mine, theirs in zip(gradient(y), expected_gradient(y), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
 def test_channels_without_a_connection_are_independent():
     layer = expander(ExpanderLinear, (10, 6), {})
     gradient = jax.jacobian(lambda x: layer(x[None])[0])(normal(10))

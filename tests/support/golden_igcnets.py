@@ -73,9 +73,9 @@ def layer(path: pathlib.Path) -> Comparison:
     comparison, (facts, arrays) = Comparison(), read_layers(path)
     model = facts["model"]
     net = empty(lambda: _build(facts))
-    sources = by_layer(net, _name)
-    shapes = tensor_shapes(sources)
     recorded = {name: tuple(shape) for name, shape in facts["param_shapes"].items()}
+    sources = _sources(net, recorded)
+    shapes = tensor_shapes(sources)
     assert recorded.items() <= shapes.items()
     assign(net, sources, {k: _draw(model, k, shape) for k, shape in shapes.items()})
 
@@ -108,10 +108,12 @@ def _build(facts: dict) -> nnx.Module:
     convs = {conv["name"]: conv for conv in facts["convs"]}
     names = [n for n in convs if n.endswith("conv1")]
     stride = int(convs[names[0]]["stride"][1])
+    norm = lambda size: MxBatchNorm(size, keep=facts["bn_momentum_keep_old"])
+    if convs[names[0][:-1] + "2"]["kernel"] != "(1, 1)":  # no pair: a regular unit
+        return Unit(*channels, stride, norm=norm, wiring=Wiring(), rngs=nnx.Rngs(0))
     groups = [
         (convs[name]["groups"], convs[name[:-1] + "2"]["groups"]) for name in names
     ]
-    norm = lambda size: MxBatchNorm(size, keep=facts["bn_momentum_keep_old"])
     if len(names) == 1:
         (primary, secondary), *_ = groups
         pair = InterleavedConv(
@@ -127,10 +129,19 @@ def _build(facts: dict) -> nnx.Module:
     return Unit(*channels, stride, old_transition=old, **options, rngs=nnx.Rngs(0))
 
 
-def _name(path, layer) -> str:
-    """Returns the tensor name in the first block of a net, which the files call blk."""
-    name = igcnets.name(("stages", 0, 0, *path), layer, igcnets.RESNET)
-    return name.replace("g1_b1", "blk")
+def _sources(net: nnx.Module, recorded: dict):
+    """Names tensors as the builder of the file, in the first block, which is `blk`."""
+
+    def named(naming):
+        def name(path, layer):
+            full = igcnets.name(("stages", 0, 0, *path), layer, naming)
+            return full.replace("g1_b1", "blk")
+
+        return by_layer(net, name)
+
+    namings = (igcnets.RESNET, igcnets.SYMBOLS, igcnets.BUILDER, igcnets.REGULAR)
+    candidates = map(named, namings)
+    return next(x for x in candidates if recorded.keys() <= tensor_shapes(x).keys())
 
 
 def trajectory(path: pathlib.Path) -> Comparison:

@@ -53,7 +53,11 @@ def expander(path: pathlib.Path) -> Comparison:
 
     geometry = {}
     if facts["layer"] == "ExpanderConv2d":
-        geometry = {"stride": facts.get("s", 1), "padding": facts.get("p", 0)}
+        geometry = {
+            "stride": facts.get("s", 1),
+            "padding": facts.get("p", 0),
+            "dilation": facts.get("d", facts.get("dilation", 1)),
+        }
         channels += (facts["K"],)
     layer = EXPANDERS[facts["layer"]](
         *channels, degree=facts["k"], sampling=sampling, rngs=nnx.Rngs(0), **geometry
