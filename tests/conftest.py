@@ -5,8 +5,13 @@ import pathlib
 
 import pytest
 
-# Before anything imports jax. Tests of one device use the first.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before anything imports jax. Tests of one device use the first. Most of the tests' time
+# is compilation, and LLVM's optimizations are a third of it; .ci/run repeats the golden
+# tests with them.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 
