@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-# Before anything imports jax. Tests of one device use the first. The tests spend most of
-# their time compiling, a third of it on LLVM's optimizations. .ci/run turns them on for
-# the slow tests and repeats the golden tests with them.
+# Before anything imports jax. Tests of one device use the first. Tests spend most of
+# their time compiling, a third of it on LLVM's optimizations. .ci/run turns these on
+# for the slow tests and repeats the golden tests with them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
