@@ -7,10 +7,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from convert.sources import TORCH_LEAVES, by_layer
+from nets import connectivity
+from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 from nets.plain import MxBatchNorm, Unit
-from tests.support import golden_igcnets
-from tests.support.golden_files import channels_first, channels_last, draw, normal
+from tests.support import golden_igcnets, golden_layers
+from tests.support.golden_checks import ROUNDED, Comparison, train
+from tests.support.golden_files import (
+    channels_first,
+    channels_last,
+    draw,
+    generator,
+    normal,
+)
 
 MODEL, KEEP = "layer_resunit_img_test", 0.9
 # The names of the blocks and of the convolutions in a block, by the file's origin.
@@ -123,3 +133,65 @@ def test_an_imagenet_unit_by_itself_is_compared(tmp_path, origin, in_channels, s
         np.savez(path.with_suffix(".npz"), **arrays)
         with pytest.raises(AssertionError, match="train_out"):
             golden_igcnets.reader(facts)(path).check()
+
+
+def test_a_dilated_expander_is_compared(tmp_path):
+    """The recording masks the dense kernel of XLA's own dilated convolution."""
+    path = tmp_path / "layer_conv3x3_s1p2d2.json"
+    model, weight_name, degree = path.stem, "fpWeight", 2
+    facts = dict(model=model, layer="ExpanderConv2d", weight_name=weight_name)
+    facts |= dict(rule="head", side="output", I=6, O=4, K=3, k=degree, s=1, p=2, d=2)
+    rng = generator(f"{model}/{weight_name}/connections")
+    edges = connectivity.draw_expander(6, 4, degree, "per_output", rng)
+    mask = connectivity.to_matrix(edges, 6, 4).T
+    arrays = {"mask": mask.astype(np.uint8)}
+    arrays["x"] = normal(f"{model}/input", (2, 6, 7, 7))
+    arrays["weight"] = draw(f"{model}/{weight_name}", (4, 6, 3, 3), "weight")
+    arrays["gradout"] = normal(f"{model}/gradout", (2, 4, 7, 7))
+
+    def forward(x, weight):
+        return jax.lax.conv_general_dilated(
+            *(x, weight * mask[..., None, None], (1, 1), [(2, 2)] * 2),
+            rhs_dilation=(2, 2),
+        )
+
+    with jax.enable_x64(True):
+        arrays["y"], gradient = jax.vjp(forward, arrays["x"], arrays["weight"])
+        arrays["grad_x"], arrays["grad_weight"] = gradient(arrays["gradout"])
+        path.write_text(json.dumps(facts | {"nnz": int(mask.sum())}))
+        np.savez(path.with_suffix(".npz"), **arrays)
+        golden_layers.reader(path)(path).check()
+
+        path.write_text(json.dumps(facts | {"nnz": int(mask.sum()), "d": 1, "p": 1}))
+        with pytest.raises(AssertionError, match="output : relative error"):
+            golden_layers.reader(path)(path).check()
+
+
+def test_a_float32_mean_near_zero_has_the_spacing_of_the_averaged_values():
+    x = 50 * generator("x").standard_normal((1000, 1)).astype(np.float32)
+    x -= x.mean()
+    # Sums one after the other, as the originals do on a CPU.
+    in_float32 = np.float32(0.1) * (x.cumsum(0, np.float32)[-1] / np.float32(1000))
+    with jax.enable_x64(True):
+        norm = BatchNorm(1)
+        sources = by_layer(norm, lambda path, layer: TORCH_LEAVES[path[-1]])
+        trained = train(norm, sources, x.astype(np.float64), lambda y: y.sum())
+    mean, spacing = trained["statistics"]["running_mean"], trained["spacing"]
+    assert spacing == {"running_mean": np.spacing(np.float32(50))}
+    spacing = spacing["running_mean"]
+
+    def compare(expected, **options):
+        comparison = Comparison()
+        comparison.add("statistics", mean, expected, **options)
+        comparison.check()
+
+    compare(in_float32, spacing=spacing)
+    with pytest.raises(AssertionError, match=f"allowed {ROUNDED:.0e}"):
+        compare(in_float32)
+    wrong = mean + np.array([-2, 2]).reshape(2, 1) * spacing
+    for value in wrong.astype(np.float32):
+        with pytest.raises(AssertionError, match="statistics"):
+            compare(value, spacing=spacing)
+    # A float64 recording has no such errors.
+    with pytest.raises(AssertionError, match="allowed 1e-09"):
+        compare(in_float32.astype(np.float64) * (1 + 1e-12), spacing=spacing)

@@ -59,7 +59,7 @@ def delugenet_layers(path: pathlib.Path) -> Comparison:
             for key, array in arrays.items()
             if key.startswith(f"{case}__")
         }
-        results = _results(case, facts)
+        results, spacings = _results(case, facts)
         assert results.keys() == expected.keys()
         largest = max(np.abs(v).max() for k, v in expected.items() if "grad__" in k)
         for name, actual in results.items():
@@ -69,12 +69,15 @@ def delugenet_layers(path: pathlib.Path) -> Comparison:
                 zero = np.abs(actual).max() / largest
                 comparison.add("zero gradients", zero, 0.0, 1e-10, label)
             else:
-                comparison.add(group, actual, expected[name], name=label)
+                spacing = spacings.get(name.removeprefix("after__"))
+                comparison.add(
+                    group, actual, expected[name], name=label, spacing=spacing
+                )
     return comparison
 
 
-def _results(case: str, facts) -> dict:
-    """Returns our values by the names in the file."""
+def _results(case: str, facts) -> tuple[dict, dict]:
+    """Returns our values by the names in the file, and the spacings of `train`."""
     tensors = {
         entry["name"]: draw(
             entry["full"], entry["shape"], KINDS[entry["kind"]], "float64"
@@ -120,7 +123,7 @@ def _results(case: str, facts) -> dict:
         if name in tensors:
             added = trained["statistics"][name] - KEEP * before
             results[f"after__{name}"] = KEEP * tensors[name] + added
-    return results
+    return results, trained["spacing"]
 
 
 def _unit(case: str, shapes) -> Unit:

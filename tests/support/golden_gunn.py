@@ -48,7 +48,9 @@ def gunn_layers(path: pathlib.Path) -> Comparison:
     comparison = Comparison()
     for name, actual in results.items():
         exact = arrays[f"{name}_f64" if f"{name}_f64" in arrays else name]
-        comparison.add(name.partition("/")[0], actual, exact, name=name)
+        group, _, tensor = name.partition("/")
+        spacing = trained["spacing"].get(tensor)
+        comparison.add(group, actual, exact, name=name, spacing=spacing)
     gradients = {f"dparam_train/{k}": v for k, v in trained["gradients"].items()}
     _gradients(facts, arrays, gradients, comparison)
     compared = {*results, *gradients, *(f"{name}_f64" for name in results)}

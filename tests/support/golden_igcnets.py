@@ -97,7 +97,9 @@ def layer(path: pathlib.Path) -> Comparison:
             # With L = 1 this weight only scales a channel, which BN undoes. Its
             # gradient is zero up to eps; the recorded one is float32 rounding.
             allowed = ROUNDED * largest / np.abs(expected).max()
-        comparison.add(name.split("/")[0], found[name], expected, allowed, name=name)
+        spacing = trained["spacing"].get(name.removeprefix("buffer_after/"))
+        group = name.split("/")[0]
+        comparison.add(group, found[name], expected, allowed, name, spacing=spacing)
     return comparison
 
 
