@@ -116,10 +116,11 @@ def measure(graph: np.ndarray) -> Measures:
 def ramanujan_bound(d1: int, d2: int) -> float:
     """Returns (sqrt(d1 - 1) + sqrt(d2 - 1)) / sqrt(d1 d2).
 
-    For all d1, d2 >= 3, infinitely many (d1, d2)-biregular graphs have no second
-    singular value above it (Marcus, Spielman and Srivastava, Interlacing families I,
-    2015, arXiv 1304.4132). As such graphs grow, it is also the limit that no family
-    falls below (Feng and Li 1996), but a small or dense graph may.
+    For all d1, d2 >= 3 there are infinitely many (d1, d2)-biregular graphs whose second
+    singular value does not exceed it (Marcus, Spielman and Srivastava, Interlacing
+    families I, 2015, arXiv 1304.4132). As the graphs grow, no
+    family stays below it by a fixed margin (Feng and Li 1996); a small or dense graph
+    may.
     """
     return (math.sqrt(d1 - 1) + math.sqrt(d2 - 1)) / math.sqrt(d1 * d2)
 

@@ -77,7 +77,7 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
     if peer:
         players["pytorch", peer] = Player(("pytorch", variant, peer), options)
     for number in range(options.rounds):
-        # Alternate the order: the first of a round may always meet a cooler machine.
+        # Alternate the order, so that no contestant is always the first of a round.
         turns = list(players.values())
         for player in turns if number % 2 == 0 else reversed(turns):
             player.play()

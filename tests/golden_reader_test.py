@@ -1,4 +1,4 @@
-"""Layer files that the golden reader supports and no committed file shows."""
+"""Reads golden layer files of kinds that no stored file has; each test writes one."""
 
 import json
 
@@ -23,7 +23,7 @@ from tests.support.golden_files import (
 )
 
 MODEL, KEEP = "layer_resunit_img_test", 0.9
-# The names of the blocks and of the convolutions in a block, by the file's origin.
+# Names of the blocks, and suffixes of the convolutions in a block, by origin.
 NAMES = {
     "symbols": (("conv1", "conv2", "proj"), ("_conv1", "_conv2", "_conv")),
     "builder": (("igc1", "igc2", "proj"), ("_conv1", "_conv2", "_conv")),

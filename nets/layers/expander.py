@@ -105,7 +105,7 @@ class ExpanderConv(Expander):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.dense(self.kernel[...].astype(x.dtype))
-        if self.dilation > 1:  # every lowering takes zeros between the taps
+        if self.dilation > 1:  # zeros between the taps suit every lowering
             between = (0, 0, self.dilation - 1)
             zero = jnp.zeros((), kernel.dtype)
             kernel = lax.pad(kernel, zero, (between, between, (0, 0, 0), (0, 0, 0)))

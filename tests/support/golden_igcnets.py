@@ -132,7 +132,10 @@ def _build(facts: dict) -> nnx.Module:
 
 
 def _sources(net: nnx.Module, recorded: dict):
-    """Names tensors as the builder of the file, in the first block, which is `blk`."""
+    """Returns the sources under the names of the builder that wrote the file.
+
+    The files call their only block `blk`.
+    """
 
     def named(naming):
         def name(path, layer):
