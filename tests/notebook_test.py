@@ -21,6 +21,7 @@ assert maps["blocks.0.2.conv2"].shape == (4, 32, 32, 8)
 assert 0 < graph.sum() < graph.size
 assert (jacobian[~graph] == 0).all() and (jacobian[graph] != 0).all()
 assert ((influence > 0) == (paths > 0)).all()
+assert 0 < (paths == 0).sum()
 assert fields["stem"].sum() <= 9 < fields["blocks.0.2.conv2"].sum() < 32 * 32
 """,
     "tour": """
@@ -75,7 +76,7 @@ def test_every_notebook_begins_with_the_same_cell(cells, name):
     assert _read(name)[0]["source"] == cells[0]["source"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "tour"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_results_of_one_complete_run_are_stored(name):
     cells = _read(name)
     counts = [cell["execution_count"] for cell in cells]
