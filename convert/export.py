@@ -22,7 +22,7 @@ import metrics
 import nets
 import train
 from configs import common
-from convert.containers import npz, safetensors
+from convert.containers import Normalization, npz, safetensors
 from convert.sources import to_reference
 from input_pipeline import Facts
 from nets import cost
@@ -96,7 +96,8 @@ def export(
         content = program(run.net, run.config, run.facts)
     else:
         writer = npz if path.suffix == ".npz" else safetensors
-        content = writer.write(tensors(run.net, names))
+        normalization = Normalization(run.facts.mean, run.facts.std)
+        content = writer.write(tensors(run.net, names), normalization)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

@@ -61,8 +61,8 @@ def data_facts(config: ConfigDict, weights: Weights) -> Facts:
         )
     known = DATA_SETS[data.name]
     ours = (data.recipe.mean, data.recipe.std) if data.recipe.name == data.name else ()
-    recipe_mean, recipe_std = ours or (known.mean, known.std)
-    mean, std = tuple(data.mean or recipe_mean), tuple(data.std or recipe_std)
+    usual = weights.normalization or ours or (known.mean, known.std)
+    mean, std = tuple(data.mean or usual[0]), tuple(data.std or usual[1])
     if not (mean and std):
         raise Unidentified(
             f"{data.name} has no published normalisation: set --config.data.mean and "

@@ -12,9 +12,9 @@ import pathlib
 
 from convert.containers import mxnet, neon, npz, safetensors, torch, torch7
 from convert.containers.cursor import ContainerError
-from convert.containers.weights import Weights
+from convert.containers.weights import Normalization, Weights
 
-__all__ = ["ContainerError", "Weights", "read"]
+__all__ = ["ContainerError", "Normalization", "Weights", "read"]
 
 # The first reader whose `matches` accepts the content reads it. torch precedes npz
 # (both are zip archives) and neon (both are pickles). safetensors begins with a length,

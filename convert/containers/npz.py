@@ -1,12 +1,19 @@
 """NumPy: .npz, a zip archive of .npy files."""
 
 import io
+import json
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
 from convert.containers.cursor import ContainerError, Cursor, open_zip
-from convert.containers.weights import Weights
+from convert.containers.weights import (
+    Normalization,
+    Weights,
+    from_metadata,
+    to_metadata,
+)
 
 EXPANSION = 100  # largest size of the arrays over that of a compressed file
 
@@ -19,14 +26,31 @@ def read(content: bytes) -> Weights:
     archive = open_zip(content, EXPANSION)
     names = [name for name in archive.namelist() if name.endswith(".npy")]
     tensors = {n.removesuffix(".npy"): _array(archive.read(n)) for n in names}
-    return Weights(tensors, sorted(set(archive.namelist()) - set(names)))
+    skipped = sorted(set(archive.namelist()) - set(names))
+    return Weights(tensors, skipped, normalization=_normalization(archive.comment))
 
 
-def write(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Returns the content of a file that np.load reads."""
+def write(
+    tensors: Mapping[str, np.ndarray], normalization: Normalization | None = None
+) -> bytes:
+    """Returns the content of a file that np.load reads.
+
+    It has no metadata, so the archive's comment holds the normalisation.
+    """
     stream = io.BytesIO()
     np.savez(stream, **tensors)
+    if normalization:
+        with zipfile.ZipFile(stream, "a") as archive:
+            archive.comment = json.dumps(to_metadata(normalization)).encode()
     return stream.getvalue()
+
+
+def _normalization(comment: bytes) -> Normalization | None:
+    try:
+        metadata = json.loads(comment)
+    except ValueError:  # a comment of other software
+        return None
+    return from_metadata(metadata) if isinstance(metadata, dict) else None
 
 
 def _array(content: bytes) -> np.ndarray:

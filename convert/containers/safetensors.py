@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.containers.cursor import ContainerError, Cursor, elements
-from convert.containers.weights import Weights
+from convert.containers.weights import (
+    Normalization,
+    Weights,
+    from_metadata,
+    to_metadata,
+)
 
 DTYPES = {
     "F64": np.float64,
@@ -41,13 +46,19 @@ def read(content: bytes) -> Weights:
         if elements(shape) * dtype.itemsize != end - first or first < 0:
             raise ContainerError(f"{name}: {end - first} bytes for {dtype}{shape}")
         tensors[name] = Cursor(content, start + first).array(dtype, shape)
-    return Weights(tensors, [name for name in header if name not in tensors])
+    skipped = [name for name in header if name not in tensors]
+    normalization = from_metadata(header.get("__metadata__", {}))
+    return Weights(tensors, skipped, normalization=normalization)
 
 
-def write(tensors: Mapping[str, np.ndarray]) -> bytes:
+def write(
+    tensors: Mapping[str, np.ndarray], normalization: Normalization | None = None
+) -> bytes:
     """Returns the content of a file that the safetensors library loads, too."""
     kinds = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
     header, pieces, start = {}, [], 0
+    if normalization:
+        header["__metadata__"] = to_metadata(normalization)
     for name, tensor in tensors.items():
         pieces.append(np.ascontiguousarray(tensor).tobytes())
         header[name] = {

@@ -345,3 +345,23 @@ def test_compressed_npz(tmp_path):
     fortran = {"w": np.asfortranarray(TENSORS["2.weight"])}
     found = read(tmp_path, weight_files.npz(fortran)).tensors["w"]
     np.testing.assert_array_equal(found, fortran["w"])
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_the_normalisation_travels_with_the_tensors(tmp_path, kind):
+    write = getattr(containers, kind).write
+    normalization = containers.Normalization((0.1, 1 / 3, 255.0), (1e-9, 2.0, 3.0))
+    assert read(tmp_path, write(TENSORS, normalization)).normalization == normalization
+    assert read(tmp_path, write(TENSORS)).normalization is None
+    for std in ((0.0, 1.0, 1.0), (np.nan, 1.0, 1.0), (1.0,), ("a", "b", "c")):
+        content = write(TENSORS, normalization._replace(std=std))
+        with pytest.raises(containers.ContainerError, match=f"of {kind}, but"):
+            read(tmp_path, content)
+
+
+def test_a_comment_of_other_software_is_ignored(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.npz", "w") as archive:
+        with archive.open("a.npy", "w") as member:
+            np.save(member, TENSORS["1.bias"])
+        archive.comment = b"by hand"
+    assert containers.read(tmp_path / "file.npz").normalization is None

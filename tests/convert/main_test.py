@@ -217,8 +217,9 @@ def test_a_config_for_an_unknown_data_set_is_rejected(tmp_path, files):
     assert not workdir.exists()
 
 
-def test_a_net_of_neon_gets_its_means(tmp_path):
-    """neon 1.2.1 subtracts the mean of red from blue, and that of blue from red."""
+@pytest.fixture
+def neon(tmp_path):
+    """The tensors of a small net of cfmz, and the workdir of its neon file."""
     config = cfmz.get_config("20,cifar10")
     config.net.depth = 8
     (tmp_path / "tiny.py").write_text(
@@ -233,19 +234,41 @@ def test_a_net_of_neon_gets_its_means(tmp_path):
     workdir = tmp_path / "run"
     flags = f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}"
     command.main([str(tmp_path / "net.p"), *flags])
+    return tensors, workdir
+
+
+def test_a_net_of_neon_gets_its_means(neon):
+    """neon 1.2.1 subtracts the mean of red from blue, and that of blue from red."""
+    tensors, workdir = neon
     facts = load_facts(workdir)
     assert facts.mean == (113.9, 123.0, 125.3)
     assert facts.std == (1.0, 1.0, 1.0)
     assert facts.class_names[:2] == ("airplane", "automobile")
     net, _ = train.restore(workdir)
-    wanted = weight_files.build(config.net)
+    wanted = weight_files.build(load_config(workdir).net)
     convert.load(wanted, tensors)
-    for (path, value), (_, other) in zip(
+    assert_same(net, wanted)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_net_of_neon_returns_from_an_export(tmp_path, neon, suffix):
+    """With the original's names and with the means that neon has swapped."""
+    _, workdir = neon
+    path = tmp_path / "out" / f"net.{suffix}"
+    command.main([str(workdir), f"--to={path}", "--names=original"])
+    flags = f"--config={tmp_path / 'tiny.py'}", f"--workdir={tmp_path / 'again'}"
+    command.main([str(path), *flags])
+    assert load_facts(tmp_path / "again") == load_facts(workdir)
+    assert_same(train.restore(tmp_path / "again")[0], train.restore(workdir)[0])
+
+
+def assert_same(net, other):
+    for (path, value), (_, wanted) in zip(
         nnx.to_flat_state(nnx.state(net, nnx.Param)),
-        nnx.to_flat_state(nnx.state(wanted, nnx.Param)),
+        nnx.to_flat_state(nnx.state(other, nnx.Param)),
         strict=True,
     ):
-        np.testing.assert_array_equal(value[...], other[...], err_msg=str(path))
+        np.testing.assert_array_equal(value[...], wanted[...], err_msg=str(path))
 
 
 @pytest.mark.slow
