@@ -7,7 +7,7 @@ import pytest
 
 # Before anything imports jax. Tests of one device use the first. Tests spend most of
 # their time compiling, a third of it on LLVM's optimizations. .ci/run turns these on
-# for the slow tests and repeats the golden tests with them.
+# for the golden tests.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
