@@ -73,7 +73,10 @@ def cifar_variant(
 
 
 def base() -> ConfigDict:
-    """Returns the defaults; runtime/checks.py has the type and rule of each field."""
+    """Returns the defaults, which have the types of the fields.
+
+    runtime/checks.py has the rules for their values.
+    """
     config = ConfigDict()
     config.seed = 0  # of initial weights, order of examples and augmentation
     config.seeds = 1  # number of runs, with consecutive seeds, in WORKDIR/seed0, ...

@@ -1,4 +1,4 @@
-"""Validates a run before and after its data are loaded, from one table of fields."""
+"""Validates a run before and after its data are loaded, from tables of fields."""
 
 import difflib
 import math
@@ -11,9 +11,15 @@ from ml_collections import ConfigDict
 
 import input_pipeline
 from augment.check import check as check_augment
+from configs import common
 from nets import cost
 from runtime.profile import profile_range
 from runtime.workdir import flatten
+
+# Fields that some nets have; nets.create checks their others.
+NET_TYPES = {"net.depth": int, "net.dropout": float}
+# A field has the type of its default. All floats must be finite.
+TYPES = {x: type(value) for x, value in flatten(common.base()).items()} | NET_TYPES
 
 
 def positive(value: float) -> str:
@@ -36,9 +42,12 @@ def seed(value: int) -> str:
     return "" if 0 <= value < 2**32 else "must be at least 0 and less than 2**32"
 
 
-def numbers(value: tuple) -> str:
-    real = all(isinstance(x, (int, float)) for x in value)
-    return "" if real else "must contain only numbers"
+def epochs(value: tuple) -> str:
+    if not all(isinstance(x, (int, float)) for x in value):
+        return "must contain only numbers"
+    if list(value) != sorted(value) or min(value, default=0) < 0:
+        return "must be epochs from 0 on that do not decrease"
+    return ""
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -52,8 +61,37 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return rule
 
 
-def anything(value: Any) -> str:
-    return ""
+# field -> a function that returns what is wrong with a value, or "". Further rules are
+# in nets.create, input_pipeline.check and augment.check.
+RULES = {
+    "seed": seed,
+    "seeds": positive,
+    "net.graph_seed": seed,
+    "net.depth": at_most(10_000),
+    "net.dropout": share,
+    "train.batch_size": positive,
+    "train.last_batch": one_of("fill", "partial"),
+    "train.label_smoothing": share,
+    "train.ema": share,
+    "train.epochs": positive,
+    "train.steps_per_dispatch": positive,
+    "train.dtype": one_of("float32", "bfloat16"),
+    "train.batch_norm_groups": not_negative,
+    "train.log_every_steps": positive,
+    "optimizer.learning_rate": not_negative,
+    "optimizer.schedule": one_of("steps", "cosine", "one_cycle"),
+    "optimizer.warmup_epochs": not_negative,
+    "optimizer.drop_epochs": epochs,
+    "optimizer.drop_factor": not_negative,
+    "optimizer.min_learning_rate": not_negative,
+    "optimizer.momentum": not_negative,
+    "optimizer.weight_decay": not_negative,
+    "eval.batch_size": positive,
+    "eval.every_epochs": positive,
+    "eval.views": one_of("center", "flip", "tencrop"),
+    "checkpoint.keep": positive,
+    "checkpoint.every_steps": not_negative,
+}
 
 
 class Need(NamedTuple):
@@ -64,131 +102,50 @@ class Need(NamedTuple):
 
 
 def value_of(field: str, *values: str) -> Need:
-    remedy = f"--config.{field}={' or '.join(values)}"
-    return Need(lambda config: flatten(config)[field] in values, remedy)
+    def holds(config):
+        value = flatten(config)[field]
+        return value in values or bool(_problem(field, value))  # reported by itself
+
+    return Need(holds, f"--config.{field}={' or '.join(values)}")
 
 
 def switched_on(field: str) -> Need:
     return Need(lambda config: bool(flatten(config)[field]), f"--config.{field}")
 
 
-class Field(NamedTuple):
-    """A field of the configuration.
-
-    type: the type of its values. rule: returns what is wrong with a value, or "".
-    needs: the condition under which the field has an effect (None: always).
-    """
-
-    type: type
-    rule: Callable[[Any], str] = anything
-    needs: Need | None = None
-
-
 EXPANDER = value_of("net.wiring.kind", "expander")
 INTERLEAVED = value_of("net.wiring.kind", "interleaved")
-PADDED = value_of("data.crop", "pad")
-BORDER = Need(
-    lambda config: config.data.crop == "pad" and config.data.pad > 0,
-    "--config.data.crop=pad and a positive data.pad",
-)
 PHOTOGRAPHS = Need(
     lambda config: config.data.crop != "pad",
     "photographs: --config.data.crop=random_resized, or any crop except pad",
 )
-DROPS = Need(
-    lambda config: (
-        config.optimizer.schedule == "steps" and config.optimizer.drop_epochs
+NEEDS = {
+    "net.graph_seed": EXPANDER,
+    "net.wiring.compress": EXPANDER,
+    "net.wiring.sampling": EXPANDER,
+    "net.wiring.groups": value_of("net.wiring.kind", "grouped"),
+    "net.wiring.primary_groups": INTERLEAVED,
+    "net.wiring.secondary_groups": INTERLEAVED,
+    "data.pad": value_of("data.crop", "pad"),
+    "data.border": Need(
+        lambda config: config.data.crop == "pad" and config.data.pad > 0,
+        "--config.data.crop=pad and a positive data.pad",
     ),
-    "--config.optimizer.schedule=steps and optimizer.drop_epochs",
-)
-
-# Every field of configs/common.py; a test compares the two. All floats must be finite.
-# input_pipeline.check and augment.check have further rules for data and augment.
-FIELDS = {
-    "seed": Field(int, seed),
-    "seeds": Field(int, positive),
-    "init_from": Field(str),
-    "variant": Field(str),
-    "recipe": Field(str),
-    "net.name": Field(str),
-    "net.num_classes": Field(int),
-    "net.graph_seed": Field(int, seed, EXPANDER),
-    "net.lowering": Field(str),
-    "net.wiring.kind": Field(str),
-    "net.wiring.compress": Field(int, needs=EXPANDER),
-    "net.wiring.sampling": Field(str, needs=EXPANDER),
-    "net.wiring.groups": Field(int, needs=value_of("net.wiring.kind", "grouped")),
-    "net.wiring.primary_groups": Field(int, needs=INTERLEAVED),
-    "net.wiring.secondary_groups": Field(int, needs=INTERLEAVED),
-    "data.name": Field(str),
-    "data.dir": Field(str),
-    "data.download": Field(bool),
-    "data.cache_dir": Field(str),
-    "data.pipeline": Field(str),
-    "data.crop": Field(str),
-    "data.pad": Field(int, needs=PADDED),
-    "data.border": Field(str, needs=BORDER),
-    "data.image_size": Field(int, needs=PHOTOGRAPHS),
-    "data.on_error": Field(str),
-    "data.flip": Field(bool),
-    "data.mean": Field(tuple),
-    "data.std": Field(tuple),
-    "data.recipe.name": Field(str),
-    "data.recipe.mean": Field(tuple),
-    "data.recipe.std": Field(tuple),
-    "data.photograph_mean": Field(tuple, needs=PHOTOGRAPHS),
-    "data.photograph_std": Field(tuple, needs=PHOTOGRAPHS),
-    "augment.jigsaw": Field(bool),
-    "augment.jitter": Field(float),
-    "augment.lighting": Field(float),
-    "augment.hls": Field(tuple),
-    "augment.autoaugment": Field(bool),
-    "augment.randaugment_ops": Field(int),
-    "augment.randaugment_magnitude": Field(
-        float, needs=switched_on("augment.randaugment_ops")
+    "data.image_size": PHOTOGRAPHS,
+    "data.photograph_mean": PHOTOGRAPHS,
+    "data.photograph_std": PHOTOGRAPHS,
+    "augment.randaugment_magnitude": switched_on("augment.randaugment_ops"),
+    "augment.cutmix_probability": switched_on("augment.cutmix"),
+    "optimizer.warmup_epochs": value_of("optimizer.schedule", "steps", "cosine"),
+    "optimizer.drop_epochs": value_of("optimizer.schedule", "steps"),
+    "optimizer.drop_factor": Need(
+        lambda config: (
+            config.optimizer.schedule == "steps" and config.optimizer.drop_epochs
+        ),
+        "--config.optimizer.schedule=steps and optimizer.drop_epochs",
     ),
-    "augment.cutout": Field(int),
-    "augment.mixup": Field(float),
-    "augment.cutmix": Field(float),
-    "augment.cutmix_probability": Field(float, needs=switched_on("augment.cutmix")),
-    "augment.ricap": Field(float),
-    "train.batch_size": Field(int, positive),
-    "train.last_batch": Field(str, one_of("fill", "partial")),
-    "train.label_smoothing": Field(float, share),
-    "train.ema": Field(float, share),
-    "train.epochs": Field(float, positive),
-    "train.steps_per_dispatch": Field(int, positive),  # see _conflicts
-    "train.dtype": Field(str, one_of("float32", "bfloat16")),
-    "train.batch_norm_groups": Field(int, not_negative),
-    "train.log_every_steps": Field(int, positive),
-    "train.tensorboard": Field(bool),
-    "train.profile_steps": Field(tuple),
-    "train.compilation_cache": Field(bool),
-    "optimizer.learning_rate": Field(float, not_negative),
-    "optimizer.schedule": Field(str, one_of("steps", "cosine", "one_cycle")),
-    "optimizer.warmup_epochs": Field(
-        float, not_negative, value_of("optimizer.schedule", "steps", "cosine")
-    ),
-    "optimizer.drop_epochs": Field(
-        tuple, numbers, value_of("optimizer.schedule", "steps")
-    ),
-    "optimizer.drop_factor": Field(float, not_negative, DROPS),
-    "optimizer.min_learning_rate": Field(float, not_negative),
-    "optimizer.momentum": Field(float, not_negative),
-    "optimizer.nesterov": Field(bool, needs=switched_on("optimizer.momentum")),
-    "optimizer.rate_in_velocity": Field(bool, needs=switched_on("optimizer.momentum")),
-    "optimizer.weight_decay": Field(float, not_negative),
-    "eval.batch_size": Field(int, positive),
-    "eval.every_epochs": Field(float, positive),
-    "eval.checkpoint": Field(str),
-    "eval.views": Field(str, one_of("center", "flip", "tencrop")),
-    "checkpoint.keep": Field(int, positive),
-    "checkpoint.every_steps": Field(int, not_negative),
-}
-# Fields that some nets have; nets.create checks the others.
-NET_FIELDS = {
-    "net.depth": Field(int, at_most(10_000)),
-    "net.dropout": Field(float, share),
+    "optimizer.nesterov": switched_on("optimizer.momentum"),
+    "optimizer.rate_in_velocity": switched_on("optimizer.momentum"),
 }
 
 
@@ -199,12 +156,12 @@ def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
     0, False and () count as unset.
     """
     values = flatten(config)
-    needs = {x: FIELDS[x].needs for x in changed if x in FIELDS and values[x]}
+    needs = {x: NEEDS[x] for x in changed if x in NEEDS and values[x]}
     _refuse(
         [
             f"{field}={values[field]!r} has no effect: it requires {need.remedy}"
             for field, need in needs.items()
-            if need and not need.holds(config)
+            if not need.holds(config)
         ]
     )
 
@@ -223,32 +180,19 @@ def check_config(
     ValueError that lists all problems.
     """
     check_fields(config)
-    problems = [*_value_problems(config)]
-    net = None
-    try:
-        input_pipeline.check(config.data)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        if not any(problem.startswith("net.") for problem in problems):
-            net = cost.build(config.net)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        check_augment(config.augment)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        profile_range(config)
-    except ValueError as error:
-        problems.append(str(error))
+    problems, net = [*_value_problems(config)], None
+    _run(problems, input_pipeline.check, config.data)
+    if not any(problem.startswith("net.") for problem in problems):
+        net = _run(problems, cost.build, config.net)
+    _run(problems, check_augment, config.augment)
+    _run(problems, profile_range, config)
     if config.eval.views == "tencrop" and config.data.crop == "pad":
         problems.append(
             "eval.views='tencrop' requires crops that are smaller than the image, but "
             "data.crop='pad' evaluates whole images: set --config.eval.views=flip"
         )
-    if training and not problems:  # conflicts between valid fields
-        problems += _conflicts(config, mesh)
+    if training:
+        problems += [*_conflicts(config, mesh), *_schedule_problems(config)]
     _refuse(problems)
     return net
 
@@ -277,10 +221,7 @@ def check_data(
                 "--config.train.last_batch=fill, or another train.batch_size"
             )
             continue
-        try:
-            check_augment(config.augment, size // mesh.size)
-        except ValueError as error:
-            problems.append(str(error))
+        _run(problems, check_augment, config.augment, size // mesh.size)
     if test.image_shape != facts.image_shape:
         problems.append(
             f"the test images of {config.data.name} are {test.image_shape}, the "
@@ -293,15 +234,15 @@ def check_data(
 def _schema_problems(config: ConfigDict) -> Iterator[str]:
     values = flatten(config)
     for field, value in values.items():
-        known = (FIELDS | NET_FIELDS).get(field)
-        if known and not _is_a(known.type, value):
+        kind = TYPES.get(field)
+        if kind and not _is_a(kind, value):
             yield (
-                f"{field} must be of type {known.type.__name__}, got {value!r} of type "
+                f"{field} must be of type {kind.__name__}, got {value!r} of type "
                 f"{type(value).__name__}"
             )
-        elif not known and not field.startswith("net."):  # nets.create knows those
-            yield f"there is no field {field}{hint(field, FIELDS)}"
-    if missing := sorted(FIELDS.keys() - values.keys()):
+        elif not kind and not field.startswith("net."):  # nets.create knows those
+            yield f"there is no field {field}{hint(field, TYPES)}"
+    if missing := sorted(TYPES.keys() - NET_TYPES.keys() - values.keys()):
         yield (
             f"fields are missing: {', '.join(missing)}; begin with get_config() of a "
             "file in configs/"
@@ -325,7 +266,7 @@ def hint(field: str, known: Iterable[str], prefix: str = "") -> str:
         return (
             "; configs/common.py lists all fields, configs/FAMILY.py those of the net"
         )
-    kind = f" ({FIELDS[near[0]].type.__name__})" if near[0] in FIELDS else ""
+    kind = f" ({TYPES[near[0]].__name__})" if near[0] in TYPES else ""
     return f"; did you mean {prefix}{near[0]}{kind}?"
 
 
@@ -342,15 +283,15 @@ def _value_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _problem(field: str, value: Any) -> str:
-    known = (FIELDS | NET_FIELDS).get(field)
+    rule = RULES.get(field)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             return "must be finite"
         # Far beyond any net, but small enough to fail before time and memory do.
-        count = isinstance(number, int) and (not known or known.rule is anything)
+        count = isinstance(number, int) and not rule
         if field.startswith("net.") and count and abs(number) > 1_000_000:
             return "must be at most 1,000,000"
-    return known.rule(value) if known else ""
+    return rule(value) if rule else ""
 
 
 def _conflicts(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
@@ -360,12 +301,12 @@ def _conflicts(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
             f"train.batch_size={batch_size} does not divide among {mesh.size} devices: "
             f"use a multiple of {mesh.size}"
         )
-    if groups and batch_size % groups:
+    if groups > 0 and batch_size % groups:
         yield (
             f"train.batch_norm_groups={groups} does not divide train.batch_size="
             f"{batch_size}: change one of them"
         )
-    if groups and math.gcd(groups, mesh.size) < min(groups, mesh.size):
+    if groups > 0 and math.gcd(groups, mesh.size) < min(groups, mesh.size):
         yield (
             f"train.batch_norm_groups={groups} cannot be spread over {mesh.size} "
             f"devices: use a divisor or a multiple of {mesh.size}, 1 for the whole "
@@ -377,7 +318,22 @@ def _conflicts(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
             f"train.steps_per_dispatch={steps} requires --config.data.pipeline=device: "
             "the other pipelines deliver one batch at a time"
         )
-    if config.optimizer.rate_in_velocity and config.optimizer.nesterov:
+
+
+def _schedule_problems(config: ConfigDict) -> Iterator[str]:
+    """Yields what optimizers.schedule cannot follow, whatever the data set."""
+    recipe, epochs = config.optimizer, config.train.epochs
+    if recipe.schedule == "one_cycle" and recipe.warmup_epochs:
+        yield (
+            "optimizer.schedule='one_cycle' includes a warm-up: set "
+            "--config.optimizer.warmup_epochs=0.0"
+        )
+    elif 0 < epochs <= recipe.warmup_epochs < math.inf:
+        yield (
+            f"optimizer.warmup_epochs={recipe.warmup_epochs:g} must end before "
+            f"train.epochs={epochs:g}"
+        )
+    if recipe.rate_in_velocity and recipe.nesterov:
         yield (
             "optimizer.rate_in_velocity and optimizer.nesterov exclude each other (no "
             "original has both): set --config.optimizer.nesterov=False"
@@ -391,6 +347,15 @@ def _class_problems(config: ConfigDict, class_names: tuple) -> Iterator[str]:
             f"{config.data.name!r} has {len(class_names)}: "
             f"set --config.net.num_classes={len(class_names)}"
         )
+
+
+def _run(problems: list[str], check: Callable, *arguments) -> Any:
+    """Returns the result of a check, or adds its ValueError to the problems."""
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
 
 
 def _refuse(problems: list[str]) -> None:

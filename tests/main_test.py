@@ -31,8 +31,8 @@ REFUSED = {
     "schedule": (DIGITS, {"optimizer.drop_epochs": "(3.0,1.0)"}, "drop_epochs 3.0 1.0"),
     "three at once": (
         CIFAR,
-        {"data.dir": "/nowhere", "train.dtype": "float16", "net.depth": 41},
-        "/nowhere float16 bfloat16 41 6 n + 4",
+        {"data.dir": "/nowhere", "optimizer.schedule": "stps", "net.depth": 41},
+        "/nowhere optimizer.schedule 'stps' 'steps' 41 6 n + 4",
     ),
     "no data": (
         CIFAR,
