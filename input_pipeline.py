@@ -18,10 +18,27 @@ from ml_collections import ConfigDict
 
 import data_sources
 from augment import geometry
-from data_sources import BORDERS, DataError, InMemory, OnDisk, crops, tensorflow
+from data_sources import (
+    BORDERS,
+    DataError,
+    DataSet,
+    InMemory,
+    OnDisk,
+    crops,
+    in_memory,
+    is_of_recipe,
+    tensorflow,
+)
 from data_sources.cache import directory as cache_directory
 
-__all__ = ["DataError", "InMemory", "OnDisk", "cache_directory", "tensorflow"]
+__all__ = [
+    "DataError",
+    "DataSet",
+    "cache_directory",
+    "in_memory",
+    "is_of_recipe",
+    "tensorflow",
+]
 
 Split = InMemory | OnDisk
 IN_MEMORY, ON_DISK = ("tf.data", "device"), ("threads",)  # the defaults first
@@ -36,26 +53,22 @@ _ORDER, _AUGMENTATION, _CROPS = 0, 1, 2  # independent random streams of a seed
 
 
 def load(data: ConfigDict, split: str) -> Split:
-    """Loads a split ('train' or 'test') of config.data, in a fixed order.
+    """Loads a split ('train' or 'test') of config.data, always in the same order.
 
-    Into memory if data.crop is 'pad'; otherwise the images stay on disk. Raises
-    DataError for impossible values and for data that is missing or damaged.
+    Raises DataError for impossible values and for data that is missing or damaged.
     """
-    check(data)
-    if split not in ("train", "test"):
-        raise DataError(f"unknown split {split!r}: choose train or test")
-    return data_sources.load(data, split)
+    return find(data).load(split)
 
 
-def load_both(data: ConfigDict) -> tuple[Split, Split]:
+def load_both(data_set: DataSet) -> tuple[Split, Split]:
     """Loads the training and the test split, and finds damaged test images.
 
-    Images in memory are decoded anyway. Photographs are decoded in threads (2 ms each),
-    once, because the result is cached; not with on_error='skip'.
+    Photographs are decoded for this in threads (2 ms each), once, because the result is
+    cached; not with on_error='skip'.
     """
-    train, test = load(data, "train"), load(data, "test")
-    if isinstance(test, OnDisk) and data.on_error == "raise":
-        test.verify(data.cache_dir, jax.process_index(), jax.process_count())
+    train, test = data_set.load("train"), data_set.load("test")
+    cache_dir = data_set.data.cache_dir
+    test.verify(cache_dir, jax.process_index(), jax.process_count())
     return train, test
 
 
@@ -87,11 +100,11 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + more
 
 
-def check(data: ConfigDict) -> None:
-    """Raises DataError, without reading any images, if config.data cannot be used.
+def find(data: ConfigDict) -> DataSet:
+    """Finds the data set of config.data, without reading any images.
 
-    The message names every impossible value. If there are none, it says whether the
-    data set was found.
+    Raises DataError if there is none. If values are impossible, the error names each of
+    them instead.
     """
     problems = [
         f"unknown data.{field} {data[field]!r}: choose from {', '.join(choices)}"
@@ -109,11 +122,10 @@ def check(data: ConfigDict) -> None:
         for field, value in values.items()
         if value and (problem := _problem(f"data.{field}", tuple(value)))
     ]
-    if not problems:
-        pipeline(data)
-        data_sources.find(data)
-        return
-    raise DataError("; ".join(problems))
+    if problems:
+        raise DataError("; ".join(problems))
+    pipeline(data)
+    return data_sources.find(data)
 
 
 def _problem(field: str, value: tuple) -> str:
@@ -140,12 +152,12 @@ def pipeline(data: ConfigDict) -> str:
 
     Raises DataError if it cannot read the images.
     """
-    choices = IN_MEMORY if data.crop == "pad" else ON_DISK
+    choices = IN_MEMORY if in_memory(data) else ON_DISK
     if data.pipeline == "auto":
         return choices[0]
     if data.pipeline in choices:
         return data.pipeline
-    images = "images in memory" if data.crop == "pad" else "photographs on disk"
+    images = "images in memory" if in_memory(data) else "photographs on disk"
     raise DataError(
         f"data.pipeline={data.pipeline!r} cannot read {images} (data.crop="
         f"{data.crop!r}): choose {' or '.join(choices)}, or auto"
@@ -182,9 +194,9 @@ def facts(data: ConfigDict, train_split: Split, *others: Split) -> Facts:
     """
     mean, std = tuple(data.mean), tuple(data.std)
     if not (mean and std):
-        if data.recipe.mean and data_sources.is_of_recipe(data):
+        if data.recipe.mean and is_of_recipe(data):
             known = tuple(data.recipe.mean), tuple(data.recipe.std)
-        elif data.crop == "pad":
+        elif in_memory(data):
             known = data_sources.statistics(train_split.images)
         else:
             known = tuple(data.photograph_mean), tuple(data.photograph_std)
@@ -246,7 +258,7 @@ def plan(config: ConfigDict, num_examples: int, step: int) -> Plan:
         index = np.concatenate([index, following[:missing]])
     random = _random(config.seed, _AUGMENTATION, step)
     flip = (random.random(len(index)) < 0.5) & data.flip
-    if data.crop == "pad":
+    if in_memory(data):
         shape = len(index), 2
         offset = random.integers(0, 2 * data.pad + 1, shape, dtype=np.int32)
         return Plan(index, offset, flip, None, data.pad)

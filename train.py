@@ -218,9 +218,9 @@ def train_and_evaluate(
     [(config, workdir)] = runs(config, workdir)
     mesh = make_mesh()
     _check_agreement(config, workdir)
-    net = checks.check_config(config, mesh)
+    net, data_set = checks.check_config(config, mesh)
     old = resume.find(workdir)
-    train_split, test_split, facts, changes = _load_data(config, mesh, old)
+    train_split, test_split, facts, changes = _load_data(config, mesh, data_set, old)
     clock = Clock.of(config, facts.num_train)
     profile_range(config, clock.total)
     if old and old.complete and not changes:
@@ -305,14 +305,17 @@ def _check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _load_data(
-    config: ConfigDict, mesh: Mesh, old: resume.Run | None
+    config: ConfigDict,
+    mesh: Mesh,
+    data_set: input_pipeline.DataSet,
+    old: resume.Run | None,
 ) -> tuple[input_pipeline.Split, input_pipeline.Split, input_pipeline.Facts, list[str]]:
     """Loads and checks both splits; returns them, their facts, and what has changed.
 
     If `old` is resumed, labels are numbered by its class names, and images are
     normalised as before.
     """
-    train_split, test_split = input_pipeline.load_both(config.data)
+    train_split, test_split = input_pipeline.load_both(data_set)
     if old:
         names = old.facts.class_names, config.data.name
         train_split = input_pipeline.map_classes(train_split, *names)
@@ -415,8 +418,8 @@ def evaluate_checkpoint(
     [(config, workdir)], mesh = runs(config, workdir), make_mesh()
     _check_agreement(config, workdir)
     facts, config = load_facts(workdir), take_net(config, workdir)
-    checks.check_config(config, mesh, training=False)
-    test = input_pipeline.load(config.data, "test")
+    _, data_set = checks.check_config(config, mesh, training=False)
+    test = data_set.load("test")
     test = input_pipeline.map_classes(test, facts.class_names, config.data.name)
     definition, variables, step = _load(
         config, workdir, config.eval.checkpoint, lambda x: place(x, mesh)

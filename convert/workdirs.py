@@ -15,7 +15,7 @@ from convert import cfmz
 from convert.containers import Weights
 from convert.identify import Match, Unidentified
 from data_sources import archives
-from input_pipeline import Facts
+from input_pipeline import Facts, in_memory
 from runtime.checkpoints import Checkpoints
 from runtime.workdir import CONFIG_JSON, WorkdirError, lock, save_config, write_json
 
@@ -68,7 +68,7 @@ def data_facts(config: ConfigDict, weights: Weights) -> Facts:
             f"{data.name} has no published normalisation: set --config.data.mean and "
             "--config.data.std"
         )
-    size = known.image_size if data.crop == "pad" else data.image_size
+    size = known.image_size if in_memory(data) else data.image_size
     classes = config.net.num_classes
     return Facts(
         class_names=_class_names(data.name, classes),

@@ -6,6 +6,8 @@ with one subfolder per class, which may lie elsewhere. The first that exists is 
 """
 
 import contextlib
+import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -14,29 +16,25 @@ from typing import NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from data_sources import archives, digits, folders, missing, tfds
+from data_sources import archives, digits, folders, missing, npz, tfds
+from data_sources.borders import BORDERS
 from data_sources.crops import CROPS
+from data_sources.errors import DataError, absent_labels, check_labels
+from data_sources.options import in_memory, is_of_recipe
 from data_sources.photographs import OnDisk
-from data_sources.split import (
-    BORDERS,
-    DataError,
-    InMemory,
-    absent_labels,
-    check_labels,
-    is_of_recipe,
-    statistics,
-    tensorflow,
-)
+from data_sources.split import InMemory, statistics
+from data_sources.tf import tensorflow
 
 __all__ = [
     "BORDERS",
     "CROPS",
     "DataError",
+    "DataSet",
     "InMemory",
     "OnDisk",
     "find",
+    "in_memory",
     "is_of_recipe",
-    "load",
     "statistics",
     "tensorflow",
 ]
@@ -56,30 +54,86 @@ class Source(NamedTuple):
 
 SOURCES = {
     "digits": Source(digits.load_images),
-    "npz": Source(archives.load_npz),
+    "npz": Source(npz.load_images),
     "tfds": Source(tfds.load_images, tfds.open_images),
     "archive": Source(archives.load_images),
     "folders": Source(folders.load_images, folders.open_images),
 }
 
 
-def find(
-    data: ConfigDict,
-) -> tuple[Source, pathlib.Path | None, list[pathlib.Path]]:
-    """Returns the source of config.data, its path, and others that have its name.
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A data set that has been found, but not read.
 
-    The path is None if the set must be downloaded. Raises DataError if there is none,
-    or if it cannot be read with data.crop.
+    data: config.data. found: None if the set must be downloaded. others: further sets
+    of the same name.
+    """
+
+    data: ConfigDict
+    source: Source
+    found: pathlib.Path | None
+    others: list[pathlib.Path]
+
+    @functools.cached_property
+    def path(self) -> pathlib.Path:
+        """The path of the set, which is downloaded if it is missing."""
+        return self.found or tfds.download(self.data, _root(self.data))
+
+    def load(self, split: str) -> InMemory | OnDisk:
+        """Loads a split ('train' or 'test'), always in the same order.
+
+        Into memory, or the images stay on disk: options.in_memory. May run in a thread.
+        Uses the network only if data.download is set. Raises DataError if the data is
+        missing, damaged or misnamed.
+        """
+        data = self.data
+        if split not in ("train", "test"):
+            raise DataError(f"unknown split {split!r}: choose train or test")
+        if self.others and split == "test":  # each run loads it, once
+            places = data.name, self.path, " or ".join(map(str, self.others))
+            logging.info("%s is read from %s, not from %s", *places)
+        load = self._load_images if in_memory(data) else self._open_images
+        with _accessing(data):
+            loaded = load(split)
+        absent = absent_labels(loaded.labels, len(loaded.class_names))
+        if split == "train" and absent:
+            logging.warning(
+                "%s: no training image has the label %s, of %d classes",
+                *(data.name, absent, len(loaded.class_names)),
+            )
+        return loaded
+
+    def _load_images(self, split: str) -> InMemory:
+        images, labels, names = self.source.load(self.path, self.data, split)
+        return InMemory(images, *check_labels(self.data.name, split, labels, names))
+
+    def _open_images(self, split: str) -> OnDisk:
+        data = self.data
+        labels, names, *access = self.source.open(self.path, data, split)
+        return OnDisk(
+            *check_labels(data.name, split, labels, names),
+            *access,
+            crop=data.crop,
+            size=data.image_size,
+            on_error=data.on_error,
+            as_stored=self.source is SOURCES["tfds"] or is_of_recipe(data),
+        )
+
+
+def find(data: ConfigDict) -> DataSet:
+    """Finds the data set of config.data, without reading images.
+
+    Raises DataError if there is none, or if it cannot be read with data.crop.
     """
     with _accessing(data):
         [(kind, path), *others] = _find(data)
     source = SOURCES[kind]
-    if data.crop != "pad" and not source.open:
+    if not in_memory(data) and not source.open:
         raise DataError(
             f"data.crop={data.crop!r} reads photographs, but {data.name} holds small "
             "images, which are read into memory: set --config.data.crop=pad"
         )
-    return source, path, [path for _, path in others]
+    return DataSet(data, source, path, [path for _, path in others])
 
 
 def _find(data: ConfigDict) -> list[tuple[str, pathlib.Path | None]]:
@@ -117,35 +171,3 @@ def _accessing(data: ConfigDict):
         yield
     except OSError as error:
         raise DataError(f"cannot read {data.name}: {error}") from error
-
-
-def load(data: ConfigDict, split: str) -> InMemory | OnDisk:
-    """Loads a split ('train' or 'test') of config.data, in a fixed order.
-
-    Into memory if data.crop is 'pad'; otherwise the images stay on disk. May run in a
-    thread. Uses the network only if data.download is set. Raises DataError if the data
-    is missing, damaged or misnamed.
-    """
-    source, path, others = find(data)
-    if others and split == "test":  # each run loads it, once
-        listed = " or ".join(map(str, others))
-        logging.info("%s is read from %s, not from %s", data.name, path, listed)
-    if path is None:
-        path = tfds.download(data, _root(data))
-    with _accessing(data):
-        if data.crop == "pad":
-            images, labels, names = source.load(path, data, split)
-        else:
-            labels, names, read, name, version = source.open(path, data, split)
-    names = tuple(map(str, names))
-    labels = check_labels(data.name, split, labels, len(names))
-    if split == "train" and (absent := absent_labels(labels, len(names))):
-        logging.warning(
-            "%s: no training image has the label %s, of %d classes",
-            *(data.name, absent, len(names)),
-        )
-    if data.crop == "pad":
-        return InMemory(images, labels, names)
-    options = data.crop, data.image_size, data.on_error
-    as_stored = source is SOURCES["tfds"] or is_of_recipe(data)
-    return OnDisk(labels, names, read, name, *options, as_stored, version)

@@ -26,7 +26,8 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image
 
-from data_sources.split import DataError, tensorflow
+from data_sources.errors import DataError
+from data_sources.tf import tensorflow
 
 CROPS = ("inception", "random_resized", "scale_aspect")
 TRIES = 10

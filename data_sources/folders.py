@@ -15,8 +15,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_sources import crops
+from data_sources.errors import DataError, check_memory
+from data_sources.options import is_of_recipe
 from data_sources.photographs import undecodable
-from data_sources.split import DataError, check_memory, is_of_recipe
 
 # The names of their folders, in any case; the first that exists.
 SPLITS = {

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from data_sources import archives, folders, tfds
-from data_sources.split import DataError
+from data_sources import archives, folders, npz, tfds
+from data_sources.errors import DataError
+from data_sources.options import base_name
 
 FILES = {  # that are often given instead of an .npz
     ".npy": "a single array (.npy)",
@@ -38,7 +39,7 @@ def not_found(data: ConfigDict, root: pathlib.Path) -> DataError:
         return DataError(
             f"{name} is {kind or 'a file'}{'' if found else ', and does not exist'}: "
             "--config.data.name takes an .npz file, a directory with "
-            f"train/CLASS/*.jpg, or the name of a data set; {archives.SAVEZ}"
+            f"train/CLASS/*.jpg, or the name of a data set; {npz.SAVEZ}"
         )
     if there := next((x for x in places if os.path.isdir(x)), None):
         return DataError(
@@ -47,9 +48,9 @@ def not_found(data: ConfigDict, root: pathlib.Path) -> DataError:
         )
     if path.is_absolute():
         return DataError(f"no directory {path}: check --config.data.name")
-    if nearest := tfds.nearest(root, tfds.base_name(name)):
+    if nearest := tfds.nearest(root, base_name(name)):
         return DataError(
-            f"unknown data set {tfds.base_name(name)!r}; nearest: "
+            f"unknown data set {base_name(name)!r}; nearest: "
             f"{', '.join(nearest)}. {root.absolute()} has no folder {name}/train/CLASS "
             "either"
         )

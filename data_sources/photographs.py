@@ -19,7 +19,8 @@ import numpy as np
 from absl import logging
 
 from data_sources import cache, crops
-from data_sources.split import DataError, check_open_files, tensorflow
+from data_sources.errors import DataError, check_open_files
+from data_sources.tf import tensorflow
 
 MAX_FAILURES_IN_A_ROW = 100  # more than that is not a damaged image
 
@@ -36,21 +37,21 @@ class Decoded(NamedTuple):
 class OnDisk:
     """A split of encoded images: labels (N,) int32 and how to read the N images.
 
-    read: number -> encoded image; name: number -> its name in messages. crop, size,
-    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops. version:
-    returns a name for the N images that changes with their files. ten_crops: whether
-    test batches hold the ten crops of each image.
+    read: number -> encoded image; name: number -> its name in messages. version:
+    returns a name for the N images that changes with their files. crop, size,
+    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops. ten_crops:
+    whether test batches hold the ten crops of each image.
     """
 
     labels: np.ndarray
     class_names: tuple[str, ...]
     read: Callable[[int], bytes]
     name: Callable[[int], str]
+    version: Callable[[], str]
     crop: str
     size: int
     on_error: str
     as_stored: bool
-    version: Callable[[], str]
     ten_crops: bool = False
 
     def __len__(self) -> int:
@@ -80,8 +81,11 @@ class OnDisk:
     ) -> None:
         """Decodes this process's share of the images, once for each version of them.
 
-        Raises DataError that counts the images that cannot be decoded and names some.
+        Raises DataError that counts the images that cannot be decoded and names some;
+        does nothing with on_error='skip'.
         """
+        if self.on_error == "skip":
+            return
         numbers = range(process_index, len(self), process_count)
 
         def build():

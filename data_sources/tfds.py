@@ -23,8 +23,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from data_sources import archives, cache, crops, tfrecords
+from data_sources.errors import DataError, check_memory, reading
+from data_sources.options import base_name
 from data_sources.photographs import first_line
-from data_sources.split import DataError, check_memory, reading, tensorflow
+from data_sources.tf import tensorflow
 
 # The splits to test on, the first that exists. Labels of a 'test' split may be secret:
 # ImageNet's are, and its files are often deleted; of other sets the first label is -1.
@@ -117,10 +119,6 @@ def _connect(url: str) -> None:
         pass  # an answer, too
     except OSError as error:
         raise OSError(f"no connection to {url}: {error}") from error
-
-
-def base_name(name: str) -> str:
-    return re.split("[:/]", name)[0]
 
 
 def _name_in_tfds(name: str) -> str:

@@ -62,7 +62,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 # field -> a function that returns what is wrong with a value, or "". Further rules are
-# in nets.create, input_pipeline.check and augment.check.
+# in nets.create, input_pipeline.find and augment.check.
 RULES = {
     "seed": seed,
     "seeds": positive,
@@ -116,7 +116,7 @@ def switched_on(field: str) -> Need:
 EXPANDER = value_of("net.wiring.kind", "expander")
 INTERLEAVED = value_of("net.wiring.kind", "interleaved")
 PHOTOGRAPHS = Need(
-    lambda config: config.data.crop != "pad",
+    lambda config: not input_pipeline.in_memory(config.data),
     "photographs: --config.data.crop=random_resized, or any crop except pad",
 )
 NEEDS = {
@@ -128,7 +128,7 @@ NEEDS = {
     "net.wiring.secondary_groups": INTERLEAVED,
     "data.pad": value_of("data.crop", "pad"),
     "data.border": Need(
-        lambda config: config.data.crop == "pad" and config.data.pad > 0,
+        lambda config: input_pipeline.in_memory(config.data) and config.data.pad > 0,
         "--config.data.crop=pad and a positive data.pad",
     ),
     "data.image_size": PHOTOGRAPHS,
@@ -173,20 +173,22 @@ def check_fields(config: ConfigDict) -> None:
 
 def check_config(
     config: ConfigDict, mesh: Mesh, *, training: bool = True
-) -> nnx.Module:
-    """Checks everything that needs no data, and returns the abstract net.
+) -> tuple[nnx.Module, input_pipeline.DataSet]:
+    """Checks everything that needs no data.
+
+    Returns the abstract net, and the data set that was found.
 
     training: whether conflicts that affect training only are errors too. Raises
     ValueError that lists all problems.
     """
     check_fields(config)
     problems, net = [*_value_problems(config)], None
-    _run(problems, input_pipeline.check, config.data)
+    data_set = _run(problems, input_pipeline.find, config.data)
     if not any(problem.startswith("net.") for problem in problems):
         net = _run(problems, cost.build, config.net)
     _run(problems, check_augment, config.augment)
     _run(problems, profile_range, config)
-    if config.eval.views == "tencrop" and config.data.crop == "pad":
+    if config.eval.views == "tencrop" and input_pipeline.in_memory(config.data):
         problems.append(
             "eval.views='tencrop' requires crops that are smaller than the image, but "
             "data.crop='pad' evaluates whole images: set --config.eval.views=flip"
@@ -194,7 +196,7 @@ def check_config(
     if training:
         problems += [*_conflicts(config, mesh), *_schedule_problems(config)]
     _refuse(problems)
-    return net
+    return net, data_set
 
 
 def check_data(

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import math
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -301,7 +300,7 @@ def log_run(
         input_pipeline.pipeline(config.data),
     )
     recipe = config.data.recipe.name
-    if recipe not in (re.split("[:/]", config.data.name)[0], ""):
+    if recipe and not input_pipeline.is_of_recipe(config.data):
         logging.warning(
             "the recipe (flip, crop, border, schedule) is for %s; to use the recipe of "
             "another data set, pass --config=FILE:%s,SET",

@@ -110,9 +110,10 @@ def test_the_logits_of_ten_crops_are_averaged(net, examples):
         Image.fromarray(large).save(file, "PNG")
         return file.getvalue()
 
-    options = "random_resized", 8, "raise", False, str
-    split = OnDisk(examples.labels, examples.class_names, png, str, *options)
-    views = np.stack([crops.ten_crops(png(i), *options[:2]) for i in range(COUNT)])
+    options = dict(crop="random_resized", size=8)
+    access = examples.labels, examples.class_names, png, str, str
+    split = OnDisk(*access, **options, on_error="raise", as_stored=False)
+    views = np.stack([crops.ten_crops(png(i), **options) for i in range(COUNT)])
     config, mesh = xdensenet.get_config("22-8-2,digits"), make_mesh(jax.devices()[:2])
     definition, variables = net
     evaluator = evaluate.make_evaluator(

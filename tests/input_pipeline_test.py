@@ -147,14 +147,14 @@ def test_disabled_augmentations_do_not_change_the_image():
 @pytest.mark.parametrize("pipeline", IN_MEMORY)
 @pytest.mark.parametrize("border", BORDERS)
 def test_each_pipeline_follows_the_plan(monkeypatch, pipeline, border):
-    monkeypatch.setattr("data_sources.split.STEPS_PER_BLOCK", 3)
+    monkeypatch.setattr("data_sources.tf.STEPS_PER_BLOCK", 3)
     config, examples = make_config(pipeline=pipeline, border=border), make_examples()
     assert_same(take(config, examples, 8), by_hand(config, examples, range(8)))
 
 
 @pytest.mark.parametrize("pipeline", IN_MEMORY)
 def test_a_later_start_gives_the_same_batches(monkeypatch, pipeline):
-    monkeypatch.setattr("data_sources.split.STEPS_PER_BLOCK", 3)
+    monkeypatch.setattr("data_sources.tf.STEPS_PER_BLOCK", 3)
     config, examples = make_config(pipeline=pipeline), make_examples()
     from_start = take(config, examples, 9)
     for start in (1, 3, 7):  # inside and between the blocks; batch 2 straddles epochs
@@ -250,15 +250,15 @@ def test_impossible_values_are_rejected_at_once(change, message):
 def test_check_names_every_impossible_value_and_reads_nothing(tmp_path):
     data = make_config(name="mine.npz", dir=str(tmp_path)).data
     (tmp_path / "mine.npz").touch()
-    input_pipeline.check(data)  # found, but not read
+    input_pipeline.find(data)  # found, but not read
     data.update(name="other.npz", border="wide", pad=-1, mean=(1.0,), std=(0.0,) * 3)
     with pytest.raises(DataError) as error:
-        input_pipeline.check(data)
+        input_pipeline.find(data)
     for field in ("data.border", "data.pad", "data.mean", "data.std"):
         assert field in str(error.value)
     data.update(name="nowhere", border="zero", pad=0, mean=(), std=())
     with pytest.raises(DataError, match="unknown data set 'nowhere'"):
-        input_pipeline.check(data)
+        input_pipeline.find(data)
 
 
 @pytest.mark.parametrize("field", ["mean", "photograph_mean", "recipe.mean"])
@@ -268,7 +268,7 @@ def test_normalisation_on_the_scale_0_to_1_is_rejected_with_the_right_values(fie
     imagenet[f"data.{field.replace('mean', 'std')}"] = (0.229, 0.224, 0.225)
     config.update_from_flattened_dict(imagenet)
     with pytest.raises(DataError) as error:
-        input_pipeline.check(config.data)
+        input_pipeline.find(config.data)
     for field, scaled in zip(
         imagenet, ("(123.675,116.28,103.53)", "(58.395,57.12,57.375)"), strict=True
     ):
@@ -285,7 +285,7 @@ def test_normalisation_on_the_scale_0_to_1_is_rejected_with_the_right_values(fie
     ],
 )
 def test_other_normalisations_are_accepted(mean, std):
-    input_pipeline.check(make_config(name="digits", mean=mean, std=std).data)
+    input_pipeline.find(make_config(name="digits", mean=mean, std=std).data)
 
 
 def test_batches_that_do_not_divide_are_rejected_with_both_numbers():

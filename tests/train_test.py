@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import data_sources
 import evaluate
 import input_pipeline
 import nets
@@ -420,9 +421,20 @@ def test_a_crash_in_the_first_evaluation_loses_no_step(npz, tmp_path, monkeypatc
         assert checkpoints.row(7) == read_rows(tmp_path / "run" / "metrics.csv")[0]
 
 
+def test_a_run_looks_for_its_data_set_once(npz, tmp_path, monkeypatch):
+    """Even though it loads two splits: on a network file system, a look takes time."""
+    looked, find = [], data_sources.find
+    spy = lambda data: looked.append(data.name) or find(data)
+    monkeypatch.setattr(data_sources, "find", spy)
+    with pytest.raises(ValueError, match="batch_size=1000 is larger than"):
+        train.train_and_evaluate(configured(npz, train__batch_size=1000), tmp_path)
+    assert looked == [str(npz)]
+
+
 def test_other_views_have_other_names(npz, tmp_path):
     config = configured(npz, "cfmz_resnet", eval__views="flip")
-    facts = input_pipeline.facts(config.data, *input_pipeline.load_both(config.data))
+    splits = input_pipeline.load_both(input_pipeline.find(config.data))
+    facts = input_pipeline.facts(config.data, *splits)
     with Checkpoints(tmp_path) as checkpoints:
         _, state = train.create_train_state(config, facts)
         checkpoints.save(7, state, {"test_accuracy": 0.5})
@@ -437,7 +449,8 @@ def test_a_run_starts_from_the_weights_of_another(npz, tmp_path):
     """The net that is trained has other classes and would have other graphs."""
     source, data = tmp_path / "source", dict(np.load(npz))
     config = configured(npz, "cfmz_resnet", seed=1)
-    facts = input_pipeline.facts(config.data, *input_pipeline.load_both(config.data))
+    splits = input_pipeline.load_both(input_pipeline.find(config.data))
+    facts = input_pipeline.facts(config.data, *splits)
     with Checkpoints(source) as checkpoints:
         _, state = train.create_train_state(config, facts)
         checkpoints.save(7, state, {"test_accuracy": 0.5})

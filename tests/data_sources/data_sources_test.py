@@ -69,7 +69,7 @@ def test_grey_images_get_three_equal_channels(data):
 def test_a_set_without_a_recipe_has_the_statistics_of_its_training_images(data):
     write_set(data.dir, "tfrecord")
     train = pixels("train", 23).astype(np.float64)
-    splits = input_pipeline.load_both(data)
+    splits = input_pipeline.load_both(input_pipeline.find(data))
     assert [len(split) for split in splits] == [23, 7]
     facts = input_pipeline.facts(data, splits[0])
     np.testing.assert_allclose(facts.mean, train.mean((0, 1, 2)), rtol=1e-12)

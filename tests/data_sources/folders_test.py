@@ -159,7 +159,7 @@ def test_a_folder_called_digits_does_not_hide_behind_the_embedded_ones(
     with pytest.raises(
         DataError, match=f"set --config.data.name={root} to read the folder, or another"
     ):
-        input_pipeline.check(data)
+        input_pipeline.find(data)
     data.name = str(root)
     assert len(input_pipeline.load(data, "train")) == 4
     data.update(name="digits", dir=str(root))

@@ -31,7 +31,7 @@ def data(tmp_path, monkeypatch):
 
 def error(data):
     with pytest.raises(DataError) as error:
-        input_pipeline.check(data)
+        input_pipeline.find(data)
     return str(error.value)
 
 
@@ -54,7 +54,7 @@ def test_a_data_dir_too_deep_or_too_shallow_ends_in_the_right_one(data, name, in
         f"not found in {data.dir}: set --config.data.dir={sets}"
     )
     data.dir = sets
-    input_pipeline.check(data)
+    input_pipeline.find(data)
 
 
 @pytest.mark.parametrize(

@@ -234,25 +234,25 @@ def test_damaged_test_photographs_are_found_before_training(own, monkeypatch):
     files[1].symlink_to("/nowhere/missing.jpg")
     damage(own, "train")  # decoding all training images would take too long
     with pytest.raises(DataError) as error:
-        input_pipeline.load_both(own.data)
+        input_pipeline.load_both(input_pipeline.find(own.data))
     text = str(error.value)
     assert text.startswith("4 of 41 test images: ")
     assert [str(x) in text for x in files] == [True, True, True, False]
     assert "Restore it, or set --config.data.on_error=skip" in text
     assert verified() == 1
     own.data.on_error = "skip"
-    input_pipeline.load_both(own.data)
+    input_pipeline.load_both(input_pipeline.find(own.data))
     assert verified() == 1
 
     for path in files:
         path.unlink()
     own.data.on_error = "raise"
     for _ in range(2):
-        input_pipeline.load_both(own.data)
+        input_pipeline.load_both(input_pipeline.find(own.data))
     assert sum("decoding 37 test photographs once" in x for x in logged) == 1
     damage(own, "val", number=5)  # the version of the files changes
     with pytest.raises(DataError, match="1 of 37 test images"):
-        input_pipeline.load_both(own.data)
+        input_pipeline.load_both(input_pipeline.find(own.data))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

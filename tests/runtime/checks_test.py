@@ -139,8 +139,10 @@ def test_a_bad_value_is_one_clear_line(name):
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_the_defaults_pass(family):
-    net = checks.check_config(configured(family, {}), make_mesh(jax.devices()[:1]))
+    mesh = make_mesh(jax.devices()[:1])
+    net, data_set = checks.check_config(configured(family, {}), mesh)
     assert hasattr(net, "classifier")
+    assert data_set.path.name == "digits.npz"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_every_rule_is_for_a_field():
 
 
 def test_every_number_has_a_rule():
-    """Building the net, augment.check and input_pipeline.check check the others."""
+    """Building the net, augment.check and input_pipeline.find check the others."""
     assert not {
         name
         for name, kind in checks.TYPES.items()
@@ -300,7 +302,7 @@ def test_a_batch_that_devices_cannot_share():
 @pytest.fixture(scope="module")
 def digits():
     config = configured("xdensenet", {})
-    train, test = input_pipeline.load_both(config.data)
+    train, test = input_pipeline.load_both(input_pipeline.find(config.data))
     return input_pipeline.facts(config.data, train), test
 
 
