@@ -2,7 +2,8 @@
 
 Layers follow two conventions. Each output position uses every weight of the parameter
 `kernel` once; other parameters, such as a bias or a scale, cost no multiply-adds. A
-property `absent_weights`, if any, counts the weights that only the dense twin has.
+property `absent_weights`, if any, counts the weights that only the dense twin has; it
+is negative for a layer that the twin lacks.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import functools
 import jax
 from flax import nnx
 
-from nets.layers.conv import Conv, Linear, he_fan_in
+from nets.layers.conv import Conv, GroupedConv, Linear, he_fan_in
 from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
@@ -69,7 +69,7 @@ class Unit(nnx.Module):
         if wiring.kind == "interleaved":
             groups, _ = wiring.partitions(out_channels)
             geometry = dict(stride=stride, groups=groups)
-            conv = Conv(*shape, 1, **geometry, init=he_fan_in, rngs=rngs)
+            conv = GroupedConv(*shape, 1, **geometry, init=he_fan_in, rngs=rngs)
         else:
             conv = wiring.conv(*shape, 1, stride=stride, **options)
         self.shortcut = ConvBlock(conv, norm(out_channels), relu=False)

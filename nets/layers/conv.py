@@ -76,6 +76,18 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+class GroupedConv(Conv):
+    """A Conv that has groups because of its wiring, so its dense twin has one group.
+
+    The depthwise convolutions of a backbone are plain Convs: their twin has them too.
+    """
+
+    @property
+    def absent_weights(self) -> int:
+        """Number of weights that only the dense twin has (nets/cost.py)."""
+        return math.prod(self.kernel.shape) * (self.groups - 1)
+
+
 class Linear(nnx.Module):
     """Linear layer: x (N, in) -> (N, out), with an (in, out) kernel."""
 

@@ -6,11 +6,13 @@ secondary one is 1x1, and each of its groups reads channels of all L partitions.
 lies between them: the pair is one linear map and counts as one layer of depth.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nets.layers.conv import Conv, he_fan_in
+from nets.layers.conv import GroupedConv, he_fan_in
 from nets.layers.lowerings import convolution
 
 # Forward and backward pass of 64 maps of 32x32 on two cores, ms, `mix_as_matrix` /
@@ -96,6 +98,11 @@ class SecondaryConv(nnx.Module):
         self.groups = (primary_groups, secondary_groups)
         self.lowering = "auto"
 
+    @property
+    def absent_weights(self) -> int:
+        """Negative: the dense twin of a pair is its primary, with one group."""
+        return -math.prod(self.kernel.shape)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         if self.lowering != "auto":
@@ -126,7 +133,7 @@ class InterleavedConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check_groups(in_channels, out_channels, primary_groups, secondary_groups)
-        self.primary = Conv(
+        self.primary = GroupedConv(
             in_channels,
             out_channels,
             kernel_size,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from flax import nnx
 
 from nets import connectivity
-from nets.layers.conv import Conv, Linear
+from nets.layers.conv import Conv, GroupedConv, Linear
 from nets.layers.expander import ExpanderConv, ExpanderLinear
 from nets.layers.interleaved import InterleavedConv
 
@@ -89,8 +89,9 @@ class Wiring:
             secondary = secondary_groups or secondary
             groups = dict(primary_groups=primary, secondary_groups=secondary)
             return InterleavedConv(*shape, **groups, **geometry)
-        groups = self.groups if self.kind == "grouped" else 1
-        return Conv(*shape, groups=groups, **dense, **geometry)
+        if self.kind == "grouped":
+            return GroupedConv(*shape, groups=self.groups, **dense, **geometry)
+        return Conv(*shape, **dense, **geometry)
 
     def linear(
         self,
