@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import augment
@@ -27,14 +26,10 @@ from runtime.checkpoints import Checkpoints
 from runtime.clock import Clock
 from runtime.devices import make_mesh, place
 from runtime.dispatch import make_advance
-from runtime.processes import Preempted, check_agreement, sigterm
-from runtime.profile import profile_range
-from runtime.reporting import Reporter, log_run, write_confusion
+from runtime.processes import Preempted, sigterm
+from runtime.reporting import Reporter, log_run, summarize, write_confusion
 from runtime.workdir import (
-    PATHS,
     WorkdirError,
-    evaluation_changes,
-    flatten,
     load_config,
     load_facts,
     lock,
@@ -77,6 +72,11 @@ class TrainState:
         """Returns the variables to evaluate: the moving averages, if there are any."""
         return self.variables() | self.ema
 
+    def without_totals(self) -> "TrainState":
+        """Returns the state after a row of metrics.csv, whose sums start anew."""
+        zeros = jax.tree.map(jnp.zeros_like, self.totals)
+        return dataclasses.replace(self, totals=zeros)
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -100,19 +100,30 @@ def create_train_state(
     net = nets.create(config.net, nnx.Rngs(config.seed))
     nets.configure(net, batch_norm_groups=config.train.batch_norm_groups)
     definition, variables = nets.split(net)
-    rate = optimizers.schedule(config, facts.num_train)
-    optimizer = optimizers.create(config.optimizer, rate)
+    program = _create_program(config, facts, definition)
+    init = jax.jit(program.optimizer.init)  # one compilation
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         **variables,
-        opt_state=jax.jit(optimizer.init)(variables["params"]),  # one compilation
+        opt_state=init(variables["params"]),
         ema=_averaged(variables) if config.train.ema else {},
         totals=metrics.zeros(config.net.num_classes),
         bad_step=jnp.full((), -1, jnp.int32),
     )
-    program = Program(
+    return program, state
+
+
+def _create_program(
+    config: ConfigDict,
+    facts: input_pipeline.Facts,
+    definition: nets.Definition,
+    offset: int = 0,
+) -> Program:
+    """Returns the program of a run. offset: delays the schedule by so many steps."""
+    rate = optimizers.schedule(config, facts.num_train, offset)
+    return Program(
         definition=definition,
-        optimizer=optimizer,
+        optimizer=optimizers.create(config.optimizer, rate),
         rate=rate,
         normalization=_normalization(config, facts),
         augmentation=config.augment.to_dict(),
@@ -121,7 +132,6 @@ def create_train_state(
         num_classes=config.net.num_classes,
         seed=config.seed,
     )
-    return program, state
 
 
 def _initialize(config: ConfigDict, state: TrainState) -> TrainState:
@@ -215,34 +225,33 @@ def train_and_evaluate(
     checks.check_fields(config)
     if config.seeds != 1:
         return [train_and_evaluate(*run) for run in runs(config, workdir)]
-    [(config, workdir)] = runs(config, workdir)
-    mesh = make_mesh()
-    _check_agreement(config, workdir)
+    [(config, workdir)], mesh = runs(config, workdir), make_mesh()
+    resume.check_agreement(config, workdir)
     net, data_set = checks.check_config(config, mesh)
     old = resume.find(workdir)
-    train_split, test_split, facts, changes = _load_data(config, mesh, data_set, old)
+    train_split, test_split, facts, changes = resume.load_data(data_set, config, old)
+    checks.check_data(config, mesh, facts, test_split)
     clock = Clock.of(config, facts.num_train)
-    profile_range(config, clock.total)
     if old and old.complete and not changes:
         logging.info("%s already holds this run, complete", workdir)
-        return summary(read_rows(workdir / "metrics.csv"))
-    with (
-        lock(workdir),
-        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
-    ):
+        return summarize(read_rows(workdir / "metrics.csv"))
+    with lock(workdir), Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         program, state = create_train_state(config, facts)
         log_run(config, facts, net, mesh)
-        state, step = _restore(checkpoints, place(state, mesh))
+        state, step = place(state, mesh), 0
+        if checkpoints.steps():
+            state, step = checkpoints.restore(state, "last")
         if config.init_from and not step:
             state = place(_initialize(config, state), mesh)
         if old:
             clock = clock.resume(old.clock, step)
-            program = _shift_schedule(program, config, facts, clock.offset)
+            definition = program.definition
+            program = _create_program(config, facts, definition, clock.offset)
         # A crash in the first evaluation leaves a checkpoint that awaits it.
         pending = clock.is_evaluated(step) and not checkpoints.row(step)
         if step >= clock.total and not pending:
             resume.check_end(config, workdir, clock, step, changes)
-            return summary(read_rows(workdir / "metrics.csv"))
+            return summarize(read_rows(workdir / "metrics.csv"))
         if step:
             for change in changes:
                 logging.warning("resuming with %s", change)
@@ -263,9 +272,20 @@ def train_and_evaluate(
             state.eval_variables(),
         )
         if step == 0:
-            reporter.sheet(
-                lambda: _augmented_images(config, program, train_split, facts)
-            )
+            sheet = lambda: _augmented_images(config, program, train_split, facts)
+            reporter.sheet(sheet)
+
+        def evaluated_row(step: int, state: TrainState, totals: dict) -> dict:
+            if not reporter.rows:
+                checkpoints.save(step, state)  # a failure below loses no step
+            means, confusion = evaluator(state.eval_variables())
+            rate = float(f"{program.rate(step - 1):.6g}")
+            row = {"step": step, "epoch": clock.epoch(step), "learning_rate": rate}
+            row |= metrics.means(totals, "train") | means
+            # On disk before the checkpoint that refers to it.
+            reporter.evaluated(row, confusion, facts.class_names)
+            return row
+
         with contextlib.closing(reporter), sigterm() as stopped:
             for chunk in clock.chunks(step, evaluate_first=pending):
                 state, totals, bad_step = advance(state, chunk.steps)
@@ -273,18 +293,11 @@ def train_and_evaluate(
                 stop = stopped() or not reporter.finite
                 if chunk.evaluate or chunk.save or stop:
                     with reporter.pause():
-                        _raise_if_not_finite(bad_step, checkpoints)
+                        checkpoints.check_finite(bad_step)
                         row = None
                         if chunk.evaluate:
-                            # A failure of the first evaluation loses no step.
-                            if not reporter.rows:
-                                checkpoints.save(chunk.end, state)
-                            means, confusion = evaluator(state.eval_variables())
-                            row = _train_row(program, clock, chunk.end, totals) | means
-                            # On disk before the checkpoint that refers to it.
-                            reporter.evaluated(row, confusion, facts.class_names)
-                            zeros = jax.tree.map(jnp.zeros_like, state.totals)
-                            state = dataclasses.replace(state, totals=zeros)
+                            row = evaluated_row(chunk.end, state, totals)
+                            state = state.without_totals()
                         checkpoints.save(chunk.end, state, row)
                 if stop:
                     break
@@ -294,54 +307,7 @@ def train_and_evaluate(
                     f"SIGTERM: saved step {checkpoints.steps()[-1]} in {workdir}; run "
                     "the same command to resume"
                 )
-        return summary(reporter.rows)
-
-
-def _check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
-    with Checkpoints(workdir) as checkpoints:
-        last = max(checkpoints.steps(), default=-1)
-    fields = {k: v for k, v in flatten(config).items() if k not in PATHS}
-    check_agreement(fields, last, workdir)
-
-
-def _load_data(
-    config: ConfigDict,
-    mesh: Mesh,
-    data_set: input_pipeline.DataSet,
-    old: resume.Run | None,
-) -> tuple[input_pipeline.Split, input_pipeline.Split, input_pipeline.Facts, list[str]]:
-    """Loads and checks both splits; returns them, their facts, and what has changed.
-
-    If `old` is resumed, labels are numbered by its class names, and images are
-    normalised as before.
-    """
-    train_split, test_split = input_pipeline.load_both(data_set)
-    if old:
-        names = old.facts.class_names, config.data.name
-        train_split = input_pipeline.map_classes(train_split, *names)
-        test_split = input_pipeline.map_classes(test_split, *names)
-    facts = input_pipeline.facts(config.data, train_split, test_split)
-    checks.check_data(config, mesh, facts, test_split)
-    if not old:
-        return train_split, test_split, facts, []
-    changes = old.describe_changes(config, facts)
-    return train_split, test_split, old.keep_normalization(config, facts), changes
-
-
-def _restore(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
-    """Returns the newest state in workdir and its step, or the given state and 0."""
-    return checkpoints.restore(state, "last") if checkpoints.steps() else (state, 0)
-
-
-def _shift_schedule(
-    program: Program, config: ConfigDict, facts: input_pipeline.Facts, offset: int
-) -> Program:
-    """Delays the learning-rate schedule by `offset` steps."""
-    if not offset:
-        return program
-    rate = optimizers.schedule(config, facts.num_train, offset)
-    optimizer = optimizers.create(config.optimizer, rate)
-    return dataclasses.replace(program, rate=rate, optimizer=optimizer)
+        return summarize(reporter.rows)
 
 
 def _augmented_images(
@@ -364,45 +330,6 @@ def _augmented_images(
     return augment.denormalize(x, facts.mean, facts.std)
 
 
-def _train_row(program: Program, clock: Clock, step: int, totals: dict) -> dict:
-    """Returns the training half of a row of metrics.csv."""
-    rate = float(f"{program.rate(step - 1):.6g}")
-    row = {"step": step, "epoch": clock.epoch(step), "learning_rate": rate}
-    return row | metrics.means(totals, "train")
-
-
-def _raise_if_not_finite(bad_step: jax.Array, checkpoints: Checkpoints) -> None:
-    """Raises FloatingPointError, before anything is saved, if a step was not finite."""
-    if (bad := int(bad_step)) < 0:
-        return
-    checkpoints.wait()
-    good = checkpoints.steps()
-    raise FloatingPointError(
-        f"the loss of step {bad}, or the weights after it, are not finite; "
-        + (
-            f"the last good checkpoint is step {good[-1]} in {checkpoints.directory}"
-            if good
-            else "there is no checkpoint yet"
-        )
-        + "; try a lower --config.optimizer.learning_rate"
-    )
-
-
-def summary(rows: list[dict]) -> dict:
-    """Returns the last row, and `step` and `test_*` of the best row as `best_*`."""
-    if not rows:
-        raise ValueError(
-            "training is complete, but metrics.csv is missing rows; evaluate the "
-            "checkpoints with --mode=eval"
-        )
-    best = {
-        f"best_{k}": v
-        for k, v in metrics.best(rows).items()
-        if k == "step" or k.startswith("test_")
-    }
-    return rows[-1] | best
-
-
 def evaluate_checkpoint(
     config: ConfigDict, workdir: str | os.PathLike
 ) -> dict | list[dict]:
@@ -416,24 +343,16 @@ def evaluate_checkpoint(
     if config.seeds != 1:
         return [evaluate_checkpoint(*run) for run in runs(config, workdir)]
     [(config, workdir)], mesh = runs(config, workdir), make_mesh()
-    _check_agreement(config, workdir)
+    resume.check_agreement(config, workdir)
     facts, config = load_facts(workdir), take_net(config, workdir)
     _, data_set = checks.check_config(config, mesh, training=False)
-    test = data_set.load("test")
-    test = input_pipeline.map_classes(test, facts.class_names, config.data.name)
+    test, names = data_set.load("test"), facts.class_names
+    test = input_pipeline.map_classes(test, names, config.data.name)
     definition, variables, step = _load(
         config, workdir, config.eval.checkpoint, lambda x: place(x, mesh)
     )
-    for change in evaluation_changes(config, workdir):
+    for change in resume.evaluation_warnings(config, workdir, facts, test):
         logging.warning(change)
-    if test.image_shape != facts.image_shape:
-        logging.warning(
-            "evaluating images %s, the run was trained on %s",
-            test.image_shape,
-            facts.image_shape,
-        )
-    elif facts.digests[1:] not in ((), (test.digest,)):
-        logging.warning("the test images or labels differ from those of the run")
     normalization = _normalization(config, facts)
     evaluator = evaluate.make_evaluator(
         config, definition, normalization, mesh, test, variables, config.eval.views

@@ -42,7 +42,7 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
         number = alike.index(like)
         run = (name, number, config["seed"])
         if (other := seen.setdefault(run, workdir)) != workdir:
-            raise ValueError(f"{workdir} has the configuration and seed of {other}")
+            raise ValueError(f"{workdir} repeats the configuration and seed of {other}")
         label = f"{name} ({number + 1})" if number else name
         groups.setdefault(label, []).append(rows)
     return groups

@@ -113,7 +113,7 @@ def _config(value: str | None, overrides: list[str]) -> tuple[str, ConfigDict] |
     for override in overrides:
         match = re.fullmatch(r"--config\.([^=]+)=(.*)", override, re.DOTALL)
         if not match:
-            raise ValueError(f"{override!r} belongs to no flag; see --help")
+            raise ValueError(f"unknown flag {override!r}; see --help")
         if config is None:
             raise ValueError(f"{override} requires --config")
         command_line.check_path(config, match[1])

@@ -113,10 +113,10 @@ def _check(path: pathlib.Path, card: pathlib.Path, names: str) -> None:
     if names not in ("ours", "original"):
         raise ExportError(f"unknown names {names!r}: choose ours or original")
     if path.suffix == ".jax" and names == "original":
-        raise ExportError("a program has no names: --names=original is for weights")
+        raise ExportError("--names=original is for weights, a program has no names")
     if card.exists() and not card.read_text(errors="replace").startswith(MARK):
         raise ExportError(
-            f"{card} exists and is no model card: export to another directory"
+            f"{card} exists and is not a model card: export to another directory"
         )
 
 

@@ -31,7 +31,7 @@ def save(
     facts = data_facts(match.config, weights)
     with lock(workdir):
         if (workdir / CONFIG_JSON).exists() or (workdir / "checkpoints").exists():
-            raise WorkdirError(f"{workdir} holds a run already: use another --workdir")
+            raise WorkdirError(f"{workdir} already holds a run: use another --workdir")
         state = _state(match, facts)
         save_config(workdir, match.config, facts)
         write_json(workdir / "origin.json", origin(path, weights, match))

@@ -16,7 +16,7 @@ from nets.mobilenet import MobileNet
 from nets.resnet import ResNet
 from nets.vgg import VGG
 
-# Fields of the golden files -> ours, where the wiring is a section.
+# Fields of the golden files -> ours; our wiring is a section.
 RENAMED = {"expander_transitions": "wired_transitions"}
 WIRING = {"wiring": "kind"} | {k: k for k in ("compress", "sampling", "groups")}
 

@@ -112,6 +112,25 @@ class Checkpoints:
                 f"no checkpoint can be written to {self.directory}: {error}"
             ) from error
 
+    def check_finite(self, bad_step: jax.Array) -> None:
+        """Raises FloatingPointError if a step was not finite; call before save().
+
+        bad_step: of train.TrainState.
+        """
+        if (bad := int(bad_step)) < 0:
+            return
+        self.wait()
+        good = self.steps()
+        raise FloatingPointError(
+            f"the loss of step {bad}, or the weights after it, are not finite; "
+            + (
+                f"the last good checkpoint is step {good[-1]} in {self.directory}"
+                if good
+                else "there is no checkpoint yet"
+            )
+            + "; try a lower --config.optimizer.learning_rate"
+        )
+
     def save(self, step: int, state: Any, row: dict[str, float] | None = None) -> None:
         """Copies `state`, a pytree of arrays, and writes it in the background.
 

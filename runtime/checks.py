@@ -13,6 +13,7 @@ import input_pipeline
 from augment.check import check as check_augment
 from configs import common
 from nets import cost
+from runtime.clock import Clock
 from runtime.profile import profile_range
 from runtime.workdir import flatten
 
@@ -230,6 +231,8 @@ def check_data(
             f"training images {facts.image_shape}: resize them to one size, or set "
             "--config.data.crop=random_resized"
         )
+    clock = _run(problems, Clock.of, config, facts.num_train)
+    _run(problems, profile_range, config, clock and clock.total)
     _refuse(problems)
 
 

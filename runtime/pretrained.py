@@ -29,7 +29,7 @@ def initialize(variables: dict, source: str) -> dict:
         path = different[0]
         has = "has no" if path in ours else "also has"
         raise ValueError(
-            f"init_from={source} is another net than this config's: {len(different)} "
+            f"init_from={source} does not hold this config's net: {len(different)} "
             f"arrays differ; it {has} {path}. Set the fields of its config.net"
         )
     fresh = {_layer(x) for x in ours if ours[x].shape != weights[x].shape}
@@ -38,7 +38,7 @@ def initialize(variables: dict, source: str) -> dict:
     if 2 * sum(sizes[x] for x in params if _layer(x) in fresh) > sum(sizes.values()):
         path = next(x for x in ours if ours[x].shape != weights[x].shape)
         raise ValueError(
-            f"init_from={source} is another net than this config's: most parameters "
+            f"init_from={source} does not hold this config's net: most parameters "
             f"have other shapes; {path} has {weights[path].shape}, here "
             f"{ours[path].shape}. Set the fields of its config.net"
         )

@@ -3,11 +3,9 @@
 import contextlib
 import itertools
 import os
-import pathlib
 import signal
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -55,29 +53,6 @@ def join() -> None:
         ) from error
     if jax.process_index() != 0:
         logging.set_verbosity(logging.WARNING)  # process 0 logs for all
-
-
-def check_agreement(fields: dict, last_step: int, workdir: pathlib.Path) -> None:
-    """Raises ValueError if the processes have different fields or workdirs.
-
-    fields: the flat configuration, without paths that may differ between machines.
-    last_step: the newest checkpoint that this process sees, or -1.
-    """
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return
-    digest = zlib.crc32(repr(sorted(fields.items())).encode()) >> 1  # an int32
-    seen = multihost_utils.process_allgather(np.asarray([last_step, digest]))
-    if len({*seen[:, 1].tolist()}) > 1:
-        raise ValueError("all processes of a run need the same --config and fields")
-    if len(steps := {*seen[:, 0].tolist()}) > 1:
-        raise ValueError(
-            f"the processes see different checkpoints in {workdir} (last steps "
-            f"{sorted(steps)}, -1 for none): --workdir must be one shared directory"
-        )
 
 
 @contextlib.contextmanager

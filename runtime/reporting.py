@@ -191,6 +191,21 @@ class Reporter:
             self._events.write(kind, *arguments)
 
 
+def summarize(rows: list[dict]) -> dict:
+    """Returns the last row, and `step` and `test_*` of the best row as `best_*`."""
+    if not rows:
+        raise ValueError(
+            "training is complete, but metrics.csv is missing rows; evaluate the "
+            "checkpoints with --mode=eval"
+        )
+    best = {
+        f"best_{k}": v
+        for k, v in metrics.best(rows).items()
+        if k == "step" or k.startswith("test_")
+    }
+    return rows[-1] | best
+
+
 def final_summary(result: dict[str, float], workdir: pathlib.Path) -> str:
     """Returns the final summary that a command prints.
 

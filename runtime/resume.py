@@ -2,15 +2,23 @@
 
 import dataclasses
 import pathlib
+import zlib
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from input_pipeline import Facts
+import input_pipeline
+from input_pipeline import DataSet, Facts, Split
 from runtime.checkpoints import Checkpoints
 from runtime.clock import Clock
 from runtime.workdir import (
     CONFIG_JSON,
+    PATHS,
     changes,
+    evaluation_changes,
+    flatten,
     load_config,
     load_facts,
     load_step_offset,
@@ -73,6 +81,62 @@ def find(workdir: pathlib.Path) -> Run | None:
     clock, offset = Clock.of(config, facts.num_train), load_step_offset(workdir)
     clock = dataclasses.replace(clock, offset=offset, total=clock.total + offset)
     return Run(workdir, config, facts, clock, steps[-1], evaluated)
+
+
+def check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError if the processes have different fields or workdirs."""
+    if jax.process_count() == 1:
+        return
+    fields = {k: v for k, v in flatten(config).items() if k not in PATHS}
+    digest = zlib.crc32(repr(sorted(fields.items())).encode()) >> 1  # an int32
+    with Checkpoints(workdir) as checkpoints:
+        last = max(checkpoints.steps(), default=-1)
+    seen = multihost_utils.process_allgather(np.asarray([last, digest]))
+    if len({*seen[:, 1].tolist()}) > 1:
+        raise ValueError("all processes of a run need the same --config and fields")
+    if len(steps := {*seen[:, 0].tolist()}) > 1:
+        raise ValueError(
+            f"the processes see different checkpoints in {workdir} (last steps "
+            f"{sorted(steps)}, -1 for none): --workdir must be one shared directory"
+        )
+
+
+def load_data(
+    data_set: DataSet, config: ConfigDict, old: Run | None
+) -> tuple[Split, Split, Facts, list[str]]:
+    """Loads both splits; returns them, their facts, and what has changed since `old`.
+
+    If `old` is resumed, labels are numbered by its class names, and images are
+    normalised as before.
+    """
+    train, test = input_pipeline.load_both(data_set)
+    if old:
+        names = old.facts.class_names, config.data.name
+        train = input_pipeline.map_classes(train, *names)
+        test = input_pipeline.map_classes(test, *names)
+    facts = input_pipeline.facts(config.data, train, test)
+    if not old:
+        return train, test, facts, []
+    changes = old.describe_changes(config, facts)
+    return train, test, old.keep_normalization(config, facts), changes
+
+
+def evaluation_warnings(
+    config: ConfigDict, workdir: pathlib.Path, facts: Facts, test: Split
+) -> list[str]:
+    """Describes how an evaluation differs from those of the run, whose facts these are.
+
+    test: the split to evaluate.
+    """
+    changed = evaluation_changes(config, workdir)
+    if test.image_shape != facts.image_shape:
+        changed.append(
+            f"evaluating images {test.image_shape}, the run was trained on "
+            f"{facts.image_shape}"
+        )
+    elif facts.digests[1:] not in ((), (test.digest,)):
+        changed.append("the test images or labels differ from those of the run")
+    return changed
 
 
 def data_changes(old: Facts, new: Facts) -> list[str]:

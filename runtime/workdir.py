@@ -206,7 +206,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
                 raise BlockingIOError
         except BlockingIOError as error:
             raise WorkdirError(
-                f"another process trains in {workdir}: wait until it ends, or use "
+                f"another process is training in {workdir}: wait until it ends, or use "
                 "another --workdir"
             ) from error
         except OSError as error:  # some network file systems

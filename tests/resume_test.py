@@ -169,7 +169,7 @@ def test_a_second_process_in_a_workdir_is_rejected(tmp_path, cache, reference):
     assert kill_when(process, after_steps(workdir, 6), number=signal.SIGSTOP)
     code, _, err = launch.finish(start(arguments(workdir), cache))
     assert code == 1
-    assert f"error: another process trains in {workdir}" in err
+    assert f"error: another process is training in {workdir}" in err
     process.send_signal(signal.SIGCONT)
     code, _, err = launch.finish(process)
     assert code == 0, err

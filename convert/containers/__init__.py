@@ -44,16 +44,16 @@ def read(path: str | os.PathLike) -> Weights:
         except Exception as error:  # a damaged file can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ContainerError(
-                f"{path} looks like a file of {name}, but is damaged or of another "
-                f"kind: {reason:.200}"
+                f"{path} looks like a {name} file, but is damaged or of another kind: "
+                f"{reason:.200}"
             ) from error
         if not weights.tensors:
-            raise ContainerError(f"{path}, a file of {name}, holds no weights")
+            raise ContainerError(f"{path}, a {name} file, holds no weights")
         if not all(map(str.isprintable, weights.tensors)):
-            raise ContainerError(f"{path}: names of tensors that cannot be printed")
+            raise ContainerError(f"{path} has tensor names that cannot be printed")
         skipped = [x if x.isprintable() else ascii(x) for x in weights.skipped]
         return weights._replace(skipped=skipped, container=name)
     raise ContainerError(
-        f"{path} is no weight file that can be read: expected one of "
+        f"{path} is not a weight file of a known format: expected one of "
         f"{', '.join(READERS)}"
     )

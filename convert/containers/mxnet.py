@@ -25,7 +25,7 @@ def read(content: bytes) -> Weights:
     arrays = [_array(cursor) for _ in range(_count(cursor))]
     names = [cursor.text(cursor.number("Q")) for _ in range(_count(cursor))]
     if len(names) != len(arrays):
-        raise ContainerError(f"{len(arrays)} arrays with {len(names)} names")
+        raise ContainerError(f"it has {len(arrays)} arrays and {len(names)} names")
     # "arg:" are parameters, "aux:" are running statistics.
     names = [name.removeprefix("arg:").removeprefix("aux:") for name in names]
     if len(set(names)) < len(names):
@@ -37,7 +37,7 @@ def read(content: bytes) -> Weights:
 def _count(cursor: Cursor) -> int:
     count = cursor.number("Q")
     if count > len(cursor.content):
-        raise ContainerError(f"a list of {count} entries")
+        raise ContainerError(f"its list of {count} entries is longer than the file")
     return count
 
 
@@ -49,12 +49,12 @@ def _array(cursor: Cursor) -> np.ndarray | None:
     modern = version in (V1, V2, V3)
     dimensions = cursor.number("i") if modern else version
     if dimensions > MOST_DIMENSIONS:
-        raise ContainerError(f"an array of {dimensions} dimensions")
+        raise ContainerError(f"an array has {dimensions} dimensions")
     if dimensions < 0 or (dimensions == 0 and version != V3):
         return None
     shape = cursor.unpack(f"{dimensions}{'q' if modern else 'I'}")
     cursor.take(8)  # the device
     dtype = cursor.number("i")
     if not 0 <= dtype < len(DTYPES):
-        raise ContainerError(f"numbers of unknown type {dtype}")
+        raise ContainerError(f"unknown number type {dtype}")
     return cursor.array(DTYPES[dtype], shape)

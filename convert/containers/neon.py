@@ -21,7 +21,7 @@ def read(content: bytes) -> Weights:
     root = _entries(pickles.loads(content))
     layers = _entries(_entries(root.get("model")).get("config")).get("layers")
     if not isinstance(layers, list):
-        raise ContainerError("a pickle without model.config.layers")
+        raise ContainerError("the pickle has no model.config.layers")
     tensors, skipped = {}, [name for name in root if name != "model"]
     _collect(layers, (), tensors, skipped, set())
     return Weights(tensors, skipped)
@@ -43,7 +43,7 @@ def _collect(layers: list, path: tuple, tensors: dict, skipped: list, seen: set)
             continue
         for leaf, tensor in params.items():
             if not isinstance(tensor, np.ndarray):
-                raise ContainerError(f"{name}.{leaf} is no array")
+                raise ContainerError(f"{name}.{leaf} is not an array")
             tensors[f"{name}.{leaf}"] = np.asarray(tensor)
         if layer.get("states"):
             skipped.append(f"{name}.states")

@@ -40,7 +40,7 @@ def read(content: bytes) -> Weights:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise ContainerError(f"{name}: numbers of type {entry['dtype']}")
+            raise ContainerError(f"{name}: unknown number type {entry['dtype']}")
         dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
         first, end = entry["data_offsets"]
         if elements(shape) * dtype.itemsize != end - first or first < 0:

@@ -130,7 +130,7 @@ def _select(root: Any, values: Callable[[_Storage], bytes]) -> Weights:
     torch.nn.DataParallel adds "module" to the names of what it wraps.
     """
     if not isinstance(root, dict):
-        raise ContainerError(f"a state_dict expected, got {type(root).__name__}")
+        raise ContainerError(f"expected a state_dict, got {type(root).__name__}")
     skipped, state = [], root
     if isinstance(root.get("state_dict"), dict):
         state = root["state_dict"]

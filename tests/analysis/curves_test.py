@@ -52,7 +52,7 @@ def test_seeds_of_a_workdir_are_found_and_each_run_counts_once(tmp_path):
 
 def test_a_repeated_run_is_rejected(tmp_path):
     runs = [save(tmp_path / name, [0.5, 0.8]) for name in "ab"]
-    with pytest.raises(ValueError, match=r"/b has the configuration and seed of .*/a"):
+    with pytest.raises(ValueError, match=r"/b repeats the configuration and seed .*/a"):
         curves.read(runs)
 
 

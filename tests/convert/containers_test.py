@@ -202,9 +202,9 @@ def test_a_hostile_file_allocates_little_and_is_one_line(tmp_path, name):
         (b"", "no weight file"),
         (b"# a text", "no weight file"),
         (b"\x89PNG\r\n\x1a\n", "no weight file"),
-        (weight_files.pickled([1, 2]), "without model.config.layers"),
+        (weight_files.pickled([1, 2]), "no model.config.layers"),
         (weight_files.torch_zip({}), "holds no weights"),
-        (weight_files.torch_zip([1]), "state_dict expected, got list"),
+        (weight_files.torch_zip([1]), "expected a state_dict, got list"),
         (weight_files.torch7({"epoch": 3}), "no nn module"),
         (zip_of(**{"readme.txt": "x"}), "holds no weights"),
         (weight_files.torch_zip({"a\n\x1b": np.ones(2)}), "cannot be printed"),
@@ -355,7 +355,7 @@ def test_the_normalisation_travels_with_the_tensors(tmp_path, kind):
     assert read(tmp_path, write(TENSORS)).normalization is None
     for std in ((0.0, 1.0, 1.0), (np.nan, 1.0, 1.0), (1.0,), ("a", "b", "c")):
         content = write(TENSORS, normalization._replace(std=std))
-        with pytest.raises(containers.ContainerError, match=f"of {kind}, but"):
+        with pytest.raises(containers.ContainerError, match=f"a {kind} file, but"):
             read(tmp_path, content)
 
 

@@ -293,7 +293,7 @@ def test_every_wiring_has_a_line_in_the_card():
         ("net.npz", ["--checkpoint=7"], "'7'.*available"),
         ("net.npz", ["--workdir=x"], "--to takes no --workdir"),
         ("net.npz", ["--names=theirs"], "invalid choice: 'theirs'"),
-        ("mine/net.npz", [], "README.md exists and is no model card"),
+        ("mine/net.npz", [], "README.md exists and is not a model card"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(tmp_path, workdir, to, flags, message):

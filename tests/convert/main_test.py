@@ -99,7 +99,7 @@ def test_the_origin_is_recorded(tmp_path, files):
     assert facts.class_names == tuple("0123456789")
     assert (facts.mean, facts.num_train) == ((77.9,) * 3, 1437)
     before = sorted(workdir.rglob("*"))
-    with pytest.raises(SystemExit, match=r"error: .*run holds a run already"):
+    with pytest.raises(SystemExit, match=r"error: .*run already holds a run"):
         run(files, f"--workdir={workdir}")
     assert sorted(workdir.rglob("*")) == before
 
@@ -123,7 +123,7 @@ def test_fields_of_the_config_may_be_set(files, capsys):
         (["--dry-run", "--config.net.growth=8"], "misshaped"),
         (["--dry-run", "--config.net.grwth=8"], "no field 'grwth'"),
         (["--dry-run", "--config.net.growth=x"], "growth=x"),
-        (["--dry-run", "--nonsense"], "'--nonsense' belongs to no flag"),
+        (["--dry-run", "--nonsense"], "unknown flag '--nonsense'"),
         ([], "--workdir is missing"),
         (["--dry-run=3"], "--dry-run: ignored explicit argument"),
     ],

@@ -136,5 +136,5 @@ def test_a_resumed_run_retains_its_normalisation(tmp_path):
     config = configured("small.npz")
     run = resume.Run(tmp_path, config, FACTS, Clock.of(config, 100), 7, True)
     grown = dataclasses.replace(FACTS, mean=(0.0,) * 3, std=(9.0,) * 3, num_train=120)
-    kept = run.keep_normalization(config, grown)
-    assert kept == dataclasses.replace(FACTS, num_train=120)
+    facts = run.keep_normalization(config, grown)
+    assert facts == dataclasses.replace(FACTS, num_train=120)

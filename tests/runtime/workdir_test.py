@@ -126,7 +126,7 @@ def test_an_evaluation_takes_the_net_of_the_run(tmp_path, caplog):
 
 def test_a_workdir_has_one_run_at_a_time(tmp_path):
     run = tmp_path / "run"
-    refused = pytest.raises(WorkdirError, match=f"another process trains in {run}")
+    refused = pytest.raises(WorkdirError, match=f"another process is training in {run}")
     with workdir.lock(run), refused, workdir.lock(run):
         pass
     assert not run.exists()  # nothing was written
@@ -141,7 +141,7 @@ def test_a_lock_file_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch)
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    refused = pytest.raises(WorkdirError, match="another process trains")
+    refused = pytest.raises(WorkdirError, match="another process is training")
     with refused, workdir.lock(tmp_path):
         pass
 
