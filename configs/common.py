@@ -75,7 +75,7 @@ def cifar_variant(
 def base() -> ConfigDict:
     """Returns the defaults, which have the types of the fields.
 
-    runtime/checks.py has the rules for their values.
+    runtime/checks.py repeats the types and has the rules for their values.
     """
     config = ConfigDict()
     config.seed = 0  # of initial weights, order of examples and augmentation

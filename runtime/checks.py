@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 import input_pipeline
 from augment.check import check as check_augment
-from configs import common
 from nets import cost
 from runtime.clock import Clock
 from runtime.profile import profile_range
@@ -19,8 +18,32 @@ from runtime.workdir import flatten
 
 # Fields that some nets have; nets.create checks their others.
 NET_TYPES = {"net.depth": int, "net.dropout": float}
-# A field has the type of its default. All floats must be finite.
-TYPES = {x: type(value) for x, value in flatten(common.base()).items()} | NET_TYPES
+# The types of the defaults in configs/common.py, which a test compares. All floats must
+# be finite.
+_FIELDS = {
+    bool: "augment.autoaugment augment.jigsaw data.download data.flip "
+    "optimizer.nesterov optimizer.rate_in_velocity train.compilation_cache "
+    "train.tensorboard",
+    int: "augment.cutout augment.randaugment_ops checkpoint.every_steps "
+    "checkpoint.keep data.image_size data.pad eval.batch_size net.graph_seed "
+    "net.num_classes net.wiring.compress net.wiring.groups net.wiring.primary_groups "
+    "net.wiring.secondary_groups seed seeds train.batch_norm_groups train.batch_size "
+    "train.log_every_steps train.steps_per_dispatch",
+    float: "augment.cutmix augment.cutmix_probability augment.jitter augment.lighting "
+    "augment.mixup augment.randaugment_magnitude augment.ricap eval.every_epochs "
+    "optimizer.drop_factor optimizer.learning_rate optimizer.min_learning_rate "
+    "optimizer.momentum optimizer.warmup_epochs optimizer.weight_decay train.ema "
+    "train.epochs train.label_smoothing",
+    str: "data.border data.cache_dir data.crop data.dir data.name data.on_error "
+    "data.pipeline data.recipe.name eval.checkpoint eval.views init_from net.lowering "
+    "net.name net.wiring.kind net.wiring.sampling optimizer.schedule recipe "
+    "train.dtype train.last_batch variant",
+    tuple: "augment.hls data.mean data.photograph_mean data.photograph_std "
+    "data.recipe.mean data.recipe.std data.std optimizer.drop_epochs "
+    "train.profile_steps",
+}
+TYPES = {x: kind for kind, fields in _FIELDS.items() for x in fields.split()}
+TYPES |= NET_TYPES
 
 
 def positive(value: float) -> str:

@@ -22,7 +22,7 @@ TABLE = [
     ("train", "evaluate input_pipeline augment nets optimizers metrics runtime"),
     ("evaluate", "input_pipeline augment nets metrics runtime.devices"),
     ("optimizers", "runtime.clock"),
-    ("runtime", "input_pipeline augment.check nets.cost metrics configs.common"),
+    ("runtime", "input_pipeline augment.check nets.cost metrics"),
     ("input_pipeline", "data_sources augment.geometry"),
     ("data_sources augment nets configs metrics", ""),
     (TOOLS, LIBRARY),

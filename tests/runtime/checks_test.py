@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 import evaluate
 import input_pipeline
 import optimizers
+from configs import common
 from runtime import checks
 from runtime.devices import make_mesh
+from runtime.workdir import flatten
 from tests.support.words import words
 
 # A family's variant, fields, and words that the message must contain.
@@ -165,6 +167,11 @@ def test_all_problems_are_listed_at_once(fields, words):
         checks.check_config(configured("xdensenet", fields), make_mesh())
     for word in ("/nowhere", "41", "6 n + 4", *words):
         assert word in str(error.value)
+
+
+def test_the_types_are_those_of_the_defaults():
+    defaults = {x: type(value) for x, value in flatten(common.base()).items()}
+    assert defaults | checks.NET_TYPES == checks.TYPES
 
 
 def test_every_rule_is_for_a_field():
