@@ -1,7 +1,8 @@
-"""Learning rate schedules, and SGD as each original defines it."""
+"""Learning rate schedules, SGD as each original defines it, and AdamW."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
@@ -25,6 +26,12 @@ def schedule(config: ConfigDict, num_examples: int, offset: int = 0) -> optax.Sc
         )
 
     clock = Clock.of(config, num_examples)
+    if recipe.accumulate_steps > clock.total:
+        raise ValueError(
+            f"optimizer.accumulate_steps={recipe.accumulate_steps} is more than the "
+            f"{clock.total} steps of train.epochs={config.train.epochs:g}: the weights "
+            "would never be updated"
+        )
     total, warmup = clock.total, clock.step_of(recipe.warmup_epochs)
     if not 0 <= warmup < max(total, 1):
         raise ValueError(
@@ -102,10 +109,12 @@ def sgd(
     nesterov: bool = False,
     rate_in_velocity: bool = False,
     weight_decay: float = 0.0,
+    decay_mask: Callable | None = None,
 ) -> optax.GradientTransformation:
-    """Returns SGD with momentum, and L2 decay of all parameters, as the originals do.
+    """Returns SGD with momentum and L2 decay, as the originals define it.
 
-    Biases and batch norm decay too. The gradient g includes the decay.
+    The gradient g includes the decay. decay_mask(params) is a tree of booleans that
+    selects the decaying parameters; None: all, including biases and batch norm.
 
     rate_in_velocity=False (torch, MXNet): v <- momentum v + g; p <- p - rate v, or
     p - rate (g + momentum v) with `nesterov`.
@@ -113,7 +122,7 @@ def sgd(
     equal while the rate is constant; after a drop, neon's velocity still holds the old
     rate for some steps.
     """
-    decay = optax.add_decayed_weights(weight_decay)
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
     velocity = optax.trace(momentum, nesterov)
     rate = optax.scale_by_learning_rate(learning_rate)
     if rate_in_velocity:
@@ -121,15 +130,57 @@ def sgd(
     return optax.chain(decay, velocity, rate)
 
 
+def kernels(params: dict) -> dict:
+    """Returns a tree of booleans: True for kernels, False for everything else.
+
+    Everything else: biases, batch norm, and DelugeNet's cross-layer weights, whose norm
+    has no effect.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "kernel", params
+    )
+
+
 def create(config: Mapping, rate: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optimizer of config.optimizer.
 
+    rate: the learning rate as a function of the step. With accumulate_steps > 1, an
+    update has the rate of the last of its steps, and the steps before it return zeros.
     Raises ValueError for options that cannot be combined.
     """
-    if config["rate_in_velocity"] and config["nesterov"]:
+    every = config["accumulate_steps"]
+    # The optimizer within MultiSteps counts updates.
+    of_update = rate if every == 1 else lambda n: rate(every * n + every - 1)
+    optimizer = OPTIMIZERS[config["name"]](config, of_update)
+    if config["clip_norm"]:
+        clip = optax.clip_by_global_norm(config["clip_norm"])
+        optimizer = optax.chain(clip, optimizer)
+    if every > 1:
+        return optax.MultiSteps(optimizer, every).gradient_transformation()
+    return optimizer
+
+
+def _sgd(recipe: Mapping, rate: optax.Schedule) -> optax.GradientTransformation:
+    if recipe["rate_in_velocity"] and recipe["nesterov"]:
         raise ValueError(
             "optimizer.rate_in_velocity and optimizer.nesterov cannot be combined: set "
             "one of them to False"
         )
     fields = ("momentum", "nesterov", "rate_in_velocity", "weight_decay")
-    return sgd(rate, **{field: config[field] for field in fields})
+    mask = kernels if recipe["decay_on"] == "kernels" else None
+    return sgd(rate, decay_mask=mask, **{field: recipe[field] for field in fields})
+
+
+def _adamw(recipe: Mapping, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Returns AdamW (arXiv 1711.05101): p <- p - rate (Adam's update + decay p)."""
+    return optax.adamw(
+        rate,
+        b1=recipe["beta1"],
+        b2=recipe["beta2"],
+        eps=recipe["epsilon"],
+        weight_decay=recipe["weight_decay"],
+        mask=None if recipe["decay_on"] == "all" else kernels,
+    )
+
+
+OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw}

@@ -229,6 +229,8 @@ def train_and_evaluate(
     resume.check_agreement(config, workdir)
     net, data_set = checks.check_config(config, mesh)
     old = resume.find(workdir)
+    if old:
+        old.check_optimizer(config)
     train_split, test_split, facts, changes = resume.load_data(data_set, config, old)
     checks.check_data(config, mesh, facts, test_split)
     clock = Clock.of(config, facts.num_train)

@@ -176,16 +176,27 @@ def base() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
+            name="sgd",  # or adamw: optimizers.OPTIMIZERS
             learning_rate=0.1,
             schedule="steps",  # or cosine, one_cycle: optimizers.SCHEDULES
             warmup_epochs=0.0,  # linear from 0, for 'steps' and 'cosine'
             drop_epochs=(150.0, 225.0),  # 'steps': epochs (from 0) that lower the rate
             drop_factor=0.1,  # 'steps': multiplies the rate at each drop
             min_learning_rate=0.0,
-            momentum=0.9,
+            momentum=0.9,  # momentum, nesterov, rate_in_velocity: of SGD
             nesterov=True,
             rate_in_velocity=False,  # neon: v <- momentum v - rate g (optimizers.py)
-            weight_decay=1e-4,  # L2 on every parameter, as in all originals
+            beta1=0.9,  # beta1, beta2, epsilon: of AdamW
+            beta2=0.999,
+            epsilon=1e-8,
+            weight_decay=1e-4,  # sgd: L2; adamw: decoupled, times the learning rate
+            # The parameters that decay: 'all', or 'kernels' without batch norm and
+            # biases. 'auto': all with sgd, as in all originals; kernels with adamw.
+            decay_on="auto",
+            clip_norm=0.0,  # largest global norm of a gradient; 0: off
+            # Averages the gradients of this many steps for one update (docs/recipes.md:
+            # what batch norm sees).
+            accumulate_steps=1,
         )
     )
     config.eval = ConfigDict(

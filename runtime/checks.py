@@ -102,6 +102,7 @@ RULES = {
     "train.dtype": one_of("float32", "bfloat16"),
     "train.batch_norm_groups": not_negative,
     "train.log_every_steps": positive,
+    "optimizer.name": one_of("sgd", "adamw"),
     "optimizer.learning_rate": not_negative,
     "optimizer.schedule": one_of("steps", "cosine", "one_cycle"),
     "optimizer.warmup_epochs": not_negative,
@@ -109,7 +110,13 @@ RULES = {
     "optimizer.drop_factor": not_negative,
     "optimizer.min_learning_rate": not_negative,
     "optimizer.momentum": not_negative,
+    "optimizer.beta1": share,
+    "optimizer.beta2": share,
+    "optimizer.epsilon": positive,
     "optimizer.weight_decay": not_negative,
+    "optimizer.decay_on": one_of("auto", "all", "kernels"),
+    "optimizer.clip_norm": not_negative,
+    "optimizer.accumulate_steps": positive,
     "eval.batch_size": positive,
     "eval.every_epochs": positive,
     "eval.views": one_of("center", "flip", "tencrop"),
@@ -139,6 +146,11 @@ def switched_on(field: str) -> Need:
 
 EXPANDER = value_of("net.wiring.kind", "expander")
 INTERLEAVED = value_of("net.wiring.kind", "interleaved")
+SGD, ADAMW = value_of("optimizer.name", "sgd"), value_of("optimizer.name", "adamw")
+VELOCITY = Need(
+    lambda config: SGD.holds(config) and config.optimizer.momentum,
+    "--config.optimizer.name=sgd and optimizer.momentum",
+)
 PHOTOGRAPHS = Need(
     lambda config: not input_pipeline.in_memory(config.data),
     "photographs: --config.data.crop=random_resized, or any crop except pad",
@@ -168,8 +180,13 @@ NEEDS = {
         ),
         "--config.optimizer.schedule=steps and optimizer.drop_epochs",
     ),
-    "optimizer.nesterov": switched_on("optimizer.momentum"),
-    "optimizer.rate_in_velocity": switched_on("optimizer.momentum"),
+    "optimizer.momentum": SGD,
+    "optimizer.nesterov": VELOCITY,
+    "optimizer.rate_in_velocity": VELOCITY,
+    "optimizer.beta1": ADAMW,
+    "optimizer.beta2": ADAMW,
+    "optimizer.epsilon": ADAMW,
+    "optimizer.decay_on": switched_on("optimizer.weight_decay"),
 }
 
 
@@ -361,7 +378,7 @@ def _schedule_problems(config: ConfigDict) -> Iterator[str]:
             f"optimizer.warmup_epochs={recipe.warmup_epochs:g} must end before "
             f"train.epochs={epochs:g}"
         )
-    if recipe.rate_in_velocity and recipe.nesterov:
+    if recipe.name == "sgd" and recipe.rate_in_velocity and recipe.nesterov:
         yield (
             "optimizer.rate_in_velocity and optimizer.nesterov exclude each other (no "
             "original has both): set --config.optimizer.nesterov=False"

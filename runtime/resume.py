@@ -47,6 +47,17 @@ class Run:
         ended = self.last_step == total and self.evaluated
         return ended and bool(rows) and rows[-1]["step"] == total
 
+    def check_optimizer(self, config: ConfigDict) -> None:
+        """Raises ValueError if `config` has an optimizer with another kind of state."""
+        for field in ("name", "accumulate_steps"):
+            old, new = self.config.optimizer[field], config.optimizer[field]
+            if old != new:
+                raise ValueError(
+                    f"optimizer.{field} cannot change within a run: {self.workdir} was "
+                    f"started with {old}, not {new}; use another --workdir "
+                    f"(--config.init_from={self.workdir} starts from these weights)"
+                )
+
     def describe_changes(self, config: ConfigDict, facts: Facts) -> list[str]:
         """Describes each changed field and each changed split, one line each."""
         return changes(config, self.workdir) + data_changes(self.facts, facts)

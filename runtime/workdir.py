@@ -19,6 +19,17 @@ import input_pipeline
 
 CONFIG_JSON = "config.json"
 FORMAT = 2  # of config.json
+# Fields that a config.json of this format may lack, because they were added later, and
+# the values with which its run was trained.
+ADDED = {
+    "optimizer.name": "sgd",
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.epsilon": 1e-8,
+    "optimizer.decay_on": "auto",
+    "optimizer.clip_norm": 0.0,
+    "optimizer.accumulate_steps": 1,
+}
 # Keys of config.json that are not fields of the configuration.
 _OWN_KEYS = ("format", "data_set", "step_offset")
 PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
@@ -86,7 +97,8 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
 def load_config_json(path: pathlib.Path) -> ConfigDict:
     """Loads a configuration; lists become tuples, as in configs/."""
     fields = _read_json(path)
-    return ConfigDict({k: v for k, v in fields.items() if k not in _OWN_KEYS})
+    config = ConfigDict({k: v for k, v in fields.items() if k not in _OWN_KEYS})
+    return ConfigDict(traverse_util.unflatten_dict(ADDED | flatten(config), sep="."))
 
 
 def load_facts(workdir: str | os.PathLike) -> input_pipeline.Facts:

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -155,3 +156,86 @@ def test_a_schedule_that_is_unknown_or_does_not_fit_is_rejected():
             rates([0], schedule="cosine", warmup_epochs=epochs)
     with pytest.raises(ValueError, match="warmup_epochs to 0"):
         rates([0], schedule="one_cycle", warmup_epochs=1.0)
+
+
+PARAMS = {
+    "conv": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])},
+    "norm": {"scale": jnp.array([1.5]), "bias": jnp.array([-0.5])},
+}
+
+
+def trajectory(fields, gradients, rate=lambda step: 0.1 / (1 + step)):
+    """Returns the parameters after each step with the optimizer of these fields."""
+    recipe = xdensenet.get_config().optimizer
+    recipe.update(fields)
+    optimizer = optimizers.create(recipe, rate)
+    params, state, found = PARAMS, optimizer.init(PARAMS), []
+    update = jax.jit(optimizer.update)
+    for gradient in gradients:
+        tree = jax.tree.map(lambda x, g=gradient: jnp.full_like(x, g), PARAMS)
+        updates, state = update(tree, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(params)
+    return found
+
+
+def assert_equal(a, b, rtol=0.0):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol), a, b)
+
+
+def test_adamw_follows_its_recurrence():
+    """The decay is decoupled: it is not divided by the gradient's magnitude."""
+    gradients, p, m, v, wanted = [0.5, -1.0, 2.0], 1.0, 0.0, 0.0, []
+    for i, g in enumerate(gradients):
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        mean, square = m / (1 - 0.8 ** (i + 1)), v / (1 - 0.9 ** (i + 1))
+        p -= 0.1 / (1 + i) * (mean / (square**0.5 + 0.01) + 0.2 * p)
+        wanted.append(p)
+    fields = dict(name="adamw", beta1=0.8, beta2=0.9, epsilon=0.01, weight_decay=0.2)
+    found = [params["conv"]["kernel"][0] for params in trajectory(fields, gradients)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("decay_on", ["auto", "all", "kernels"])
+def test_the_chosen_parameters_decay(name, decay_on):
+    """Without a gradient, an update is the decay alone."""
+    fields = dict(name=name, decay_on=decay_on, weight_decay=0.1, nesterov=False)
+    (params,) = trajectory(fields, [0.0])
+    alone = decay_on == "kernels" or (decay_on, name) == ("auto", "adamw")
+    decayed = jax.tree.map(lambda x: x * (1 - 0.1 * 0.1), PARAMS)
+    wanted = decayed
+    if alone:
+        kernel = {"kernel": decayed["conv"]["kernel"]}
+        wanted = PARAMS | {"conv": PARAMS["conv"] | kernel}
+    assert_equal(params, wanted, rtol=1e-6)
+
+
+def test_a_clipped_gradient_has_the_largest_norm():
+    """Five gradients of 2 have the norm sqrt(20). The decay is not clipped."""
+    fields = dict(weight_decay=0.1)
+    clipped = trajectory(fields | {"clip_norm": 1.0}, [2.0, 0.01])
+    assert_equal(clipped, trajectory(fields, [2 / 20**0.5, 0.01]), rtol=1e-6)
+    # A smaller gradient is not changed, to the bit.
+    assert_equal(
+        trajectory(fields | {"clip_norm": 5.0}, [2.0]), trajectory(fields, [2.0])
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"name": "adamw"}, {"clip_norm": 0.5, "decay_on": "kernels"}]
+)
+def test_accumulated_gradients_are_averaged_for_one_update(fields):
+    rate = lambda step: 0.1 / (1 + step)
+    found = trajectory(fields | {"accumulate_steps": 3}, [1.0, 2.0, 6.0, 0.5, 0.25, 0])
+    # An update has the rate of the last of its steps: 2 and 5.
+    updates = trajectory(fields, [3.0, 0.25], lambda update: rate(3 * update + 2))
+    assert_equal(found[:2], [PARAMS, PARAMS])
+    assert_equal(found[2:5], [updates[0]] * 3, rtol=1e-6)
+    assert_equal(found[5], updates[1], rtol=1e-6)
+
+
+def test_an_accumulation_must_fit_into_the_run():
+    with pytest.raises(ValueError, match=r"accumulate_steps=101 .* the 100 steps"):
+        rates([0], accumulate_steps=101)
+    assert rates([0], accumulate_steps=100)

@@ -127,6 +127,21 @@ def test_several_steps_a_dispatch(tmp_path, cache):
 
 
 @pytest.mark.slow
+def test_accumulated_gradients_are_not_lost(tmp_path, cache):
+    """Checkpoints follow every sixth step, updates every fourth."""
+    fields = dict(
+        optimizer__name="adamw",
+        optimizer__clip_norm=1.0,
+        optimizer__accumulate_steps=4,
+    )
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    complete(arguments(whole, **fields), cache)
+    kill(workdir, after_steps(workdir, 18), cache, **fields)
+    complete(arguments(workdir, **fields), cache)
+    assert_same_end(workdir, whole)
+
+
+@pytest.mark.slow
 def test_tf_data_killed_and_resumed(tmp_path, cache):
     fields = dict(data__pipeline="tf.data", train__tensorboard=True)
     whole, workdir = tmp_path / "whole", tmp_path / "run"

@@ -11,7 +11,8 @@ import augment
 import input_pipeline
 import metrics
 import train
-from runtime.devices import make_mesh
+from runtime.checkpoints import Checkpoints
+from runtime.devices import make_mesh, place, shard
 from runtime.workdir import read_rows
 from tests.support.stepping import SLOWLY, Compilations, Steps, configured, save_images
 
@@ -123,3 +124,51 @@ def test_augmentation_does_not_depend_on_the_devices(npz):
     losses = one.losses(2)
     np.testing.assert_allclose(losses, eight.losses(2), rtol=1e-4)
     assert not np.allclose(losses, Steps(configured(npz, **SLOWLY), 1).losses(2))
+
+
+def test_accumulated_batches_are_the_groups_of_one_batch(npz):
+    """Each batch normalises with its own statistics, so two make two groups."""
+    whole = Steps(configured(npz, train__batch_norm_groups=2, **SLOWLY), 1)
+    fields = dict(train__batch_size=8, optimizer__accumulate_steps=2)
+    halves = Steps(configured(npz, **fields, **SLOWLY), 1)
+    start = jax.device_get(halves.state)
+    batch = next(whole.batches)
+    both = whole.compiled(whole.state, shard(batch, whole.mesh))[0]
+    params, means = [], []
+    for half in (slice(8), slice(8, 16)):
+        part = {name: array[half] for name, array in batch.items()}
+        halves.state = halves.compiled(halves.state, shard(part, halves.mesh))[0]
+        params.append(jax.device_get(halves.state.params))
+        means.append(jax.device_get(halves.state.stats))
+    equal = lambda a, b, rtol: jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol, atol=1e-7), a, b
+    )
+    equal(params[0], start.params, 0)
+    equal(params[1], jax.device_get(both.params), 1e-5)
+    assert not np.allclose(*(x["classifier"]["kernel"] for x in params), rtol=1e-5)
+    # Running statistics move with every batch, not with every update.
+    for before, after in zip((start.stats, means[0]), means, strict=True):
+        first = [jax.tree.leaves(x)[0] for x in (before, after)]
+        assert not np.allclose(*first, rtol=1e-3)
+
+
+def test_a_run_resumes_within_an_accumulation(npz, tmp_path):
+    fields = dict(name="adamw", clip_norm=1.0, accumulate_steps=3)
+    fields = {f"optimizer__{name}": value for name, value in fields.items()}
+    config = configured(npz, "cfmz_resnet", **fields)
+    steps = Steps(config, 1)
+    with Checkpoints(tmp_path) as checkpoints:
+        steps.losses(4)  # an update, and the first of the next three batches
+        checkpoints.save(4, steps.state)
+        losses, wanted = steps.losses(3), jax.device_get(steps.state)
+        _, fresh = train.create_train_state(
+            config,
+            input_pipeline.facts(
+                config.data, input_pipeline.load(config.data, "train")
+            ),
+        )
+        steps.state, _ = checkpoints.restore(place(fresh, steps.mesh))
+    steps.batches = input_pipeline.batches(config, "train", 4)
+    steps.seen = float(steps.state.totals["loss"])
+    assert steps.losses(3) == losses
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(steps.state), wanted)

@@ -70,6 +70,24 @@ REFUSED = {
         {"optimizer.rate_in_velocity": True},
         "optimizer.rate_in_velocity optimizer.nesterov=False",
     ),
+    "optimizer": (
+        "xdensenet",
+        {"optimizer.name": "adam"},
+        "optimizer.name sgd, adamw 'adamw' 'adam'",
+    ),
+    "decay": (
+        "xdensenet",
+        {"optimizer.decay_on": "weights"},
+        "optimizer.decay_on auto, all, kernels 'weights'",
+    ),
+    "beta": ("xdensenet", {"optimizer.beta2": 1.0}, "optimizer.beta2 [0, 1) 1.0"),
+    "epsilon": ("xdensenet", {"optimizer.epsilon": 0.0}, "optimizer.epsilon positive"),
+    "clipping": ("xdensenet", {"optimizer.clip_norm": -1.0}, "clip_norm negative -1.0"),
+    "accumulation": (
+        "xdensenet",
+        {"optimizer.accumulate_steps": 0},
+        "optimizer.accumulate_steps positive 0",
+    ),
     "schedule": (
         "xdensenet",
         {"optimizer.schedule": "cosin"},
@@ -228,7 +246,7 @@ GROUPED = {"net.wiring.kind": "grouped"}
 INTERLEAVED = {"net.wiring.kind": "interleaved"}
 PHOTOGRAPHS, PADDED = {"data.crop": "inception"}, {"data.crop": "pad"}
 STEPS, ONE_CYCLE = {"optimizer.schedule": "steps"}, {"optimizer.schedule": "one_cycle"}
-STOPPED = {"optimizer.momentum": 0.0}
+STOPPED, ADAMW = {"optimizer.momentum": 0.0}, {"optimizer.name": "adamw"}
 # A value of a field, settings in which it has an effect, and in which it has none.
 NEEDS = {
     "net.graph_seed": (5, EXPANDER, GROUPED),
@@ -251,8 +269,13 @@ NEEDS = {
     "optimizer.warmup_epochs": (1.0, {"optimizer.schedule": "cosine"}, ONE_CYCLE),
     "optimizer.drop_epochs": ((5.0,), STEPS, ONE_CYCLE),
     "optimizer.drop_factor": (0.5, STEPS, {"optimizer.drop_epochs": ()}),
+    "optimizer.momentum": (0.5, {}, ADAMW),
     "optimizer.nesterov": (True, {}, STOPPED),
-    "optimizer.rate_in_velocity": (True, {}, STOPPED),
+    "optimizer.rate_in_velocity": (True, {}, ADAMW),
+    "optimizer.beta1": (0.8, ADAMW, {}),
+    "optimizer.beta2": (0.9, ADAMW, {}),
+    "optimizer.epsilon": (0.1, ADAMW, {}),
+    "optimizer.decay_on": ("kernels", {}, {"optimizer.weight_decay": 0.0}),
 }
 
 
@@ -283,10 +306,17 @@ def test_fields_of_a_recipe_may_lose_their_effect():
     checks.check_effects(config, ["data.crop", "data.pad"])
 
 
-def test_schedules_are_those_of_the_optimizers():
-    for name in optimizers.SCHEDULES:
-        assert checks.RULES["optimizer.schedule"](name) == ""
-    assert checks.RULES["optimizer.schedule"]("other") != ""
+@pytest.mark.parametrize(
+    ("field", "table"),
+    [
+        ("optimizer.schedule", optimizers.SCHEDULES),
+        ("optimizer.name", optimizers.OPTIMIZERS),
+    ],
+)
+def test_choices_are_those_of_the_optimizers(field, table):
+    for name in table:
+        assert checks.RULES[field](name) == ""
+    assert checks.RULES[field]("other") != ""
 
 
 @pytest.mark.parametrize(

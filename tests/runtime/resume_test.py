@@ -94,11 +94,14 @@ def test_a_training_set_that_grew_is_named(npz, finished, tmp_path, caplog):
         ({"train__batch_size": 32}, "complete train.batch_size=32 16"),
         ({"train__epochs": 0.5}, "holds step 7 ends at step 4 train.epochs=0.5"),
         ({"data__mean": (1.0, 2.0, 3.0)}, "data.mean (1.0, 2.0, 3.0) --workdir"),
+        ({"optimizer__name": "adamw"}, "optimizer.name sgd adamw --workdir"),
+        ({"optimizer__accumulate_steps": 2}, "accumulate_steps 1 2 --workdir"),
     ],
 )
 def test_a_complete_run_with_other_settings_is_rejected(npz, finished, fields, message):
     config = configured(npz, **{"train__epochs": 1.0} | fields)
-    remedy = "" if "data__mean" in fields else "--config.train.epochs init_from"
+    ended = message.startswith(("complete", "holds"))
+    remedy = "--config.train.epochs init_from" if ended else ""
     with pytest.raises(ValueError, match=words(f"{message} {remedy} --workdir")):
         train.train_and_evaluate(config, finished)
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import igcnets, xdensenet
+from configs import common, igcnets, xdensenet
 from input_pipeline import Facts
 from runtime import workdir
 from runtime.workdir import WorkdirError, as_csv, read_rows
@@ -34,6 +34,21 @@ def test_config_and_facts_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["config.json"]
     text = (tmp_path / "config.json").read_text()
     assert text.index('"data"') < text.index('"net"') < text.index('"seed"')  # sorted
+
+
+def test_fields_that_an_older_run_lacks_have_its_values(tmp_path):
+    """They are the defaults, with which older runs were trained."""
+    base = workdir.flatten(common.base())
+    assert workdir.ADDED.items() <= base.items()
+    workdir.save_config(tmp_path, config(), FACTS)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for field in workdir.ADDED:
+        section, name = field.split(".")
+        del fields[section][name]
+    path.write_text(json.dumps(fields))
+    assert workdir.load_config(tmp_path) == config()
+    assert workdir.changes(config(), tmp_path) == []
 
 
 @pytest.mark.parametrize("load", [workdir.load_config, workdir.load_facts])
