@@ -27,17 +27,19 @@ _FIELDS = {
     int: "augment.cutout augment.randaugment_ops checkpoint.every_steps "
     "checkpoint.keep data.image_size data.pad eval.batch_size net.graph_seed "
     "net.num_classes net.wiring.compress net.wiring.groups net.wiring.primary_groups "
-    "net.wiring.secondary_groups seed seeds train.batch_norm_groups train.batch_size "
-    "train.log_every_steps train.steps_per_dispatch",
+    "net.wiring.secondary_groups optimizer.accumulate_steps seed seeds "
+    "train.batch_norm_groups train.batch_size train.log_every_steps "
+    "train.steps_per_dispatch",
     float: "augment.cutmix augment.cutmix_probability augment.jitter augment.lighting "
     "augment.mixup augment.randaugment_magnitude augment.ricap eval.every_epochs "
-    "optimizer.drop_factor optimizer.learning_rate optimizer.min_learning_rate "
+    "optimizer.beta1 optimizer.beta2 optimizer.clip_norm optimizer.drop_factor "
+    "optimizer.epsilon optimizer.learning_rate optimizer.min_learning_rate "
     "optimizer.momentum optimizer.warmup_epochs optimizer.weight_decay train.ema "
     "train.epochs train.label_smoothing",
     str: "data.border data.cache_dir data.crop data.dir data.name data.on_error "
     "data.pipeline data.recipe.name eval.checkpoint eval.views init_from net.lowering "
-    "net.name net.wiring.kind net.wiring.sampling optimizer.schedule recipe "
-    "train.dtype train.last_batch variant",
+    "net.name net.wiring.kind net.wiring.sampling optimizer.decay_on optimizer.name "
+    "optimizer.schedule recipe train.dtype train.last_batch variant",
     tuple: "augment.hls data.mean data.photograph_mean data.photograph_std "
     "data.recipe.mean data.recipe.std data.std optimizer.drop_epochs "
     "train.profile_steps",
