@@ -4,7 +4,7 @@ The functions that take a path return the name of a layer, and raise LookupError
 unknown path.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from flax import nnx
 
@@ -120,8 +120,9 @@ def _section(name: str, **fields):
     return section
 
 
-def _sources(layers):
-    # layers: net -> (path of a layer -> its name)
+def _reference(net: type[nnx.Module], layers, section: Callable) -> Reference:
+    """layers: net -> (path of a layer -> its name)."""
+
     def sources(net):
         layer_name = layers(net)
         return by_layer(
@@ -129,45 +130,31 @@ def _sources(layers):
             lambda path, layer: f"{layer_name(path[:-1])}.{leaf(path[-1], layer)}",
         )
 
-    return sources
+    return Reference(net, section, sources)
 
 
-def _resnet_sources(net: ResNet):
+def _resnet_layers(net: ResNet):
     if net.norm is not None or not net.pool:
         raise LookupError("resnet_imagenet is a post-activation net for ImageNet")
-    return _sources(lambda net: resnet_imagenet)(net)
+    return resnet_imagenet
 
 
 REFERENCES = {
-    "densenet_cifar": Reference(
-        net=DenseNet,
-        section=_section("densenet"),
-        sources=_sources(lambda net: densenet_cifar),
+    "densenet_cifar": _reference(
+        DenseNet, lambda net: densenet_cifar, _section("densenet")
     ),
-    "densenet_imagenet": Reference(
-        net=ImageNetDenseNet,
-        section=_section("densenet_imagenet"),
-        sources=_sources(lambda net: densenet_imagenet),
+    "densenet_imagenet": _reference(
+        ImageNetDenseNet, lambda net: densenet_imagenet, _section("densenet_imagenet")
     ),
-    "resnet_imagenet": Reference(
-        net=ResNet,
-        section=_section("resnet", form="imagenet", shortcut="B"),
-        sources=_resnet_sources,
+    "resnet_imagenet": _reference(
+        ResNet, _resnet_layers, _section("resnet", form="imagenet", shortcut="B")
     ),
-    "vgg_cifar": Reference(
-        net=VGG,
-        section=_section("vgg"),
-        sources=_sources(lambda net: vgg_cifar(net).__getitem__),
+    "vgg_cifar": _reference(
+        VGG, lambda net: vgg_cifar(net).__getitem__, _section("vgg")
     ),
-    "mobilenet": Reference(
-        net=MobileNet,
-        section=_section("mobilenet"),
-        sources=_sources(lambda net: mobilenet),
-    ),
+    "mobilenet": _reference(MobileNet, lambda net: mobilenet, _section("mobilenet")),
     # The goldens were recorded without dropout.
-    "alexnet": Reference(
-        net=AlexNet,
-        section=_section("alexnet", dropout=0.0),
-        sources=_sources(lambda net: alexnet(net).__getitem__),
+    "alexnet": _reference(
+        AlexNet, lambda net: alexnet(net).__getitem__, _section("alexnet", dropout=0.0)
     ),
 }

@@ -67,7 +67,13 @@ def absent_labels(labels: np.ndarray, num_classes: int) -> str:
     edges = [-1, *np.unique(labels).tolist(), num_classes]
     absent = [(a + 1, b - 1) for a, b in itertools.pairwise(edges) if b - a > 1]
     texts = [str(a) if a == b else f"{a}..{b}" for a, b in absent]
-    return ", ".join(texts[:5] + ["..."] * (len(texts) > 5))
+    return some(texts)
+
+
+def some(items: Sequence, most: int = 5, separator: str = ", ") -> str:
+    """Joins up to `most` items; an ellipsis stands for the others."""
+    rest = ["..."] * (len(items) > most)
+    return separator.join(map(str, [*items[:most], *rest]))
 
 
 def check_memory(count: int, shape: Sequence[int]) -> None:

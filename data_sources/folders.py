@@ -15,7 +15,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from data_sources import crops
-from data_sources.errors import DataError, check_memory
+from data_sources.errors import DataError, check_memory, some
 from data_sources.options import is_of_recipe
 from data_sources.photographs import undecodable
 
@@ -85,7 +85,7 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
             f"none of {len(paths)} images can be read; the first error: {failures[0]}"
         )
     if failures:
-        logging.warning("skipped %d images: %s", len(failures), "; ".join(failures[:3]))
+        logging.warning("skipped %d images: %s", len(failures), some(failures, 3, "; "))
     return images[: len(good)], labels[good], class_names
 
 
@@ -123,10 +123,10 @@ def _list(
     folders = _choose(directory, split)
     classes = {name: _class_names(folder) for name, folder in folders.items()}
     if differing := sorted({*classes[split]} ^ {*classes["test"]}):
-        listed = ", ".join(differing[:5])
         raise DataError(
             f"{folders['train']} has {len(classes['train'])} classes, "
-            f"{folders['test']} {len(classes['test'])}; only one of them has {listed}"
+            f"{folders['test']} {len(classes['test'])}; only one of them has "
+            f"{some(differing)}"
         )
     folder, names = folders[split], classes[split]
     if len(names) < 2:
@@ -134,7 +134,7 @@ def _list(
         raise DataError(
             f"{folder} has only the class {names[0]}: at least 2 class folders are "
             "required"
-            + (f"; move those in {names[0]} ({', '.join(inner[:5])})" if inner else "")
+            + (f"; move those in {names[0]} ({some(inner)})" if inner else "")
         )
     paths, labels, skipped, deeper = [], [], collections.Counter(), []
     for label, name in enumerate(names):
@@ -229,14 +229,14 @@ def contents(folder: pathlib.Path) -> str:
     """Describes what a folder holds, for error messages."""
     parts, names = [], _file_names(folder)
     if inner := subfolders(folder):
-        listed = ", ".join(inner[:5] + ["..."] * (len(inner) > 5))
-        parts.append(f"the {len(inner)} folders {listed}" if inner[1:] else inner[0])
+        several = f"the {len(inner)} folders {some(inner)}"
+        parts.append(several if inner[1:] else inner[0])
     images = sum(name.lower().endswith(EXTENSIONS) for name in names)
     if images:
         parts.append(f"{images} images")
     if others := len(names) - images:
         endings = sorted({pathlib.Path(x).suffix or x for x in names} - {*EXTENSIONS})
-        parts.append(f"{others} other files ({', '.join(endings[:5])})")
+        parts.append(f"{others} other files ({some(endings)})")
     return f"it holds {' and '.join(parts) or 'nothing'}"
 
 

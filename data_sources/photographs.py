@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from data_sources import cache, crops
-from data_sources.errors import DataError, check_open_files
+from data_sources.errors import DataError, check_open_files, some
 from data_sources.tf import tensorflow
 
 MAX_FAILURES_IN_A_ROW = 100  # more than that is not a damaged image
@@ -158,7 +158,7 @@ def _verify(photographs: OnDisk, numbers: Sequence[int]) -> None:
         reasons, (remedy, *_) = zip(*failures, strict=True)
         raise DataError(
             f"{len(reasons)} of {len(numbers)} test images: "
-            f"{'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)}. {remedy}"
+            f"{some(reasons, 3, '; ')}. {remedy}"
         )
 
 
@@ -276,9 +276,7 @@ def _log(failures: list[str], consequence: str) -> None:
         different = sorted(set(failures))
         logging.warning(
             "damaged images in this pass, %s: %d (%s)",
-            consequence,
-            len(different),
-            "; ".join(different[:3]) + ("; ..." if len(different) > 3 else ""),
+            *(consequence, len(different), some(different, 3, "; ")),
         )
         failures.clear()
 

@@ -57,6 +57,11 @@ class Stored(NamedTuple):
     def name(self) -> str:
         return f"{self.builder.info.full_name.replace('/', '-')}-{self.split}"
 
+    def check_count(self, found: int) -> None:
+        """Raises ValueError unless the files hold as many records as TFDS states."""
+        if found != self.count:
+            raise ValueError(f"{found} {self.split} records, expected {self.count}")
+
 
 def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
     """Returns the newest version of root/NAME[/CONFIG][:VERSION], or None."""
@@ -190,10 +195,7 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
         )
         with reading(directory):
             records = _records(stored, files)
-            if len(records) != stored.count:
-                raise ValueError(
-                    f"{len(records)} {stored.split} records, expected {stored.count}"
-                )
+            stored.check_count(len(records))
             images, labels = _decode(records, stored, data.on_error == "skip")
             return {"images": images, "labels": labels}
 
@@ -289,10 +291,8 @@ def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
                 labels = _labels(source, label, stored.count)
                 return {"labels": labels, "places": np.empty((0, 3), np.int64)}
             places, labels = _places(paths), _labels_in_order(paths, label)
-            if not len(places) == len(labels) == stored.count:
-                raise ValueError(
-                    f"{len(labels)} {stored.split} records, expected {stored.count}"
-                )
+            stored.check_count(len(places))
+            stored.check_count(len(labels))
         return {"labels": labels, "places": places}
 
     facts = [(x.name, y.st_size, y.st_mtime_ns) for x, y in stats.items()]
