@@ -13,19 +13,11 @@ from runtime.clock import Clock
 def schedule(config: ConfigDict, num_examples: int, offset: int = 0) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    config: the whole configuration; num_examples: the number of training images;
-    offset: of the run's Clock.
-    Raises ValueError if config.optimizer.schedule is unknown or does not fit into the
-    steps of the run.
+    config: the whole configuration, which has passed runtime.checks.check_config;
+    num_examples: the number of training images; offset: of the run's Clock.
+    Raises ValueError if the schedule does not fit into the steps of the run.
     """
-    recipe = config.optimizer
-    if recipe.schedule not in SCHEDULES:
-        raise ValueError(
-            f"unknown optimizer.schedule {recipe.schedule!r}: choose from "
-            + ", ".join(SCHEDULES)
-        )
-
-    clock = Clock.of(config, num_examples)
+    recipe, clock = config.optimizer, Clock.of(config, num_examples)
     if recipe.accumulate_steps > clock.total:
         raise ValueError(
             f"optimizer.accumulate_steps={recipe.accumulate_steps} is more than the "
@@ -90,11 +82,6 @@ def _one_cycle(recipe: Mapping, total: int, warmup: int, drops: list) -> optax.S
     25 at 85 %, and to the larger of rate / 250,000 and `min_learning_rate` at the end.
     The momentum is constant.
     """
-    if warmup:
-        raise ValueError(
-            "optimizer.schedule='one_cycle' includes a warm-up: set "
-            "optimizer.warmup_epochs to 0"
-        )
     cycle = optax.linear_onecycle_schedule(total, recipe["learning_rate"])
     return lambda step: jnp.maximum(cycle(step), recipe["min_learning_rate"])
 
@@ -146,7 +133,6 @@ def create(config: Mapping, rate: optax.Schedule) -> optax.GradientTransformatio
 
     rate: the learning rate as a function of the step. With accumulate_steps > 1, an
     update has the rate of the last of its steps, and the steps before it return zeros.
-    Raises ValueError for options that cannot be combined.
     """
     every = config["accumulate_steps"]
     # The optimizer within MultiSteps counts updates.
@@ -161,11 +147,6 @@ def create(config: Mapping, rate: optax.Schedule) -> optax.GradientTransformatio
 
 
 def _sgd(recipe: Mapping, rate: optax.Schedule) -> optax.GradientTransformation:
-    if recipe["rate_in_velocity"] and recipe["nesterov"]:
-        raise ValueError(
-            "optimizer.rate_in_velocity and optimizer.nesterov cannot be combined: set "
-            "one of them to False"
-        )
     fields = ("momentum", "nesterov", "rate_in_velocity", "weight_decay")
     mask = kernels if recipe["decay_on"] == "kernels" else None
     return sgd(rate, decay_mask=mask, **{field: recipe[field] for field in fields})

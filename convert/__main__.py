@@ -57,10 +57,12 @@ def import_file(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def export_run(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Writes the net of a workdir to a file, and a model card beside it."""
+    """Writes the net of a workdir to a file, and a model card next to it."""
     imports = [options.workdir, options.dry_run or None, options.config, *overrides]
     if any(value is not None for value in imports):
-        raise ValueError("--to takes no --workdir, --dry-run or --config: see --help")
+        raise ValueError(
+            "--to cannot be combined with --workdir, --dry-run or --config"
+        )
     written = export.export(
         options.file, options.to, names=options.names, which=options.checkpoint
     )

@@ -80,7 +80,7 @@ def export(
     names: str = "ours",
     which: str | int = "best",
 ) -> list[pathlib.Path]:
-    """Writes the net of a workdir to a file, and a model card to README.md beside it.
+    """Writes the net of a workdir to a file, and a model card to README.md next to it.
 
     path: its suffix, one of SUFFIXES, decides the kind of file.
     names: of weights, with their layouts: 'ours' (paths of variables) or 'original'.

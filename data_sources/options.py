@@ -11,7 +11,7 @@ def in_memory(data: ConfigDict) -> bool:
 
 
 def base_name(name: str) -> str:
-    """Returns the name of a set of TFDS without configuration and version."""
+    """Returns the name of a TFDS data set without configuration and version."""
     return re.split("[:/]", name)[0]
 
 

@@ -249,8 +249,8 @@ def _decode(records: Sequence[bytes], stored: Stored, skip: bool):
 def _parser(stored: Stored) -> Callable[[bytes], dict]:
     """Returns a function that parses an example and leaves its image encoded.
 
-    Pillow decodes as TensorFlow's accurate decoder does, to the bit; TensorFlow's
-    default is the fast DCT, which darkens red and blue by a grey level.
+    Pillow returns the pixels of TensorFlow's accurate decoder, bit for bit. The default
+    there is the fast DCT, which darkens red and blue by a grey level.
     """
     import tensorflow_datasets as tfds
 

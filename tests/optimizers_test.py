@@ -97,9 +97,6 @@ def test_invalid_recipes_are_rejected():
     recipe.drop_epochs = (149.9999, 150.0)  # two epochs in one step
     with pytest.raises(ValueError, match=r"117300, 117300.*must increase"):
         optimizers.schedule(config, 50_000)
-    recipe.rate_in_velocity = True
-    with pytest.raises(ValueError, match="nesterov"):
-        optimizers.create(recipe, lambda step: 0.1)
 
 
 def rates(steps, num_examples=1000, **fields):
@@ -148,14 +145,10 @@ def test_one_cycle_is_three_straight_lines():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_a_schedule_that_is_unknown_or_does_not_fit_is_rejected():
-    with pytest.raises(ValueError, match=r"'cosinus'.*steps, cosine, one_cycle"):
-        rates([0], schedule="cosinus")
+def test_a_warm_up_longer_than_the_run_is_rejected():
     for epochs in (10.0, -1.0):
         with pytest.raises(ValueError, match=r"warmup_epochs=.* of the 100 steps"):
             rates([0], schedule="cosine", warmup_epochs=epochs)
-    with pytest.raises(ValueError, match="warmup_epochs to 0"):
-        rates([0], schedule="one_cycle", warmup_epochs=1.0)
 
 
 PARAMS = {

@@ -127,7 +127,7 @@ def _unpickle(stream: io.BytesIO, storages: dict | None = None) -> Any:
 def _select(root: Any, values: Callable[[_Storage], bytes]) -> Weights:
     """Returns the tensors of `state_dict`, or of the file if it is one itself.
 
-    torch.nn.DataParallel adds "module" to the names of what it wraps.
+    torch.nn.DataParallel adds "module" to the names of wrapped modules.
     """
     if not isinstance(root, dict):
         raise ContainerError(f"expected a state_dict, got {type(root).__name__}")

@@ -266,7 +266,6 @@ def test_a_modern_recipe_trains_the_same_net(argument):
     assert total <= faithful.train.epochs
     last = Clock.of(modern, images).total - 1
     assert float(rate(last)) < 1e-3 * modern.optimizer.learning_rate
-    optimizers.create(modern.optimizer, rate)
     chosen = dict(schedule="one_cycle", min_learning_rate=0.0, nesterov=True)
     assert {field: modern.optimizer[field] for field in chosen} == chosen
     assert not modern.optimizer.rate_in_velocity

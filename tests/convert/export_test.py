@@ -291,7 +291,7 @@ def test_every_wiring_has_a_line_in_the_card():
         ("net.onnx", [], "must end in .npz, .safetensors, .jax"),
         ("net.jax", ["--names=original"], "--names=original is for weights"),
         ("net.npz", ["--checkpoint=7"], "'7'.*available"),
-        ("net.npz", ["--workdir=x"], "--to takes no --workdir"),
+        ("net.npz", ["--workdir=x"], "--to cannot be combined with --workdir"),
         ("net.npz", ["--names=theirs"], "invalid choice: 'theirs'"),
         ("mine/net.npz", [], "README.md exists and is not a model card"),
     ],
