@@ -96,6 +96,7 @@ def base() -> ConfigDict:
                 kind="dense",  # or expander, grouped, interleaved
                 compress=2,  # expander: a sampling channel has in // compress partners
                 sampling="smaller_side",  # expander: or per_output, per_input
+                block=1,  # expander: channels of a block, between which it is drawn
                 groups=2,  # grouped
                 # interleaved; 0 for one of them: output channels / the other
                 primary_groups=2,

@@ -46,7 +46,7 @@ SUFFIXES = {
 # Fields that each kind of wiring uses.
 WIRING = {
     "dense": (),
-    "expander": ("compress", "sampling"),
+    "expander": ("compress", "sampling", "block"),
     "grouped": ("groups",),
     "interleaved": ("primary_groups", "secondary_groups"),
 }

@@ -3,8 +3,12 @@
 A graph between I input and O output channels is the sorted vector of its edges. An
 edge is the flat index `input * O + output`, the row-major position of the connection
 in a dense (I, O) matrix.
+
+With `block` > 1, the graph is drawn between blocks of consecutive channels, and an edge
+between two blocks connects all of their channels. Degrees still count channels.
 """
 
+import math
 import zlib
 from typing import Literal, get_args
 
@@ -32,9 +36,14 @@ def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str
 
 
 def num_edges(
-    in_channels: int, out_channels: int, degree: int, sampling: Sampling
+    in_channels: int, out_channels: int, degree: int, sampling: Sampling, block: int = 1
 ) -> int:
-    """Returns the number of edges; raises ValueError if `degree` is out of range."""
+    """Returns the number of edges.
+
+    Raises ValueError if `degree` is out of range, or if `block` does not divide it and
+    both numbers of channels.
+    """
+    _check_block(in_channels, out_channels, degree, block)
     side = sampled_side(in_channels, out_channels, sampling)
     drawing, partners = in_channels, out_channels
     if side == "output":
@@ -48,16 +57,42 @@ def num_edges(
     return drawing * degree
 
 
+def _check_block(in_channels: int, out_channels: int, degree: int, block: int) -> None:
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    if in_channels % block or out_channels % block:
+        raise ValueError(
+            f"blocks of {block} channels do not divide an expander of {in_channels} -> "
+            f"{out_channels} channels: block must divide "
+            f"{math.gcd(in_channels, out_channels)}"
+        )
+    if degree % block:
+        raise ValueError(
+            f"blocks of {block} channels do not divide the expander degree {degree}: "
+            f"choose a multiple of {block}"
+        )
+
+
 def draw_expander(
-    in_channels: int, out_channels: int, degree: int, sampling: Sampling, rng
+    in_channels: int,
+    out_channels: int,
+    degree: int,
+    sampling: Sampling,
+    rng,
+    block: int = 1,
 ) -> np.ndarray:
     """Returns the edges (E,) int32 of a random graph, regular on the sampled side only.
 
     Each channel of that side, in order, connects to the first `degree` entries of
     `rng.permutation(partners)`. The originals draw in the same order, so a numpy
-    RandomState reproduces their graphs.
+    RandomState reproduces their graphs. Blocks draw blocks in the same way.
     """
-    num_edges(in_channels, out_channels, degree, sampling)
+    num_edges(in_channels, out_channels, degree, sampling, block)
+    if block > 1:
+        ends = in_channels // block, out_channels // block
+        edges = draw_expander(*ends, degree // block, sampling, rng)
+        whole = np.ones((block, block), bool)
+        return np.flatnonzero(np.kron(to_matrix(edges, *ends), whole)).astype(np.int32)
     side = sampled_side(in_channels, out_channels, sampling)
     if side == "output":
         inputs = [rng.permutation(in_channels)[:degree] for _ in range(out_channels)]

@@ -26,8 +26,9 @@ _FIELDS = {
     "train.tensorboard",
     int: "augment.cutout augment.randaugment_ops checkpoint.every_steps "
     "checkpoint.keep data.image_size data.pad eval.batch_size net.graph_seed "
-    "net.num_classes net.wiring.compress net.wiring.groups net.wiring.primary_groups "
-    "net.wiring.secondary_groups optimizer.accumulate_steps seed seeds "
+    "net.num_classes net.wiring.block net.wiring.compress net.wiring.groups "
+    "net.wiring.primary_groups net.wiring.secondary_groups optimizer.accumulate_steps "
+    "seed seeds "
     "train.batch_norm_groups train.batch_size train.log_every_steps "
     "train.steps_per_dispatch",
     float: "augment.cutmix augment.cutmix_probability augment.jitter augment.lighting "
@@ -161,6 +162,7 @@ NEEDS = {
     "net.graph_seed": EXPANDER,
     "net.wiring.compress": EXPANDER,
     "net.wiring.sampling": EXPANDER,
+    "net.wiring.block": EXPANDER,
     "net.wiring.groups": value_of("net.wiring.kind", "grouped"),
     "net.wiring.primary_groups": INTERLEAVED,
     "net.wiring.secondary_groups": INTERLEAVED,

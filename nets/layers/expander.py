@@ -4,7 +4,8 @@ Deep Expander Networks (arXiv 1711.08757; facts from the published code). For sa
 rules see nets/connectivity.py. Only existing connections are stored, so parameters,
 optimizer state and checkpoints are as small as the sparse layer. The forward pass
 scatters them into a dense kernel, which is never slower than masking and 15x faster on
-CPU than gathering the inputs of each output.
+CPU than gathering the inputs of each output. On accelerators, graphs between blocks of
+channels are computed by layers/blocks.py instead, without a dense kernel.
 """
 
 import math
@@ -16,6 +17,7 @@ from flax import nnx
 from jax import lax
 
 from nets import connectivity
+from nets.layers.blocks import block_convolution
 from nets.layers.lowerings import convolution
 
 
@@ -28,36 +30,66 @@ class Expander(nnx.Module):
 
     `edges` (E,) int32 are sorted flat indices input * out_channels + output. They are
     zeros until `draw` is called (by nets.configure), because a graph is a function of
-    the seed and the layer's path, and a layer does not know its path.
+    the seed and the layer's path, and a layer does not know its path. `lowering` may
+    also be "blocks" (layers/blocks.py), which replaces `auto` on accelerators if
+    `block` is more than 1.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, degree: int, sampling: str):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        degree: int,
+        sampling: str,
+        block: int,
+    ):
         for side, channels in (("input", in_channels), ("output", out_channels)):
             if channels < 1:
                 raise ValueError(
                     f"an expander layer needs at least 1 {side} channel, got {channels}"
                 )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.degree, self.sampling = degree, sampling
+        self.degree, self.sampling, self.block = degree, sampling, block
         self.num_edges = connectivity.num_edges(
-            in_channels, out_channels, degree, sampling
+            in_channels, out_channels, degree, sampling, block
         )
+        self.side = connectivity.sampled_side(in_channels, out_channels, sampling)
         self.edges = Connectivity(jnp.zeros(self.num_edges, jnp.int32))
+        self.lowering = "auto"
 
     def draw(self, rng: np.random.Generator) -> None:
         """Draws the graph, or independent graphs for the units of a Gradual layer."""
         ends, sampling = (self.in_channels, self.out_channels), self.sampling
         graphs = [
-            connectivity.draw_expander(*ends, self.degree, sampling, rng)
+            connectivity.draw_expander(*ends, self.degree, sampling, rng, self.block)
             for _ in range(math.prod(self.edges.shape[:-1]))
         ]
         self.connect(np.reshape(graphs, self.edges.shape))
 
     def connect(self, edges: np.ndarray) -> None:
-        """Replaces the graph. `edges` (E,) must have the same length."""
+        """Replaces the graph. `edges` (E,) must have the same length.
+
+        With blocks, they must also form whole blocks and give each block of the sampled
+        side equally many partners.
+        """
         if edges.shape != self.edges.shape:
             raise ValueError(f"expected {self.num_edges} edges, got {edges.shape}")
+        if self.block > 1:
+            for graph in edges.reshape(-1, self.num_edges):
+                self._check_blocks(graph)
         self.edges.set_value(jnp.asarray(edges))  # not [...] =: see norm.py
+
+    def _check_blocks(self, edges: np.ndarray) -> None:
+        graph = connectivity.to_matrix(edges, self.in_channels, self.out_channels)
+        inputs, outputs = (size // self.block for size in graph.shape)
+        blocks = graph.reshape(inputs, self.block, outputs, self.block)
+        partners = graph.sum(1 if self.side == "input" else 0)
+        whole = (blocks.all((1, 3)) == blocks.any((1, 3))).all()
+        if not whole or (partners != self.degree).any():
+            raise ValueError(
+                f"expected a graph between whole blocks of {self.block} channels, with "
+                f"{self.degree // self.block} partners for each {self.side} block"
+            )
 
     @property
     def absent_weights(self) -> int:
@@ -73,6 +105,21 @@ class Expander(nnx.Module):
             values, unique_indices=True, indices_are_sorted=True
         )
         return flat.reshape(*values.shape[:-1], self.in_channels, self.out_channels)
+
+    @property
+    def uses_blocks(self) -> bool:
+        """Whether to compute by block instead of scattering into a dense kernel."""
+        if self.block == 1:
+            return False
+        if self.lowering == "auto":
+            return jax.default_backend() != "cpu"
+        return self.lowering == "blocks"
+
+    def in_blocks(self, x: jax.Array, values: jax.Array, **geometry) -> jax.Array:
+        """Convolves x (N, H, W, in) with values (kh, kw, E) by block."""
+        options = dict(out_channels=self.out_channels, block=self.block, side=self.side)
+        edges = self.edges[...]
+        return block_convolution(x, values, edges, **options, **geometry)
 
 
 class ExpanderConv(Expander):
@@ -91,31 +138,29 @@ class ExpanderConv(Expander):
         *,
         degree: int,
         sampling: str,
+        block: int = 1,
         stride: int = 1,
         padding: int = 0,
         dilation: int = 1,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_channels, out_channels, degree, sampling)
+        super().__init__(in_channels, out_channels, degree, sampling, block)
         shape = (kernel_size, kernel_size, self.num_edges)
         std = math.sqrt(2 / (out_channels * kernel_size**2))
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.lowering = "auto"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.dense(self.kernel[...].astype(x.dtype))
+        values = self.kernel[...].astype(x.dtype)
         if self.dilation > 1:  # zeros between the taps suit every lowering
             between = (0, 0, self.dilation - 1)
-            zero = jnp.zeros((), kernel.dtype)
-            kernel = lax.pad(kernel, zero, (between, between, (0, 0, 0), (0, 0, 0)))
-        return convolution(
-            x,
-            kernel,
-            stride=self.stride,
-            padding=self.padding,
-            lowering=self.lowering,
-        )
+            zero = jnp.zeros((), values.dtype)
+            values = lax.pad(values, zero, (between, between, (0, 0, 0)))
+        geometry = dict(stride=self.stride, padding=self.padding)
+        if self.uses_blocks:
+            return self.in_blocks(x, values, **geometry)
+        kernel = self.dense(values)
+        return convolution(x, kernel, lowering=self.lowering, **geometry)
 
 
 class ExpanderLinear(Expander):
@@ -131,12 +176,16 @@ class ExpanderLinear(Expander):
         *,
         degree: int,
         sampling: str,
+        block: int = 1,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, out_features, degree, sampling)
+        super().__init__(in_features, out_features, degree, sampling, block)
         std = math.sqrt(2 / in_features)
         values = std * jax.random.normal(rngs.params(), (self.num_edges,))
         self.kernel = nnx.Param(values)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.dense(self.kernel[...].astype(x.dtype))
+        values = self.kernel[...].astype(x.dtype)
+        if self.uses_blocks:
+            return self.in_blocks(x[:, None, None], values[None, None])[:, 0, 0]
+        return x @ self.dense(values)

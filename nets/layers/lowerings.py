@@ -51,10 +51,11 @@ def convolution(
 
 
 def check(lowering: str) -> None:
-    """Raises ValueError unless `lowering` is 'auto' or one of LOWERINGS."""
-    if lowering != "auto" and lowering not in LOWERINGS:
+    """Raises ValueError unless `lowering` is 'auto' or the name of a lowering."""
+    names = ("auto", *LOWERINGS, *EXPANDER_LOWERINGS)
+    if lowering not in names:
         raise ValueError(
-            f"unknown lowering {lowering!r}: choose from auto, {', '.join(LOWERINGS)}"
+            f"unknown lowering {lowering!r}: choose from {', '.join(names)}"
         )
 
 
@@ -404,3 +405,5 @@ LOWERINGS = {
         ),
     ),
 }
+# Lowerings of expander layers, which start from edges instead of a dense kernel.
+EXPANDER_LOWERINGS = ("blocks",)

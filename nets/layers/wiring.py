@@ -22,6 +22,9 @@ class Wiring:
       published command line's `expandSize`). Note: with "smaller_side" and in < out,
       the density is in / (compress * out), not 1 / compress.
     sampling: for expanders; see nets/connectivity.py.
+    block: for expanders; the graph is drawn between blocks of this many channels, and
+      degrees are rounded down to whole blocks. On accelerators, blocks save time
+      (layers/blocks.py).
     groups: for grouped convolutions.
     primary_groups, secondary_groups: for interleaved pairs (layers/interleaved.py). If
       one is 0, each layer computes it from primary * secondary = output channels, so
@@ -31,6 +34,7 @@ class Wiring:
     kind: str = "dense"
     compress: int = 2
     sampling: str = "smaller_side"
+    block: int = 1
     groups: int = 2
     primary_groups: int = 2
     secondary_groups: int = 0
@@ -40,10 +44,10 @@ class Wiring:
             raise ValueError(
                 f"unknown wiring {self.kind!r}: choose from {', '.join(KINDS)}"
             )
-        if self.compress < 1 or self.groups < 1:
+        if min(self.compress, self.groups, self.block) < 1:
             raise ValueError(
-                "compress and groups must be at least 1, got "
-                f"compress={self.compress}, groups={self.groups}"
+                "compress, groups and block must be at least 1, got "
+                f"compress={self.compress}, groups={self.groups}, block={self.block}"
             )
         fixed = (self.primary_groups, self.secondary_groups)
         if min(fixed) < 0 or max(fixed) < 1:
@@ -81,9 +85,9 @@ class Wiring:
         shape = (in_channels, out_channels, kernel_size)
         geometry = dict(stride=stride, padding=padding, rngs=rngs)
         if self.kind == "expander":
-            degree = self._degree(in_channels) if degree is None else degree
-            sampling = self.sampling
-            return ExpanderConv(*shape, degree=degree, sampling=sampling, **geometry)
+            return ExpanderConv(
+                *shape, **self._expander(in_channels, degree), **geometry
+            )
         if self.kind == "interleaved":
             primary, secondary = self.partitions(out_channels)
             secondary = secondary_groups or secondary
@@ -109,9 +113,8 @@ class Wiring:
         """
         shape = (in_features, out_features)
         if self.kind == "expander":
-            degree = self._degree(in_features) if degree is None else degree
-            options = dict(degree=degree, sampling=self.sampling, rngs=rngs)
-            return ExpanderLinear(*shape, **options)
+            options = self._expander(in_features, degree)
+            return ExpanderLinear(*shape, **options, rngs=rngs)
         return Linear(*shape, **dense, rngs=rngs)
 
     def partners(self, in_channels: int, out_channels: int) -> int:
@@ -119,10 +122,17 @@ class Wiring:
         side = connectivity.sampled_side(in_channels, out_channels, self.sampling)
         return in_channels if side == "output" else out_channels
 
-    def _degree(self, in_channels: int) -> int:
-        if degree := in_channels // self.compress:
-            return degree
-        raise ValueError(
-            f"compress={self.compress} leaves no connection in a layer with "
-            f"{in_channels} input channels: choose at most {in_channels}"
-        )
+    def _expander(self, in_channels: int, degree: int | None) -> dict:
+        if degree is None and not (degree := in_channels // self.compress):
+            raise ValueError(
+                f"compress={self.compress} leaves no connection in a layer with "
+                f"{in_channels} input channels: choose at most {in_channels}"
+            )
+        whole = degree // self.block * self.block
+        if not whole:
+            raise ValueError(
+                f"a degree of {degree} in a layer with {in_channels} input channels is "
+                f"less than one block: choose net.wiring.block of at most {degree}, or "
+                "a smaller compress"
+            )
+        return dict(degree=whole, sampling=self.sampling, block=self.block)

@@ -30,15 +30,16 @@ EVERY_NET_RUN = pytest.mark.parametrize(
 )
 # Each pair compiles a train step, which takes seconds: only a few of them are fast.
 FAST = ("cfmz_resnet", "densenet", "igc_resnet", "plain", "resnet")
+FAST_PAIRS = [("cfmz_resnet", "blocks"), *((name, "expander") for name in FAST)]
 EVERY_PAIR = pytest.mark.parametrize(
     ("name", "wiring"),
     [
         pytest.param(
             *(name, wiring),
-            marks=() if name in FAST and wiring == "expander" else pytest.mark.slow,
+            marks=() if (name, wiring) in FAST_PAIRS else pytest.mark.slow,
         )
         for name in nets.names()
-        for wiring in KINDS
+        for wiring in (*KINDS, "blocks")
     ],
 )
 
@@ -92,6 +93,8 @@ def test_every_wiring_trains_on_eight_devices(name, wiring, tmp_path):
     # the step is a shard_map.
     lowering = "native" if wiring == "grouped" else "auto"
     fields = dict(net__wiring__kind=wiring, net__lowering=lowering)
+    if wiring == "blocks":
+        fields = dict(net__wiring__block=2, net__lowering="blocks")
     fields |= dict(train__batch_size=32, train__batch_norm_groups=0)
     fields |= dict(data__pad=0, data__flip=False, optimizer__weight_decay=0.0)
     steps = Steps(configured(npz, name, **fields), 8)
@@ -247,6 +250,10 @@ def test_configure_sets_every_module(name):
             "5 groups do not divide 48 input channels",
         ),
         (dict(wiring=dict(compress=0)), "got compress=0"),
+        (
+            dict(wiring=dict(kind="expander", block=5)),
+            r"blocks of 5 .* 48 -> 96 channels: block must divide 48",
+        ),
         (
             dict(wiring=dict(kind="expander", sampling="x")),
             "rule 'x'.*per_input",

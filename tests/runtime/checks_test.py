@@ -252,6 +252,7 @@ NEEDS = {
     "net.graph_seed": (5, EXPANDER, GROUPED),
     "net.wiring.compress": (4, EXPANDER, DENSE),
     "net.wiring.sampling": ("per_input", EXPANDER, DENSE),
+    "net.wiring.block": (4, EXPANDER, DENSE),
     "net.wiring.groups": (4, GROUPED, INTERLEAVED),
     "net.wiring.primary_groups": (4, INTERLEAVED, EXPANDER),
     "net.wiring.secondary_groups": (4, INTERLEAVED, GROUPED),
