@@ -1,20 +1,21 @@
 """DenseNet, the backbone of X-DenseNet (Deep Expander Networks).
 
 Each layer reads the concatenation of all earlier maps of its block and appends
-`growth` new ones. X-DenseNet-BC-40-24-2 has depth 40, growth 24 and the expander wiring
-with compress 2. Source: the published code. DenseNet covers its densenet_cifar,
-_grouped_cifar and _expander_cifar, ImageNetDenseNet its densenet121 to 201 and their
-expander twins.
+`growth` new ones. All readers of a map normalise it with the same batch statistics,
+which are therefore computed once. X-DenseNet-BC-40-24-2 has depth 40, growth 24 and the
+expander wiring with compress 2. Source: the published code. DenseNet covers its
+densenet_cifar, _grouped_cifar and _expander_cifar, ImageNetDenseNet its densenet121 to
+201 and their expander twins.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from nets.layers.conv import Conv, Linear, he_fan_out, torch_default, torch_uniform
-from nets.layers.norm import BatchNorm, torch_batch_norm
+from nets.layers.norm import BatchNorm, Measured, torch_batch_norm
 from nets.layers.pooling import average_pool, global_average_pool, max_pool
 from nets.layers.wiring import Wiring
 
@@ -28,20 +29,19 @@ IMAGENET = {
 
 
 class BasicLayer(nnx.Module):
-    """BN, ReLU, 3x3 to `growth`; appended to the input."""
+    """BN, ReLU, 3x3: the `growth` maps that a layer appends to its input."""
 
     def __init__(self, channels, growth, *, wiring, dropout, rngs):
         self.norm1 = BatchNorm(channels)
         self.conv1 = wiring.conv(channels, growth, 3, padding=1, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        new = self.conv1(nnx.relu(self.norm1(x)))
-        return jnp.concatenate([x, _drop(self.dropout, new)], axis=-1)
+    def __call__(self, maps: Sequence[Measured]) -> jax.Array:
+        return _drop(self.dropout, self.conv1(nnx.relu(self.norm1(maps))))
 
 
 class BottleneckLayer(nnx.Module):
-    """BN, ReLU, 1x1 to 4 growth, BN, ReLU, 3x3 to growth; appended to the input."""
+    """BN, ReLU, 1x1 to 4 growth, BN, ReLU, 3x3: the `growth` maps that it appends."""
 
     def __init__(
         self,
@@ -62,10 +62,9 @@ class BottleneckLayer(nnx.Module):
         self.conv2 = wiring.conv(width, growth, 3, padding=1, **options)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        new = _drop(self.dropout, self.conv1(nnx.relu(self.norm1(x))))
-        new = _drop(self.dropout, self.conv2(nnx.relu(self.norm2(new))))
-        return jnp.concatenate([x, new], axis=-1)
+    def __call__(self, maps: Sequence[Measured]) -> jax.Array:
+        x = _drop(self.dropout, self.conv1(nnx.relu(self.norm1(maps))))
+        return _drop(self.dropout, self.conv2(nnx.relu(self.norm2(x))))
 
 
 class Transition(nnx.Module):
@@ -87,8 +86,8 @@ class Transition(nnx.Module):
         self.conv = wiring.conv(in_channels, out_channels, 1, **options)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv(nnx.relu(self.norm(x)))
+    def __call__(self, maps: Sequence[Measured]) -> jax.Array:
+        x = self.conv(nnx.relu(self.norm(maps)))
         return average_pool(_drop(self.dropout, x), 2)
 
 
@@ -145,12 +144,8 @@ class DenseNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
-        for i, layers in enumerate(self.blocks):
-            if i:
-                x = self.transitions[i - 1](x)
-            for layer in layers:
-                x = layer(x)
-        return self.classifier(global_average_pool(nnx.relu(self.norm(x))))
+        x = nnx.relu(self.norm(_run_blocks(self, x)))
+        return self.classifier(global_average_pool(x))
 
 
 class ImageNetDenseNet(nnx.Module):
@@ -211,12 +206,23 @@ class ImageNetDenseNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nnx.relu(self.stem_norm(self.stem(x)))
         x = max_pool(x, 3, stride=2, padding=1)
-        for i, layers in enumerate(self.blocks):
-            if i:
-                x = self.transitions[i - 1](x)
-            for layer in layers:
-                x = layer(x)
-        return self.classifier(global_average_pool(nnx.relu(self.norm(x))))
+        x = nnx.relu(self.norm(_run_blocks(self, x)))
+        return self.classifier(global_average_pool(x))
+
+
+def _run_blocks(net: DenseNet | ImageNetDenseNet, x: jax.Array) -> list[Measured]:
+    """Returns the input and the new maps of the last block, measured."""
+    for i, layers in enumerate(net.blocks):
+        is_last = i == len(net.blocks) - 1
+        final = net.norm if is_last else net.transitions[i].norm
+        # The next reader measures a map for all later ones.
+        reader, *readers = [*(layer.norm1 for layer in layers), final]
+        maps = [reader.measure(x)]
+        for layer, reader in zip(layers, readers, strict=True):
+            maps.append(reader.measure(layer(maps)))
+        if not is_last:
+            x = net.transitions[i](maps)
+    return maps
 
 
 def _drop(dropout: nnx.Dropout | None, x: jax.Array) -> jax.Array:

@@ -1,11 +1,24 @@
 """Batch normalisation, with an option for each difference between the originals."""
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+
+class Measured(NamedTuple):
+    """A map (N, ..., C) with its batch mean and biased variance (groups, 1, ..., C).
+
+    Evaluation, which uses running averages, has no batch statistics.
+    """
+
+    x: jax.Array
+    mean: jax.Array | None = None
+    var: jax.Array | None = None
 
 
 class BatchNorm(nnx.Module):
@@ -46,20 +59,61 @@ class BatchNorm(nnx.Module):
         self.groups = 1
         self.use_running_average = False  # set by net.train() and net.eval()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Sequence[Measured]) -> jax.Array:
+        """Normalises x (N, ..., C), or measured maps, which it concatenates."""
+        maps = x if isinstance(x, Sequence) else [self.measure(x)]
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            x, shape = self._split_into_groups(x), x.shape
-            mean, var = self._batch_statistics(x)
+            mean = jnp.concatenate([each.mean for each in maps], axis=-1)
+            var = jnp.concatenate([each.var for each in maps], axis=-1)
+            self._update_running(mean, var, maps[0].x)
         scale = jax.lax.rsqrt(var + self.eps)
         if self.scale is not None:
             scale = self.scale[...] * scale
         shift = -mean * scale
         if self.bias is not None:
             shift = self.bias[...] + shift
-        y = (x * scale + shift).astype(x.dtype)
-        return y if self.use_running_average else y.reshape(shape)
+        # Concatenating first takes up to a third more memory.
+        ends = np.cumsum([each.x.shape[-1] for each in maps])[:-1]
+        split = zip(jnp.split(scale, ends, -1), jnp.split(shift, ends, -1), strict=True)
+        normalised = [
+            self._affine(each.x, *pair) for each, pair in zip(maps, split, strict=True)
+        ]
+        return jnp.concatenate(normalised, axis=-1)
+
+    def measure(self, x: jax.Array) -> Measured:
+        """Returns x with its batch statistics, for this and other norms that read it.
+
+        x: the last channels of this norm's input, or all of them.
+        One pass over x is 2.5 times faster than two (docs/speed.md). Shifting x by the
+        running mean limits the cancellation in E[x^2] - E[x]^2. In float64, which
+        serves parity rather than speed, the batch mean is the shift.
+        """
+        if self.use_running_average:
+            return Measured(x)
+        grouped = self._split_into_groups(x)
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        axes = tuple(range(1, grouped.ndim - 1))
+        reference = self.mean[...][-x.shape[-1] :]
+        if dtype == jnp.float64:
+            reference = jnp.mean(grouped, axes, keepdims=True)
+            reference = self._over_devices(reference)
+        reference = jax.lax.stop_gradient(reference)
+        centred = grouped.astype(dtype) - reference
+        moments = jnp.stack(
+            [
+                jnp.mean(centred, axes, keepdims=True),
+                jnp.mean(jnp.square(centred), axes, keepdims=True),
+            ]
+        )
+        offset, square = self._over_devices(moments)
+        var = jnp.maximum(square - jnp.square(offset), 0.0)
+        return Measured(x, offset + reference, var)
+
+    def _affine(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+        grouped = x if self.use_running_average else self._split_into_groups(x)
+        return (grouped * scale + shift).astype(x.dtype).reshape(x.shape)
 
     def _split_into_groups(self, x: jax.Array) -> jax.Array:
         """Reshapes this device's (N, ..., C) to (groups, N / groups, ..., C).
@@ -73,34 +127,6 @@ class BatchNorm(nnx.Module):
             groups += 1
         return x.reshape(groups, images // groups, *x.shape[1:])
 
-    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and biased variance (groups, 1, ..., C); updates the state.
-
-        One pass over x is 2.5 times faster than two (docs/speed.md). Shifting x by the
-        running mean limits the cancellation in E[x^2] - E[x]^2. In float64, which
-        serves parity rather than speed, the batch mean is the shift.
-        """
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        axes = tuple(range(1, x.ndim - 1))
-        reference = self.mean[...]
-        if dtype == jnp.float64:
-            reference = jnp.mean(x, axes, keepdims=True)
-            reference = self._over_devices(reference)
-        reference = jax.lax.stop_gradient(reference)
-        centred = x.astype(dtype) - reference
-        moments = jnp.stack(
-            [
-                jnp.mean(centred, axes, keepdims=True),
-                jnp.mean(jnp.square(centred), axes, keepdims=True),
-            ]
-        )
-        offset, square = self._over_devices(moments)
-        mean = offset + reference
-        var = jnp.maximum(square - jnp.square(offset), 0.0)
-        count = x[0].size // x.shape[-1] * max(1, self._devices() // self.groups)
-        self._update_running(mean, var, count)
-        return mean, var
-
     def _devices(self) -> int:
         return jax.lax.axis_size(self.axis_name) if self.axis_name else 1
 
@@ -112,8 +138,12 @@ class BatchNorm(nnx.Module):
         together = np.arange(self._devices()).reshape(self.groups, share).tolist()
         return jax.lax.pmean(x, self.axis_name, axis_index_groups=together)
 
-    def _update_running(self, mean: jax.Array, var: jax.Array, count: int) -> None:
+    def _update_running(self, mean: jax.Array, var: jax.Array, x: jax.Array) -> None:
         if self.running_var == "unbiased":
+            images = (
+                x.shape[0] // mean.shape[0] * max(1, self._devices() // self.groups)
+            )
+            count = images * math.prod(x.shape[1:-1])
             # A single value has no unbiased variance; torch raises an error.
             var = var * (count / max(count - 1, 1))
         for running, batch in ((self.mean, mean), (self.var, var)):

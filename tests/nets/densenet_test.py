@@ -1,5 +1,10 @@
-"""DenseNet for ImageNet: wired layers, depths, and sizes of maps."""
+"""DenseNet: shared statistics; for ImageNet wired layers, depths, sizes of maps."""
 
+import functools
+import itertools
+
+import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -49,3 +54,36 @@ def test_the_maps_shrink_as_published():
         )
     ]
     assert sides == [112, 56, 56, 28]
+
+
+BASIC = dict(name="densenet", growth=8, bottleneck=False)
+
+
+def test_statistics_are_computed_once_per_map():
+    """Two sums (moments) over each channel that enters or is appended to a block."""
+    net = nnx.eval_shape(lambda: nets.create(BASIC | dict(depth=16), nnx.Rngs(0)))
+    definition, variables = nets.split(net)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+    step = functools.partial(definition.apply, train=True)
+    equations = jax.make_jaxpr(step)(variables, x).jaxpr.eqns
+    reduced = sum(
+        equation.invars[0].aval.shape[-1]
+        for equation in equations
+        if equation.primitive.name == "reduce_sum"
+        and equation.invars[0].aval.ndim == 5  # groups, images, height, width, channels
+    )
+    # Four layers append 8 maps each; a transition halves the number of maps.
+    assert reduced == 2 * ((16 + 32) + (24 + 32) + (28 + 32))
+
+
+def test_all_readers_of_a_map_receive_the_same_statistics():
+    definition, variables = nets.split(nets.create(BASIC | dict(depth=13), nnx.Rngs(0)))
+    x = 3 + np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    train = functools.partial(definition.apply, train=True)
+    stats = jax.jit(train, compiler_options=nets.RUN_ONCE)(variables, x)[1]
+    readers = [layer["norm1"] for layer in stats["blocks"][2].values()]
+    for first, second in itertools.pairwise([*readers, stats["norm"]]):
+        for kind in ("mean", "var"):
+            shared = first[kind].shape[0]
+            assert np.all(first[kind] != 0)
+            np.testing.assert_array_equal(second[kind][:shared], first[kind])

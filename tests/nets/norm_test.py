@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import nets
@@ -165,3 +166,15 @@ def test_half_precision_has_statistics_in_single_precision():
     np.testing.assert_allclose(layer.mean[...], 0.1 * mean, rtol=1e-4)
     layer.eval()
     assert layer(x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_measured_maps_are_normalised_as_their_concatenation(groups):
+    """Also by the statistics of an earlier norm, which knows only some channels."""
+    x = 3 + 2 * normal(4, 3, 3, 5)
+    together, separate, earlier = batch_norm(), batch_norm(), batch_norm(2)
+    for layer in (together, separate, earlier):
+        layer.groups = groups
+    maps = [earlier.measure(x[..., :2]), separate.measure(x[..., 2:])]
+    np.testing.assert_allclose(separate(maps), together(x), rtol=1e-4, atol=1e-5)
+    assert_equal_runs(nnx.state(separate), nnx.state(together))
