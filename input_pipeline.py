@@ -103,9 +103,15 @@ def _listed(names: Sequence[str]) -> str:
 def find(data: ConfigDict) -> DataSet:
     """Finds the data set of config.data, without reading any images.
 
-    Raises DataError if there is none. If values are impossible, the error names each of
-    them instead.
+    Raises DataError if there is none, or if values are impossible.
     """
+    check(data)
+    pipeline(data)
+    return data_sources.find(data)
+
+
+def check(data: ConfigDict) -> None:
+    """Raises DataError that names each impossible value of config.data."""
     problems = [
         f"unknown data.{field} {data[field]!r}: choose from {', '.join(choices)}"
         for field, choices in CHOICES.items()
@@ -124,8 +130,6 @@ def find(data: ConfigDict) -> DataSet:
     ]
     if problems:
         raise DataError("; ".join(problems))
-    pipeline(data)
-    return data_sources.find(data)
 
 
 def _problem(field: str, value: tuple) -> str:

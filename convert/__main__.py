@@ -20,6 +20,10 @@ from ml_collections import ConfigDict
 
 from convert import containers, export, identify, workdirs
 from runtime import command_line
+from runtime.checks import check_values
+from runtime.workdir import resolve
+
+DEFAULTS = "ours", "best"  # of --names and --checkpoint
 
 
 def main(arguments: list[str]) -> None:
@@ -36,6 +40,10 @@ def main(arguments: list[str]) -> None:
 
 def import_file(options: argparse.Namespace, overrides: list[str]) -> None:
     """Writes the workdir of a weight file, whose net its names and shapes decide."""
+    if options.file.is_dir():
+        raise ValueError(f"{options.file} is a directory: to export a run, set --to")
+    if (options.names, options.checkpoint) != DEFAULTS:
+        raise ValueError("--names and --checkpoint require --to")
     if options.workdir is None and not options.dry_run:
         raise ValueError("--workdir is missing; python -m convert --help")
     given = _config(options.config, overrides)
@@ -47,7 +55,7 @@ def import_file(options: argparse.Namespace, overrides: list[str]) -> None:
     print(_describe(options.file, weights, match))
     if options.dry_run:
         return
-    workdir = options.workdir.expanduser()
+    workdir = resolve(options.workdir)
     workdirs.save(workdir, options.file.expanduser(), weights, match)
     print(
         f"saved          {workdir}\n"
@@ -82,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "file", type=pathlib.Path, help="a weight file; with --to, a workdir"
     )
-    parser.add_argument("--workdir", type=pathlib.Path, help="a new directory")
+    parser.add_argument("--workdir", help="a new directory")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what the file holds, write nothing"
     )
@@ -99,12 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--names",
-        default="ours",
+        default=DEFAULTS[0],
         choices=["ours", "original"],
         help="of exported weights, with their layouts",
     )
     parser.add_argument(
-        "--checkpoint", default="best", help="to export: best, last or a step"
+        "--checkpoint", default=DEFAULTS[1], help="to export: best, last or a step"
     )
     return parser
 
@@ -123,7 +131,10 @@ def _config(value: str | None, overrides: list[str]) -> tuple[str, ConfigDict] |
             config.update_from_flattened_dict({match[1]: _literal(match[2])})
         except TypeError as error:
             raise ValueError(f"{override}: {error}") from error
-    return None if config is None else (" ".join([value, *overrides]), config)
+    if config is None:
+        return None
+    check_values(config)
+    return " ".join([value, *overrides]), config
 
 
 def _literal(text: str):

@@ -1,5 +1,6 @@
 """Exports the net of a run: its weights, or a program for any machine, and its card."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from convert.sources import to_reference
 from input_pipeline import Facts
 from nets import cost
 from runtime.checkpoints import Checkpoints
+from runtime.checks import check_fields
 from runtime.command_line import CONFIGS, SHARED
 from runtime.workdir import (
     CONFIG_JSON,
@@ -98,12 +100,18 @@ def export(
         writer = npz if path.suffix == ".npz" else safetensors
         normalization = Normalization(run.facts.mean, run.facts.std)
         content = writer.write(tensors(run.net, names), normalization)
+    text = describe(run, path.name, names)
+    draft = path.with_name(f".{path.name}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        draft.write_bytes(content)
+        write_text(card, text)
+        draft.replace(path)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror}") from error
-    write_text(card, describe(run, path.name, names))
+    finally:
+        with contextlib.suppress(OSError):  # it was renamed, or its directory is none
+            draft.unlink()
     return [path, card]
 
 
@@ -124,6 +132,7 @@ def load(workdir: str | os.PathLike, which: str | int = "best") -> Run:
     """Loads the net of a checkpoint, in eval mode."""
     workdir = pathlib.Path(os.path.expanduser(workdir))
     config, facts = load_config(workdir), load_facts(workdir)
+    check_fields(config)  # of a run of another version
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         step = {"step": np.zeros((), np.int32)}
         _, number = checkpoints.restore(step, which, partial=True)
@@ -219,8 +228,11 @@ def _origin(run: Run) -> str:
     path = run.workdir / "origin.json"
     if not path.is_file():
         return run.config.init_from
-    origin = json.loads(path.read_text())
-    return f"{origin['file']} ({origin['container']}), SHA-256 {origin['sha256']}"
+    try:
+        origin = json.loads(path.read_text())
+        return f"{origin['file']} ({origin['container']}), SHA-256 {origin['sha256']}"
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExportError(f"{path} is damaged; delete it: {error!r}") from error
 
 
 def _result(run: Run) -> str:

@@ -1,9 +1,11 @@
 """Finds the net whose weights a file holds, among the variants of configs/."""
 
+import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -15,11 +17,11 @@ from runtime.command_line import CONFIGS, SHARED
 from runtime.workdir import flatten
 
 # Tensors that are not trained, by the end of their names.
-NOT_TRAINED = (
-    *("running_mean", "running_var", "moving_mean", "moving_var", "gmean", "gvar"),
-    "mask",
-    *(".mean", ".var", ".edges"),  # our names
-)
+# The last of each line is our name.
+MEANS = "running_mean", "moving_mean", "gmean", ".mean"
+VARIANCES = "running_var", "moving_var", "gvar", ".var"
+GRAPHS = "mask", ".edges"
+NOT_TRAINED = (*MEANS, *VARIANCES, *GRAPHS)
 
 
 class Unidentified(ValueError):
@@ -40,14 +42,28 @@ class Match(NamedTuple):
 
 
 def check(tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises Unidentified unless all weights are finite numbers."""
+    """Raises Unidentified unless weights are finite and masks are zeros and ones.
+
+    Loading checks edges.
+    """
     for name, tensor in tensors.items():
-        if name.endswith(("mask", ".edges")):
-            continue
-        if tensor.dtype.kind in "biu":
-            raise Unidentified(f"{name} holds {tensor.dtype}, not weights")
-        if not np.isfinite(tensor).all():
-            raise Unidentified(f"{name} holds numbers that are not finite")
+        dtype = tensor.dtype
+        if name.endswith("mask"):
+            number = jnp.issubdtype(dtype, np.number) or dtype.kind == "b"
+            if not number or not np.all((tensor == 0) | (tensor == 1)):
+                raise Unidentified(f"{name} has values other than 0 and 1")
+        elif not name.endswith(".edges"):
+            if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 8:
+                raise Unidentified(
+                    f"{name} has type {dtype}, but weights must be floats of at most "
+                    "64 bits"
+                )
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(tensor.astype(np.float32)).all()
+            if not finite:
+                raise Unidentified(f"{name} has values that are not finite in float32")
+            if name.endswith(VARIANCES) and (tensor < 0).any():
+                raise Unidentified(f"{name} has negative variances")
 
 
 def identify(
@@ -83,10 +99,11 @@ def identify(
     if given or near:
         name, reason = (name, reason) if given else near
         raise Unidentified(f"{count:,} parameters, which do not fit {name}: {reason}")
+    nearest, parameters = min(_variants(), key=lambda x: abs(x[1] - count))[:2]
     raise Unidentified(
-        f"no variant in configs/ has these {count:,} parameters ({_some(tensors)}): if "
-        "the net is one of ours with other fields, set them with --config and "
-        "--config.net.FIELD"
+        f"no variant in configs/ has these {count:,} parameters ({_some(tensors)}); "
+        f"the nearest, {nearest}, has {parameters:,}: give it as --config to see what "
+        "differs, or another one with --config.net.FIELD=VALUE"
     )
 
 
@@ -104,15 +121,22 @@ def count_parameters(tensors: Mapping[str, np.ndarray]) -> int:
 
 def candidates(count: int) -> Iterator[tuple[str, ConfigDict]]:
     """Yields name and configuration of the variants with this many parameters."""
+    for name, parameters, get_config in _variants():
+        if parameters == count:
+            yield name, get_config()
+
+
+def _variants() -> Iterator[tuple[str, int, Callable[[], ConfigDict]]]:
+    """Yields the name of each variant, its parameters, and what makes its config."""
     for path in sorted(CONFIGS.glob("*.py")):
         if path.stem in SHARED:
             continue
         family = importlib.import_module(f"configs.{path.stem}")
         for variant, row in family.VARIANTS.items():
             for data, parameters in row.parameters.items():
-                if parameters == count:
-                    config = family.get_config(f"{variant},{data}")
-                    yield f"configs/{path.name}:{variant},{data}", config
+                argument = f"{variant},{data}"
+                get_config = functools.partial(family.get_config, argument)
+                yield f"configs/{path.name}:{argument}", parameters, get_config
 
 
 def _fit(config: ConfigDict, tensors) -> tuple[nnx.Module | None, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +27,23 @@ def save(
     """Writes the checkpoint, config.json and origin.json of a weight file.
 
     path: of the file. Writes no metrics.csv or best.json, because nothing has been
-    evaluated. Raises WorkdirError if the workdir holds a run.
+    evaluated. Raises WorkdirError if the workdir holds a run, or if it cannot be
+    written; then nothing is left in it.
     """
     facts = data_facts(match.config, weights)
     with lock(workdir):
         if (workdir / CONFIG_JSON).exists() or (workdir / "checkpoints").exists():
             raise WorkdirError(f"{workdir} already holds a run: use another --workdir")
-        state = _state(match, facts)
-        save_config(workdir, match.config, facts)
-        write_json(workdir / "origin.json", origin(path, weights, match))
-        with Checkpoints(workdir, match.config.checkpoint.keep) as checkpoints:
-            checkpoints.save(0, state)
+        state, before = _state(match, facts), set(workdir.iterdir())
+        try:
+            with Checkpoints(workdir, match.config.checkpoint.keep) as checkpoints:
+                checkpoints.save(0, state)
+            write_json(workdir / "origin.json", origin(path, weights, match))
+            save_config(workdir, match.config, facts)
+        except BaseException:  # also Ctrl-C
+            for entry in set(workdir.iterdir()) - before:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            raise
 
 
 def origin(path: pathlib.Path, weights: Weights, match: Match) -> dict:

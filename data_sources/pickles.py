@@ -3,7 +3,8 @@
 A pickle can call any function, and an array of Python objects made from bytes is an
 array of arbitrary pointers. This reader builds containers, texts and arrays of numbers,
 and refuses everything else. It needs no more memory than a small multiple of the
-pickle: pickle.Unpickler would trust the lengths and indices that it reads.
+pickle: pickle.Unpickler would trust the lengths and indices that it reads. Errors show
+text and types only, because the repr of nested containers can be exponentially long.
 """
 
 import io
@@ -81,6 +82,12 @@ class _Unpickler(pickle.Unpickler):
         return self._stand_ins[module, name]
 
 
+def show(value: Any) -> str:
+    """Returns text as a literal, and the type of anything else."""
+    text = isinstance(value, (str, bytes))
+    return repr(value) if text else f"a {type(value).__name__}"
+
+
 def _stand_ins(size: int) -> dict[tuple[str, str], Any]:
     """Returns what replaces numpy's functions in one pickle of `size` bytes.
 
@@ -102,7 +109,7 @@ def _stand_ins(size: int) -> dict[tuple[str, str], Any]:
             name = name.decode() if isinstance(name, bytes) else name
             numbers = "b1|[iu][1248]|f[248]"
             if not isinstance(name, str) or not re.fullmatch(numbers, name):
-                raise pickle.UnpicklingError(f"numbers of type {name!r} are refused")
+                raise pickle.UnpicklingError(f"the dtype {show(name)} is refused")
             self.dtype = np.dtype(name)
 
         def __setstate__(self, state):
@@ -114,7 +121,7 @@ def _stand_ins(size: int) -> dict[tuple[str, str], Any]:
         def __setstate__(self, state):
             version, shape, dtype, fortran, content = state
             if not isinstance(dtype, Dtype):
-                raise pickle.UnpicklingError(f"an array of {dtype!r} is refused")
+                raise pickle.UnpicklingError(f"an array of {show(dtype)} is refused")
             spend(len(content))
             super().__setstate__((version, shape, dtype.dtype, fortran, content))
 
@@ -127,19 +134,26 @@ def _stand_ins(size: int) -> dict[tuple[str, str], Any]:
 
     def scalar(dtype, content):
         if not isinstance(dtype, Dtype):
-            raise pickle.UnpicklingError(f"a number of type {dtype!r} is refused")
+            raise pickle.UnpicklingError(f"a number of type {show(dtype)} is refused")
         (value,) = np.frombuffer(content, dtype.dtype)
         return value
 
     def encode(text, encoding):
         """How Python 3 pickles bytes for Python 2."""
         if encoding != "latin1":
-            raise pickle.UnpicklingError(f"text in {encoding!r} is refused")
+            raise pickle.UnpicklingError(f"text in {show(encoding)} is refused")
         spend(len(text))
         return text.encode("latin1")
 
     class Dict(dict):
-        """Stands in for OrderedDict, which has the same items and attributes."""
+        """Stands in for OrderedDict: has its items, but not its attributes."""
+
+        def __init__(self, items=()):
+            spend(32 * len(items))
+            super().__init__(items)
+
+        def __setstate__(self, state):
+            pass
 
     found = {
         ("numpy", "ndarray"): ndarray,

@@ -216,6 +216,19 @@ def check_fields(config: ConfigDict) -> None:
     _refuse([*_schema_problems(config)])
 
 
+def check_values(config: ConfigDict) -> None:
+    """Checks fields, values and the net, but not the data set.
+
+    Raises ValueError that lists all problems.
+    """
+    check_fields(config)
+    problems = [*_value_problems(config)]
+    _run(problems, input_pipeline.check, config.data)
+    _run(problems, check_augment, config.augment)
+    _run(problems, cost.build, config.net)
+    _refuse(problems)
+
+
 def check_config(
     config: ConfigDict, mesh: Mesh, *, training: bool = True
 ) -> tuple[nnx.Module, input_pipeline.DataSet]:

@@ -55,14 +55,7 @@ def runs(
     config.seed + 1, ... in workdir/seed<seed>. Raises ValueError if the workdir or
     the number of seeds is invalid.
     """
-    if not str(workdir):
-        raise ValueError("--workdir must not be empty")
-    if "://" in str(workdir):
-        raise ValueError(
-            f"--workdir={workdir} is a URL, not a directory: mount the bucket "
-            "(e.g. with gcsfuse) and give its path"
-        )
-    workdir = pathlib.Path(os.path.expanduser(workdir))
+    workdir = resolve(workdir)
     if config.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {config.seeds}")
     if config.seeds == 1:
@@ -72,6 +65,18 @@ def runs(
         run = config.copy_and_resolve_references()
         run.update(seed=seed, seeds=1)
         yield run, workdir / f"seed{seed}"
+
+
+def resolve(workdir: str | os.PathLike) -> pathlib.Path:
+    """Returns the path of a workdir; raises ValueError if it cannot be one."""
+    if not str(workdir):
+        raise ValueError("--workdir must not be empty")
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--workdir={workdir} is a URL, not a directory: mount the bucket "
+            "(e.g. with gcsfuse) and give its path"
+        )
+    return pathlib.Path(os.path.expanduser(workdir))
 
 
 def save_config(
@@ -272,4 +277,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
             os.fsync(file.fileno())  # otherwise the rename may reach the disk first
         draft.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise WorkdirError(f"{path} cannot be written: {error}") from error

@@ -29,6 +29,9 @@ READERS = {
 }
 
 
+MAX_NAME = 500  # characters of a tensor's name, which error messages quote
+
+
 def read(path: str | os.PathLike) -> Weights:
     """Reads a weight file; raises ContainerError for any file that it cannot read."""
     path = pathlib.Path(os.path.expanduser(path))
@@ -44,16 +47,23 @@ def read(path: str | os.PathLike) -> Weights:
         except Exception as error:  # a damaged file can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ContainerError(
-                f"{path} looks like a {name} file, but is damaged or of another kind: "
-                f"{reason:.200}"
+                f"{path} looks like a {name} file but cannot be read: {reason:.200}; "
+                "if it may be incomplete or damaged, get a new copy"
             ) from error
         if not weights.tensors:
             raise ContainerError(f"{path}, a {name} file, holds no weights")
-        if not all(map(str.isprintable, weights.tensors)):
-            raise ContainerError(f"{path} has tensor names that cannot be printed")
-        skipped = [x if x.isprintable() else ascii(x) for x in weights.skipped]
+        if not all(x.isprintable() and len(x) < MAX_NAME for x in weights.tensors):
+            raise ContainerError(
+                f"{path} has tensor names that cannot be printed or have {MAX_NAME} "
+                "characters or more"
+            )
+        skipped = [_to_printable(x) for x in weights.skipped]
         return weights._replace(skipped=skipped, container=name)
     raise ContainerError(
         f"{path} is not a weight file of a known format: expected one of "
-        f"{', '.join(READERS)}"
+        f"{', '.join(READERS)} (docs/weights.md)"
     )
+
+
+def _to_printable(name: str) -> str:
+    return (name if name.isprintable() else ascii(name))[:MAX_NAME]

@@ -7,6 +7,8 @@ import zipfile
 
 import numpy as np
 
+MOST_DIMENSIONS = 64  # NumPy's limit
+
 
 class ContainerError(ValueError):
     """A weight file that is damaged, or that no reader understands."""
@@ -49,9 +51,11 @@ class Cursor:
 
 
 def elements(shape: tuple[int, ...]) -> int:
-    """Returns the number of elements of an array; ContainerError for no shape."""
+    """Returns the number of elements of an array; ContainerError for a bad shape."""
+    if len(shape) > MOST_DIMENSIONS:
+        raise ContainerError(f"an array has {len(shape)} dimensions")
     if any(type(n) is not int or n < 0 for n in shape):
-        raise ContainerError(f"{shape} is not a shape")
+        raise ContainerError("a shape must consist of integers from 0 on")
     return math.prod(shape)
 
 
@@ -75,8 +79,15 @@ def strided(
 
 def open_zip(content: bytes, expansion: int) -> zipfile.ZipFile:
     """Opens an archive whose members have at most `expansion` times its size."""
-    archive = zipfile.ZipFile(io.BytesIO(content))
-    size = sum(member.file_size for member in archive.infolist())
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+    except zipfile.BadZipFile as error:
+        raise ContainerError(f"the archive is incomplete ({error})") from error
+    members = archive.infolist()
+    # zipfile decompresses the other methods in chunks of any size.
+    if {x.compress_type for x in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ContainerError("zip methods other than deflate are not supported")
+    size = sum(member.file_size for member in members)
     if size > expansion * len(content):
         raise ContainerError(
             f"an archive of {len(content)} bytes claims to hold {size}"

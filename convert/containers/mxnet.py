@@ -13,7 +13,6 @@ from convert.containers.weights import Weights
 MAGIC = bytes.fromhex("1201000000000000")
 V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 DTYPES = "<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8"
-MOST_DIMENSIONS = 32
 
 
 def matches(content: bytes) -> bool:
@@ -48,8 +47,6 @@ def _array(cursor: Cursor) -> np.ndarray | None:
         raise ContainerError(f"a sparse array (kind {kind}) is not supported")
     modern = version in (V1, V2, V3)
     dimensions = cursor.number("i") if modern else version
-    if dimensions > MOST_DIMENSIONS:
-        raise ContainerError(f"an array has {dimensions} dimensions")
     if dimensions < 0 or (dimensions == 0 and version != V3):
         return None
     shape = cursor.unpack(f"{dimensions}{'q' if modern else 'I'}")

@@ -7,6 +7,7 @@ of the archive, or after the last pickle, ordered by a pickled list of their key
 
 import functools
 import io
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -15,7 +16,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from convert.containers.cursor import ContainerError, Cursor, open_zip, strided
+from convert.containers.cursor import (
+    ContainerError,
+    Cursor,
+    elements,
+    open_zip,
+    strided,
+)
 from convert.containers.weights import Weights
 from data_sources import pickles
 
@@ -57,8 +64,9 @@ def _pickle_name(content: bytes) -> str:
         return ""
     try:
         names = zipfile.ZipFile(io.BytesIO(content)).namelist()
-    except Exception:  # npz reports the damage
-        return ""
+    except Exception:  # a truncated archive still begins with its first member
+        size = int.from_bytes(content[26:28], "little")
+        names = [content[30 : 30 + size].decode(errors="replace")]
     found = [name for name in names if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
     return found[0] if found else ""
 
@@ -100,28 +108,45 @@ def _unpickle(stream: io.BytesIO, storages: dict | None = None) -> Any:
     def persistent_load(saved):
         kind, dtype, key, _, count, *view = saved
         if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise ContainerError(f"unknown kind of object {kind!r}")
+            raise ContainerError(f"unknown kind of object {pickles.show(kind)}")
         key, start = (view[0][0], view[0][1]) if view and view[0] else (key, 0)
+        if not isinstance(key, str):
+            raise ContainerError(f"the key of a storage is {pickles.show(key)}")
+        elements((count, start))  # refuses anything but integers
         storage = _Storage(key, dtype, count, start)
         if storages is not None:
             storages[key] = storage
         return storage
 
     def rebuild_tensor(storage, offset, shape, strides, *_):
-        return _Tensor(storage, offset, shape, strides)
+        if not isinstance(storage, _Storage):
+            raise ContainerError("a tensor without storage")
+        for numbers in (shape, strides, (offset,)):
+            elements(numbers)
+        return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+    def rebuild_parameter(tensor, *_):
+        return rebuild_tensor(*tensor)
+
+    def size(shape):
+        elements(shape)
+        return tuple(shape)
 
     stand_ins = {
         ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        ("torch", "Size"): tuple,
+        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+        ("torch", "Size"): size,
     }
     for name, kind in DTYPES.items():
         for module in ("torch", "torch.cuda"):
             stand_ins[module, name] = np.dtype(kind)
-    return pickles.load(
-        stream, "utf-8", stand_ins=stand_ins, persistent_load=persistent_load
-    )
+    try:
+        return pickles.load(
+            stream, "utf-8", stand_ins=stand_ins, persistent_load=persistent_load
+        )
+    except pickle.UnpicklingError as error:
+        raise ContainerError(f"{error} (of a model, save the state_dict)") from error
 
 
 def _select(root: Any, values: Callable[[_Storage], bytes]) -> Weights:

@@ -101,6 +101,10 @@ class Linear(nnx.Module):
         bias_init=None,
         rngs: nnx.Rngs,
     ):
+        if out_features < 1:
+            raise ValueError(
+                f"a linear layer needs at least 1 output, got {out_features}"
+            )
         shape = (in_features, out_features)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
         self.bias = _bias(out_features, bias_init, rngs) if bias else None

@@ -121,9 +121,9 @@ def test_a_malicious_pickle_is_not_run(tmp_path, kind):
 HUGE = 2**40
 
 
-def zip_of(**members):
+def zip_of(method=zipfile.ZIP_DEFLATED, **members):
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", method) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return file.getvalue()
@@ -154,6 +154,27 @@ def nested(depth):
     )
 
 
+def torch_pickle(root):
+    return zip_of(**{"x/data.pkl": weight_files.pickled(root)})
+
+
+def nested_lists(depth=40):
+    """A list of lists whose repr has 2**depth items."""
+    code = push([]) + b"q\1"
+    for _ in range(depth):
+        code = b"](" + code + b"h\1eq\1"
+    return Code(code)
+
+
+def copies(items, function, count=5000):
+    """Calls a function `count` times with the same object."""
+    return Code(b"](" + items + b"q\0" + function * count + b"e")
+
+
+PAIRS = b"}(" + b"".join(push(str(i)) + b"N" for i in range(10_000)) + b"u"
+ORDERED = b"ccollections\nOrderedDict\n"
+STORAGE = weight_files.global_("torch", "FloatStorage")
+ARRAY = weight_files.call("numpy.core.multiarray", "_reconstruct", 1)
 MAGIC = struct.pack("<QQ", 0x112, 0)
 COPIES = b"X" + struct.pack("<I", 50_000) + b"a" * 50_000 + b"q\0"
 HOSTILE = {
@@ -163,6 +184,24 @@ HOSTILE = {
     "torch: before the storage": torch_with(offset=-1),
     "torch: a missing storage": torch_with(key="7"),
     "torch: a bomb": zip_of(**{"x/data.pkl": b".", "x/data/0": bytes(10**6)}),
+    "torch: an endless kind": torch_pickle(
+        Code(push((nested_lists(), STORAGE, "0", "cpu", 2)) + b"Q")
+    ),
+    "torch: an endless shape": torch_with(shape=(nested_lists(),)),
+    "torch: many sizes": torch_pickle(
+        copies(b"](" + b"N" * 10_000 + b"e", b"ctorch\nSize\nh\0\x85R")
+    ),
+    "torch: many dicts": torch_pickle(copies(PAIRS, ORDERED + b"h\0\x85R")),
+    "torch: many attributes": torch_pickle(copies(PAIRS, ORDERED + b")Rh\0b")),
+    "neon: an endless dtype": weight_files.pickled(
+        Code(ARRAY + push((1, (0,), nested_lists(), False, b"")) + b"b")
+    ),
+    "neon: an endless name of a dtype": weight_files.pickled(
+        weight_files.call("numpy", "dtype", nested_lists())
+    ),
+    "npz: a bomb of another method": zip_of(
+        zipfile.ZIP_BZIP2, **{"w.npy": bytes(10**6)}
+    ),
     "npz: a bomb": zip_of(**{"w.npy": bytes(10**7)}),
     "npz: a huge shape": zip_of(**{"w.npy": npy((HUGE,))}),
     "npz: objects": weight_files.npz({"w": np.array([None])}),
@@ -199,15 +238,18 @@ def test_a_hostile_file_allocates_little_and_is_one_line(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no weight file"),
-        (b"# a text", "no weight file"),
-        (b"\x89PNG\r\n\x1a\n", "no weight file"),
+        (b"", "not a weight file"),
+        (b"# a text", "not a weight file"),
+        (b"\x89PNG\r\n\x1a\n", "not a weight file"),
         (weight_files.pickled([1, 2]), "no model.config.layers"),
         (weight_files.torch_zip({}), "holds no weights"),
         (weight_files.torch_zip([1]), "expected a state_dict, got list"),
         (weight_files.torch7({"epoch": 3}), "no nn module"),
         (zip_of(**{"readme.txt": "x"}), "holds no weights"),
         (weight_files.torch_zip({"a\n\x1b": np.ones(2)}), "cannot be printed"),
+        (weight_files.torch_zip({"a" * 500: np.ones(2)}), "500 characters or more"),
+        (torch_pickle(Code(b"cnet\nNet\n")), "net.Net: refused .*save the state_dict"),
+        (WRITERS["torch zip"](TENSORS)[:-99], "a torch file but .*incomplete"),
     ],
 )
 def test_a_foreign_file_is_named(tmp_path, content, message):
@@ -355,7 +397,7 @@ def test_the_normalisation_travels_with_the_tensors(tmp_path, kind):
     assert read(tmp_path, write(TENSORS)).normalization is None
     for std in ((0.0, 1.0, 1.0), (np.nan, 1.0, 1.0), (1.0,), ("a", "b", "c")):
         content = write(TENSORS, normalization._replace(std=std))
-        with pytest.raises(containers.ContainerError, match=f"a {kind} file, but"):
+        with pytest.raises(containers.ContainerError, match=f"a {kind} file but"):
             read(tmp_path, content)
 
 

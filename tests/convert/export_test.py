@@ -1,9 +1,11 @@
 """Exports: weights equal to the bit, a program that runs without us, and the card."""
 
 import dataclasses
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -304,6 +306,41 @@ def test_errors_are_one_line_and_write_nothing(tmp_path, workdir, to, flags, mes
     assert "\n" not in str(error.value)
     assert not (tmp_path / to).exists()
     assert (tmp_path / "mine" / "README.md").read_text() == "My own text."
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, workdir):
+    """A directory in the place of the draft stands for a full disk."""
+    draft = tmp_path / ".net.npz.draft"
+    draft.mkdir()
+    with pytest.raises(SystemExit, match=r"error: .*net\.npz cannot be written: Is a"):
+        command_line.main([str(workdir), f"--to={tmp_path / 'net.npz'}"])
+    assert [*tmp_path.iterdir()] == [draft]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("origin.json", "{", "origin.json is damaged"),
+        ("origin.json", "{}", "origin.json is damaged"),
+        ("metrics.csv", "step\nx\n", "metrics.csv is damaged"),
+    ],
+)
+def test_a_damaged_workdir_writes_nothing(tmp_path, workdir, name, content, message):
+    copy, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(workdir, copy)
+    (copy / name).write_text(content)
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        command_line.main([str(copy), f"--to={out / 'net.npz'}"])
+    assert not out.exists()
+
+
+def test_a_run_of_another_version_is_named(tmp_path, workdir):
+    config = json.loads((workdir / "config.json").read_text())
+    del config["train"]["ema"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"error: .*train\.ema"):
+        command_line.main([str(tmp_path), f"--to={tmp_path / 'out' / 'net.jax'}"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):

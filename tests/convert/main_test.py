@@ -124,6 +124,12 @@ def test_fields_of_the_config_may_be_set(files, capsys):
         (["--dry-run", "--config.net.grwth=8"], "no field 'grwth'"),
         (["--dry-run", "--config.net.growth=x"], "growth=x"),
         (["--dry-run", "--nonsense"], "unknown flag '--nonsense'"),
+        (["--dry-run", "--config.net.num_classes=0"], "at least 1 output, got 0"),
+        (["--dry-run", "--config.seed=-1"], "seed must be at least 0"),
+        (["--dry-run", "--config.data.std=(0.0,1.0,1.0)"], "3 positive numbers"),
+        (["--dry-run", "--names=original"], "--names and --checkpoint require --to"),
+        (["--workdir="], "--workdir must not be empty"),
+        (["--workdir=gs://bucket/run"], "is a URL, not a directory"),
         ([], "--workdir is missing"),
         (["--dry-run=3"], "--dry-run: ignored explicit argument"),
     ],
@@ -197,6 +203,21 @@ def test_tensors_that_do_not_fit_are_one_line(tmp_path, container, kind):
     assert message.startswith(f"error: {tmp_path / 'weights'}: ")
     assert word in message
     assert "\n" not in message
+
+
+def test_a_directory_requires_to(files):
+    with pytest.raises(SystemExit, match="is a directory: to export a run, set --to"):
+        command.main([str(files), "--dry-run"])
+
+
+@pytest.mark.parametrize("entry", ["origin.json", "config.json"])
+def test_a_failed_write_leaves_nothing(tmp_path, files, entry):
+    """A directory in the place of a draft stands for a full disk."""
+    workdir = tmp_path / "run"
+    (workdir / f".{entry}.draft").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=f"error: .*{entry} cannot be written"):
+        run(files, f"--workdir={workdir}")
+    assert [path.name for path in workdir.iterdir()] == [f".{entry}.draft"]
 
 
 def test_errors_name_the_file(tmp_path, files):
