@@ -10,23 +10,17 @@ test crop is the centre of the image resized to a shorter side of 256/224 of its
 Nothing here is random: the uniform numbers are arguments, so a crop is a function of
 them and of the image. Results are rounded and clipped to uint8; the bicubic crops of
 the originals are not rounded.
-
-Images are decoded as a viewer shows them: turned upright as their EXIF data says, and
-over BACKGROUND where they are transparent. as_stored=True does neither, like the
-originals.
 """
 
 import io
 import itertools
 import math
-import os
 from collections.abc import Sequence
-from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from data_sources.errors import DataError
+from data_sources.decoding import decode, open_image, shown_size
 from data_sources.tf import tensorflow
 
 CROPS = ("inception", "random_resized", "scale_aspect")
@@ -35,7 +29,6 @@ DRAWS = 5 * TRIES  # uniform numbers for the crop of one training image
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 # IGCNets: shorter side of its stored images, scale, aspect, colour of the canvas.
 STORED, SCALE, IGC_ASPECT, CANVAS = 480, (0.533, 1.0), (0.75, 1.25), (123, 113, 99)
-BACKGROUND = (255, 255, 255)  # of transparent images
 
 
 def random_crop(
@@ -56,8 +49,7 @@ def random_crop(
         scale, aspect = _between(SCALE, draws[0]), _between(IGC_ASPECT, draws[1])
         pixels = decode(content, image, as_stored=as_stored)
         return _on_canvas(pixels, size, scale, aspect, draws[2:4])
-    sideways = not as_stored and _orientation(image) > 4
-    shape = image.size[::-1] if sideways else image.size
+    shape = shown_size(image, as_stored)
     window = _window_that_fits(*shape, draws)
     if window is None and crop == "inception":
         return _middle(decode(content, image, as_stored=as_stored), size, size)
@@ -162,96 +154,6 @@ def _middle(
     if place is not None:
         offset = tuple(np.multiply(place, np.subtract(resized, size)))
     return bicubic(pixels, resized, offset, size)
-
-
-def open_image(file: IO[bytes] | str | os.PathLike) -> Image.Image:
-    """Opens an image with Pillow, which reads the header only."""
-    try:
-        return Image.open(file)
-    except Image.DecompressionBombError as error:
-        raise DataError(
-            f"has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit "
-            "against decompression bombs: make it smaller"
-        ) from error
-
-
-def decode(
-    content: bytes,
-    image: Image.Image,
-    window: tuple[int, int, int, int] | None = None,
-    as_stored: bool = False,
-) -> np.ndarray:
-    """Decodes an image, or a window (top, left, h, w) of it, to (h, w, 3) uint8.
-
-    image: the same image, opened by Pillow. Of upright grey and RGB JPEGs only the
-    window is decoded; all other images are decoded whole. Raises DataError as rgb does,
-    and ValueError for a truncated JPEG, for any window.
-    """
-    # Pillow has read up to the first scan. An end marker before it belongs to a
-    # thumbnail; within a scan these two bytes mean nothing else, and any bytes may
-    # follow the true end marker.
-    if image.format == "JPEG" and content.rfind(b"\xff\xd9", image.fp.tell()) < 0:
-        raise ValueError("truncated: the JPEG has no end marker")
-    if image.format == "JPEG" and image.mode in ("L", "RGB"):
-        tf, orientation = tensorflow(), 1 if as_stored else _orientation(image)
-        # TensorFlow's default is a fast DCT, which is not exact.
-        options = dict(channels=3, dct_method="INTEGER_ACCURATE")
-        if window is not None and orientation == 1:
-            top, left, height, width = window
-            # Two more columns on each side: colours are stored at half resolution and
-            # are interpolated from their neighbours.
-            start, end = max(left - 2, 0), min(left + width + 2, image.width)
-            wider = top, start, height, end - start
-            pixels = tf.io.decode_and_crop_jpeg(content, wider, **options).numpy()
-            return pixels[:, left - start : left - start + width]
-        pixels = _upright(tf.io.decode_jpeg(content, **options).numpy(), orientation)
-    else:
-        pixels = rgb(image, as_stored)
-    if window is None:
-        return pixels
-    top, left, height, width = window
-    return pixels[top : top + height, left : left + width]
-
-
-def rgb(image: Image.Image, as_stored: bool = False) -> np.ndarray:
-    """Returns (H, W, 3) uint8; of 16 bits a channel, the high byte.
-
-    Raises DataError for other channels of more than 8 bits.
-    """
-    orientation = 1 if as_stored else _orientation(image)
-    # Pillow opens 16 bits of some formats in 32.
-    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")
-    if sixteen or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):  # Pillow would clip them
-        raise DataError(
-            f"has 32 bits a channel (mode {image.mode!r}), of unknown range: convert "
-            "it to 8 bits"
-        )
-    if image.has_transparency_data and not as_stored:
-        background = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(background, image.convert("RGBA"))
-    return _upright(np.asarray(image.convert("RGB")), orientation)
-
-
-def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1, upright, if there is none."""
-    if image.format != "JPEG":
-        image.load()  # PNG may store it after the pixels
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data; the image may be intact
-        return 1
-    return value if value in range(1, 9) else 1
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns stored pixels (H, W, 3) upright."""
-    if orientation > 4:
-        pixels = pixels.swapaxes(0, 1)
-    mirrored = orientation % 4 in (2, 3)  # 2, 3, 6 and 7
-    upside_down = orientation % 4 in (3, 0)  # 3, 4, 7 and 8
-    return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
 
 def bicubic(

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from data_sources import crops
+from data_sources import decoding
 from data_sources.errors import DataError, check_memory, some
 from data_sources.options import is_of_recipe
 from data_sources.photographs import undecodable
@@ -61,8 +61,8 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
     images, good, failures = None, [], []
     for i, path in enumerate(paths):
         try:
-            with crops.open_image(path) as image:
-                pixels = crops.rgb(image, is_of_recipe(data))
+            with decoding.open_image(path) as image:
+                pixels = decoding.rgb(image, is_of_recipe(data))
         except Exception as error:  # Pillow raises anything on damaged files
             failure, remedy = undecodable(path, error)
             if data.on_error != "skip":

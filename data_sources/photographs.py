@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from data_sources import cache, crops
+from data_sources import cache, crops, decoding
 from data_sources.errors import DataError, check_open_files, some
 from data_sources.tf import tensorflow
 
@@ -39,8 +39,8 @@ class OnDisk:
 
     read: number -> encoded image; name: number -> its name in messages. version:
     returns a name for the N images that changes with their files. crop, size,
-    on_error: config.data.crop, .image_size, .on_error. as_stored: of crops. ten_crops:
-    whether test batches hold the ten crops of each image.
+    on_error: config.data.crop, .image_size, .on_error. as_stored: of decoding.
+    ten_crops: whether test batches hold the ten crops of each image.
     """
 
     labels: np.ndarray
@@ -143,7 +143,7 @@ def _verify(photographs: OnDisk, numbers: Sequence[int]) -> None:
     def check(number):
         try:
             content = photographs.read(number)
-            crops.decode(content, crops.open_image(io.BytesIO(content)))
+            decoding.decode(content, decoding.open_image(io.BytesIO(content)))
         except Exception as error:  # the decoders raise anything
             check_open_files(error)
             return undecodable(photographs.name(number), error)

@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from data_sources import archives, cache, crops, tfrecords
+from data_sources import archives, cache, decoding, tfrecords
 from data_sources.errors import DataError, check_memory, reading
 from data_sources.options import base_name
 from data_sources.photographs import first_line
@@ -229,7 +229,7 @@ def _decode(records: Sequence[bytes], stored: Stored, skip: bool):
         image = Image.open(io.BytesIO(example[image_key]))
         if image.size != (width, height):
             raise ValueError(f"size {image.size}, expected {(width, height)}")
-        images[i], labels[i] = crops.rgb(image, as_stored=True), example[label_key]
+        images[i], labels[i] = decoding.rgb(image, as_stored=True), example[label_key]
 
     def decode(start):
         for i in range(start, min(start + 500, len(records))):
