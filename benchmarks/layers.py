@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 import benchmarks
+from nets.layers.cpu import calls
 from nets.layers.expander import ExpanderConv
 from nets.layers.lowerings import Shape, applicable, choose, convolution
 from runtime import processes
@@ -37,6 +38,7 @@ LAYERS = (
     ("densenet40-24", 8, 96, 24, 3, 1, 1),
     ("grouped", 16, 96, 24, 3, 1, 2),
     ("grouped", 16, 48, 48, 3, 1, 24),
+    ("grouped", 16, 32, 32, 3, 1, 4),
     ("grouped", 8, 256, 256, 3, 1, 16),
     ("grouped", 16, 96, 96, 1, 1, 4),
     ("grouped", 8, 512, 512, 1, 1, 8),
@@ -72,6 +74,7 @@ def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
     kernel = jnp.asarray(kernel, jnp.float32)
     geometry = {"stride": stride, "padding": window // 2, "groups": groups}
     shape = Shape.of(x, kernel, **geometry)
+    auto = choose(shape, jax.default_backend(), calls.usable(x))
     names = applicable(shape)
     programs = {}
     for name in names:
@@ -87,7 +90,7 @@ def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
             "size": size,
             "batch_size": batch_size,
             "lowering": name,
-            "auto": "*" if name == choose(shape, jax.default_backend()) else "",
+            "auto": "*" if name == auto else "",
             **{f"{part}_ms": round(1e3 * least[name][part], 2) for part in PARTS},
             "of_native": round(total[name] / total["native"], 3),
         }

@@ -5,9 +5,10 @@ python -m benchmarks.models --variants cfmz:20 gunn:15 --lowerings auto --refere
 
 Each contestant runs in its own process, so that its peak memory can be measured. The
 rounds of the contestants are interleaved, because machines are shared and noisy:
-compare the ratios, which are medians over rounds. --peer requires PyTorch and
-pytorchcv. --reference adds the same steps in another checkout of this repository, such
-as a git worktree of an older commit.
+compare the ratios, which are medians over rounds. The lowering `plain` is `auto`
+without the C++ kernels. --peer requires PyTorch and pytorchcv. --reference adds the
+same steps in another checkout of this repository, such as a git worktree of an older
+commit.
 """
 
 import argparse
@@ -41,7 +42,7 @@ PEER_INSTALL = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(PEERS))
-    parser.add_argument("--lowerings", nargs="+", default=["auto", "native"])
+    parser.add_argument("--lowerings", nargs="+", default=["auto", "plain", "native"])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
@@ -86,6 +87,7 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
         row = {"variant": variant, "framework": framework, "lowering": name}
         row |= player.finish() | {"batch_size": options.batch_size}
         row["of_pytorch"] = ratio(player, players.get(("pytorch", peer)))
+        row["of_plain"] = ratio(player, players.get(("ours", "plain")))
         row["of_reference"] = ratio(player, players.get(("reference", name)))
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
@@ -127,7 +129,8 @@ class Player:
             # The environment that main.py gives a run; PyTorch gets the same.
             env={"GLIBC_TUNABLES": processes.HUGE_PAGES}
             | os.environ
-            | {"PYTHONPATH": str(checkout.absolute())},
+            | {"PYTHONPATH": str(checkout.absolute())}
+            | ({"CXX": "none"} if contestant[2] == "plain" else {}),
         )
         self.facts = self._read()
 
@@ -189,7 +192,7 @@ def ours(variant: str, lowering: str, options):
 
     family, _, row = variant.partition(":")
     config = importlib.import_module(f"configs.{family}").get_config(row)
-    config.net.lowering = lowering
+    config.net.lowering = "auto" if lowering == "plain" else lowering
     config.train.update(batch_size=options.batch_size, dtype=options.dtype)
     rng, size = np.random.default_rng(0), options.batch_size
     image = rng.integers(0, 256, (size, 32, 32, 3), np.uint8)

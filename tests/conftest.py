@@ -13,6 +13,9 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 )
 
+# The C++ kernels are compiled and used by the tests of nets/layers/cpu only.
+os.environ["CXX"] = "none"
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 
 

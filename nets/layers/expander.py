@@ -4,8 +4,9 @@ Deep Expander Networks (arXiv 1711.08757; facts from the published code). For sa
 rules see nets/connectivity.py. Only existing connections are stored, so parameters,
 optimizer state and checkpoints are as small as the sparse layer. The forward pass
 scatters them into a dense kernel, which is never slower than masking and 15x faster on
-CPU than gathering the inputs of each output. On accelerators, graphs between blocks of
-channels are computed by layers/blocks.py instead, without a dense kernel.
+CPU than gathering the inputs of each output, with two exceptions. On CPU, C++ kernels
+(layers/cpu) convolve over a graph of few edges, in time proportional to them. On
+accelerators, layers/blocks.py computes graphs between blocks of channels.
 """
 
 import math
@@ -18,7 +19,12 @@ from jax import lax
 
 from nets import connectivity
 from nets.layers.blocks import block_convolution
-from nets.layers.lowerings import convolution
+from nets.layers.cpu import calls
+from nets.layers.lowerings import Shape, convolution
+
+# On CPU, `auto` computes with edges instead of a dense kernel if at most this share of
+# the pairs is connected (docs/speed.md).
+SPARSE_DENSITY = 1 / 4
 
 
 class Connectivity(nnx.Variable):
@@ -152,6 +158,8 @@ class ExpanderConv(Expander):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         values = self.kernel[...].astype(x.dtype)
+        if self._in_cpp(x):
+            return self._sparse(x, values)
         if self.dilation > 1:  # zeros between the taps suit every lowering
             between = (0, 0, self.dilation - 1)
             zero = jnp.zeros((), values.dtype)
@@ -161,6 +169,23 @@ class ExpanderConv(Expander):
             return self.in_blocks(x, values, **geometry)
         kernel = self.dense(values)
         return convolution(x, kernel, lowering=self.lowering, **geometry)
+
+    def _in_cpp(self, x: jax.Array) -> bool:
+        """Returns whether to compute with the edges, in C++."""
+        pairs, window = self.in_channels * self.out_channels, self.kernel.shape[0]
+        few = self.num_edges <= SPARSE_DENSITY * pairs
+        chosen = self.lowering == "cpp" or (self.lowering == "auto" and few)
+        exists = self.stride == 1 or window == 1
+        exists &= self.dilation == 1 and self.padding < window
+        return chosen and exists and calls.usable(x)
+
+    def _sparse(self, x: jax.Array, values: jax.Array) -> jax.Array:
+        x = x[:, :: self.stride, :: self.stride]
+        kernel = jax.ShapeDtypeStruct(
+            (*values.shape[:2], self.in_channels, self.out_channels), values.dtype
+        )
+        shape = Shape.of(x, kernel, stride=1, padding=self.padding, groups=1)
+        return calls.sparse_convolution(x, values, self.edges[...], shape)
 
 
 class ExpanderLinear(Expander):

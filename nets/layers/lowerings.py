@@ -2,7 +2,9 @@
 
 On accelerators `auto` selects XLA's own convolution. On CPU its kernel gradient is
 several times slower than a matrix product, and its grouped gradients are slower still,
-so `auto` selects by shape. `python -m benchmarks.layers` measures all lowerings.
+so `auto` selects by shape: among the lowerings in plain JAX, or the C++ kernels of
+nets/layers/cpu where they can be compiled and are faster. `python -m benchmarks.layers`
+measures all lowerings.
 """
 
 import dataclasses
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nets.layers.cpu import calls
+
 # Rows (pixels) of a chunk's matrix product. More rows exceed the cache (DenseNet-40-24
 # trains 10 % slower with 4,096); fewer rows do not occupy all threads.
 CHUNK_ROWS = 2048
@@ -22,6 +26,8 @@ CHUNK_ROWS = 2048
 PIECE_ROWS, PIECES = 8192, 4
 # For `block_dense`, few blocks for the same reason.
 BLOCK_CHANNELS, BLOCKS = 64, 4
+# For `cpp`. Wider convolutions are faster as XLA's blocked products.
+CPP_CHANNELS = 128
 
 
 def convolution(
@@ -38,14 +44,16 @@ def convolution(
     Returns (N, H', W', out) in the dtype of x, H' = (H + 2 padding - kh) // stride + 1.
     Pads `padding` zeros on every side. Falls back to `native` if the named lowering
     does not exist for a shape (see `applicable`), so that one name can be set for a
-    whole net. Supports reverse-mode derivatives of any order, but on CPU no forward
-    mode.
+    whole net, or if `cpp` is named and not usable. Supports reverse-mode derivatives of
+    any order, but on CPU no forward mode.
     """
     check(lowering)
     shape = Shape.of(x, kernel, stride, padding, groups)
     if lowering == "auto":
-        lowering = choose(shape, jax.default_backend())
-    elif lowering not in applicable(shape):
+        lowering = choose(shape, jax.default_backend(), calls.usable(x))
+    elif lowering == "cpp" and not calls.usable(x):
+        lowering = "native"
+    if lowering not in applicable(shape):
         lowering = "native"
     return LOWERINGS[lowering].compute(x, kernel.astype(x.dtype), shape)
 
@@ -120,10 +128,15 @@ class Shape:
         return self.window == (1, 1) and self.padding == 0
 
 
-def choose(shape: Shape, platform: str) -> str:
-    """Returns the lowering of `auto`, by the times in benchmarks/results/layers-*."""
+def choose(shape: Shape, platform: str, cpp: bool = False) -> str:
+    """Returns the lowering of `auto`, by the times in benchmarks/results/layers-*.
+
+    cpp: whether the C++ kernels can be used.
+    """
     if platform != "cpu":
         return "native"
+    if cpp and _faster_in_cpp(shape):
+        return "cpp"
     if shape.groups > 1:
         if LOWERINGS["taps"].exists(shape):
             return "taps"
@@ -137,6 +150,14 @@ def choose(shape: Shape, platform: str) -> str:
     if 2 * shape.out_channels <= shape.in_channels:
         return "scattered"
     return "shifted" if 8 <= shape.in_channels < 32 else "separated"
+
+
+def _faster_in_cpp(shape: Shape) -> bool:
+    if shape.pointwise or not LOWERINGS["cpp"].exists(shape):
+        return False
+    if shape.groups > 1 and shape.group_inputs == shape.group_outputs <= 8:
+        return True
+    return max(shape.in_channels, shape.out_channels) <= CPP_CHANNELS
 
 
 def applicable(shape: Shape) -> list[str]:
@@ -391,6 +412,9 @@ def _stride_1(shape: Shape) -> bool:
 
 LOWERINGS = {
     "native": Lowering(native, lambda shape: True),
+    "cpp": Lowering(
+        calls.convolution, lambda shape: shape.window[0] == shape.window[1]
+    ),
     "dot": Lowering(dot, lambda shape: shape.groups == 1 and shape.pointwise),
     "gathered": Lowering(gathered, lambda shape: shape.groups == 1),
     "separated": Lowering(separated, _stride_1),

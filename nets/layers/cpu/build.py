@@ -1,0 +1,116 @@
+"""Compiles the C++ kernels for this machine, once, and registers them with XLA.
+
+The library is in $XDG_CACHE_HOME/wirings or ~/.cache/wirings, under a name that changes
+with the sources, the compiler, the processor and jaxlib. Without a C++ compiler, or if
+the build fails, `load` returns None and the lowerings in plain JAX are used.
+$CXX selects the compiler; CXX=none turns the kernels off.
+"""
+
+import ctypes
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+
+import jax
+import jaxlib
+from absl import logging
+
+SOURCES = pathlib.Path(__file__).parent
+CALLS = ("convolve", "kernel_gradient", "sparse_convolve", "values_gradient")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared"),
+    # No function that takes vectors is called from outside, so their ABI is free.
+    *("-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
+)
+_lock, _loaded = threading.Lock(), {}
+
+
+def load(flags: tuple[str, ...] = ()) -> str | None:
+    """Returns the prefix of the registered XLA calls, or None without kernels.
+
+    The first call in a process may compile, which takes some ten seconds, with
+    additional `flags`.
+    """
+    with _lock:
+        if "prefix" not in _loaded:
+            try:
+                _loaded["prefix"] = register(build(flags))
+            except (OSError, subprocess.SubprocessError, AttributeError) as error:
+                reason = getattr(error, "stderr", None) or str(error)
+                logging.info(
+                    "no C++ kernels, convolutions are slower on CPU: %s",
+                    reason.strip().splitlines()[0] if reason.strip() else repr(error),
+                )
+                _loaded["prefix"] = None
+        return _loaded["prefix"]
+
+
+def reset() -> None:
+    """Makes the next `load` look for the compiler and the library again."""
+    with _lock:
+        _loaded.clear()
+
+
+def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
+    """Returns the library, compiled now unless it is in the cache.
+
+    flags: added to FLAGS. Raises OSError without a compiler, and SubprocessError if
+    the compiler fails.
+    """
+    compiler = find_compiler()
+    command = [compiler, *FLAGS, *flags]
+    # The compiler's own macros name its version and the processor's instructions.
+    macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    files = [*sorted(SOURCES.glob("*.h")), SOURCES / "kernels.cc"]
+    digest = hashlib.sha256(f"{jaxlib.__version__} {command} {macros}".encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    library = _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    started = time.perf_counter()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that build at the same time, or die, leave only whole libraries behind.
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        output = pathlib.Path(folder) / library.name
+        headers = f"-isystem{jax.ffi.include_dir()}"  # no warnings from there
+        _run([*command, headers, str(SOURCES / "kernels.cc"), "-o", str(output)])
+        os.replace(output, library)
+    seconds = time.perf_counter() - started
+    logging.info("compiled C++ kernels for this CPU in %.1f s: %s", seconds, library)
+    return library
+
+
+def find_compiler() -> str:
+    """Returns the path of the C++ compiler; raises OSError if there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise OSError(f"no C++ compiler found ({', '.join(names)})")
+
+
+def register(library: pathlib.Path) -> str:
+    """Registers the calls of a library; returns their prefix."""
+    functions = ctypes.CDLL(str(library))
+    # Unique, because XLA's compilation cache knows a call only by its name.
+    prefix = f"wirings_{library.stem.replace('-', '_')}_"
+    for name in CALLS:
+        capsule = jax.ffi.pycapsule(getattr(functions, name))
+        jax.ffi.register_ffi_target(f"{prefix}{name}", capsule, platform="cpu")
+    return prefix
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _folder() -> pathlib.Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(home).expanduser() / "wirings"

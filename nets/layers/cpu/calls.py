@@ -1,0 +1,175 @@
+"""Convolutions computed by the C++ kernels of this folder, through jax.ffi.
+
+A convolution is linear in its input and in its weights, so each of its derivatives, of
+any order, is again one of the three functions that the kernels compute.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nets.layers.cpu import build
+
+
+def usable(x: jax.Array) -> bool:
+    """Returns whether the kernels can compute with x here.
+
+    They require a CPU, float32 and a C++ compiler. XLA cannot partition a call, so
+    with several devices they also require a shard_map over all axes, as in train.py.
+    """
+    if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.device_count() > 1 and not (mesh.axis_names and mesh.are_all_axes_manual):
+        return False
+    return build.load() is not None
+
+
+def convolution(x: jax.Array, kernel: jax.Array, shape) -> jax.Array:
+    """Computes the convolution of `shape`, a lowerings.Shape with a square window."""
+    return _convolution(x, kernel, None, shape)
+
+
+def sparse_convolution(x: jax.Array, values: jax.Array, edges: jax.Array, shape):
+    """Convolves over the connected pairs of channels only, in time proportional to E.
+
+    values: (k, k, E), for edges (E,) int32, the indices input * out_channels + output.
+    shape: a lowerings.Shape with stride 1 and without groups.
+    """
+    if values.shape != (*shape.window, *edges.shape):
+        raise ValueError(
+            f"values of shape {values.shape} do not fit a {shape.window} window and "
+            f"{edges.shape} edges"
+        )
+    if not shape.pointwise:
+        return _sparse(x, values, edges, shape)
+    # All pixels in one column, so that vectors are full even if maps are small.
+    size = (shape.images * math.prod(shape.size), 1)
+    shape = dataclasses.replace(shape, images=1, size=size)
+    y = _sparse(x.reshape(1, *size, shape.in_channels), values, edges, shape)
+    return y.reshape(*x.shape[:-1], shape.out_channels)
+
+
+def _differentiable(convolve, input_gradient, weight_gradient):
+    """Returns `convolve` with derivatives of all orders.
+
+    The three functions are the partial derivatives of one sum of products of x, w
+    (weights) and dy: convolve(x, w), input_gradient(dy, w) and weight_gradient(x, dy).
+    Each also takes edges and a static shape.
+    """
+
+    def define(function, of_first, of_second):
+        @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+        @functools.wraps(function)
+        def compute(a, b, edges, shape):
+            return function(a, b, edges, shape)
+
+        def forward(a, b, edges, shape):
+            return compute(a, b, edges, shape), (a, b, edges)
+
+        def backward(shape, residuals, cotangent):
+            a, b, edges = residuals
+            da = of_first(cotangent, a, b, edges, shape)
+            return da, of_second(cotangent, a, b, edges, shape), None
+
+        compute.defvjp(forward, backward)
+        return compute
+
+    y = define(
+        convolve,
+        lambda dy, x, w, *rest: dx(dy, w, *rest),
+        lambda dy, x, w, *rest: dw(x, dy, *rest),
+    )
+    dx = define(
+        input_gradient,
+        lambda t, dy, w, *rest: y(t, w, *rest),
+        lambda t, dy, w, *rest: dw(t, dy, *rest),
+    )
+    dw = define(
+        weight_gradient,
+        lambda t, x, dy, *rest: dx(dy, t, *rest),
+        lambda t, x, dy, *rest: y(x, t, *rest),
+    )
+    return y
+
+
+def _convolve(x, kernel, _, shape):
+    return _call(
+        "convolve",
+        (shape.images, *shape.out_size, shape.out_channels),
+        (x, kernel),
+        stride=shape.stride,
+        padding=shape.padding,
+        dilation=1,
+        groups=shape.groups,
+    )
+
+
+def _input_gradient(dy, kernel, _, shape):
+    """Convolves dy, with stride - 1 zeros between its pixels, by the turned kernel."""
+    kernel = kernel[::-1, ::-1].reshape(
+        *shape.window, shape.group_inputs, shape.groups, shape.group_outputs
+    )
+    kernel = kernel.swapaxes(2, 4).reshape(
+        *shape.window, shape.group_outputs, shape.in_channels
+    )
+    return _call(
+        "convolve",
+        (shape.images, *shape.size, shape.in_channels),
+        (dy, kernel),
+        stride=1,
+        padding=shape.window[0] - 1 - shape.padding,
+        dilation=shape.stride,
+        groups=shape.groups,
+    )
+
+
+def _kernel_gradient(x, dy, _, shape):
+    return _call(
+        "kernel_gradient",
+        (*shape.window, shape.group_inputs, shape.out_channels),
+        (x, dy),
+        stride=shape.stride,
+        padding=shape.padding,
+        groups=shape.groups,
+    )
+
+
+def _sparse_convolve(x, values, edges, shape):
+    return _call(
+        "sparse_convolve",
+        (shape.images, *shape.out_size, shape.out_channels),
+        (x, values, edges),
+        padding=shape.padding,
+        transposed=0,
+    )
+
+
+def _sparse_input_gradient(dy, values, edges, shape):
+    return _call(
+        "sparse_convolve",
+        (shape.images, *shape.size, shape.in_channels),
+        (dy, values, edges),
+        padding=shape.window[0] - 1 - shape.padding,
+        transposed=1,
+    )
+
+
+def _values_gradient(x, dy, edges, shape):
+    size = (*shape.window, edges.shape[0])
+    return _call("values_gradient", size, (x, dy, edges), padding=shape.padding)
+
+
+def _call(name: str, size: tuple[int, ...], arrays: tuple, **attributes) -> jax.Array:
+    result = jax.ShapeDtypeStruct(size, jnp.float32)
+    # "sequential": jax.vmap becomes a loop.
+    call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
+    return call(*arrays, **{k: np.int64(v) for k, v in attributes.items()})
+
+
+_convolution = _differentiable(_convolve, _input_gradient, _kernel_gradient)
+_sparse = _differentiable(_sparse_convolve, _sparse_input_gradient, _values_gradient)

@@ -1,0 +1,449 @@
+"""The C++ kernels compute XLA's convolutions, with all derivatives, or are not used."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nets.layers.cpu import build, calls
+from nets.layers.expander import ExpanderConv
+from nets.layers.lowerings import Shape, convolution, native
+from tests.support import compiling
+
+CHECKOUT = pathlib.Path(__file__).parents[2]
+SPEC = jax.sharding.PartitionSpec
+
+
+@pytest.fixture
+def kernels():
+    """Loads the kernels for one test; skips without a C++ compiler."""
+    compiler = os.environ.pop("CXX")
+    build.reset()
+    try:
+        if build.load() is None:
+            pytest.skip("the C++ kernels could not be compiled here")
+        yield
+    finally:
+        os.environ["CXX"] = compiler
+        build.reset()
+
+
+def normal(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def shape_of(images, size, inputs, outputs, window, stride=1, padding=0, groups=1):
+    """Returns the Shape of a convolution, and those of its arrays."""
+    x, kernel = (images, *size, inputs), (window, window, inputs // groups, outputs)
+    arrays = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (x, kernel))
+    return Shape.of(*arrays, stride, padding, groups), x, kernel
+
+
+def with_gradients(convolve, x, weights):
+    """Returns y, dx and dweights."""
+
+    @compiling.run_once
+    def compute(x, weights):
+        y, transpose = jax.vjp(convolve, x, weights)
+        return y, *transpose(normal(y.shape, seed=2))
+
+    return compute(x, weights)
+
+
+def assert_equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        scale = np.abs(b).max(initial=1e-9)
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale)
+
+
+def compare(shape, x_shape, kernel_shape):
+    x, kernel = normal(x_shape), normal(kernel_shape, seed=1)
+    found = with_gradients(lambda x, k: calls.convolution(x, k, shape), x, kernel)
+    assert_equal(found, with_gradients(lambda x, k: native(x, k, shape), x, kernel))
+
+
+def graph(inputs, outputs, degree, seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = np.concatenate(
+        [
+            rng.choice(inputs, degree, replace=False) * outputs + o
+            for o in range(outputs)
+        ]
+    )
+    return jnp.asarray(np.sort(pairs), jnp.int32)
+
+
+def dense(values, edges, inputs, outputs):
+    flat = jnp.zeros((*values.shape[:2], inputs * outputs))
+    flat = flat.at[..., edges].set(values)
+    return flat.reshape(*values.shape[:2], inputs, outputs)
+
+
+def compare_sparse(shape, x_shape, degree):
+    edges = graph(shape.in_channels, shape.out_channels, degree)
+    x, values = normal(x_shape), normal((*shape.window, len(edges)), seed=1)
+    found = with_gradients(
+        lambda x, v: calls.sparse_convolution(x, v, edges, shape), x, values
+    )
+    kernel = functools.partial(
+        dense, edges=edges, inputs=shape.in_channels, outputs=shape.out_channels
+    )
+    expected = with_gradients(lambda x, v: native(x, kernel(v), shape), x, values)
+    assert_equal(found, expected)
+
+
+CASES = {
+    "stem": (2, (6, 7), 3, 16, 3, 1, 1),
+    "several panels and tiles": (2, (5, 27), 20, 70, 3, 1, 1),
+    "strided": (3, (9, 8), 16, 24, 3, 2, 1),
+    "wide groups": (2, (6, 6), 48, 36, 3, 1, 1, 2),
+    "depthwise": (2, (6, 7), 36, 36, 3, 1, 1, 36),
+    "pairs, strided": (2, (9, 8), 40, 40, 3, 2, 1, 20),
+    "groups of 4": (2, (5, 17), 36, 36, 3, 1, 1, 9),
+    "groups of 8": (2, (6, 7), 24, 24, 3, 1, 1, 3),
+    "no images": (0, (6, 7), 8, 8, 3, 1, 1),
+    "1x1 map": (3, (1, 1), 8, 8, 3, 1, 1, 4),
+    "padded beyond the window": (2, (4, 5), 4, 4, 3, 1, 4),
+}
+SPARSE = {
+    "1x1": (3, (9, 8), 40, 24, 1),
+    "1x1 of 1x1 maps": (5, (1, 1), 16, 8, 1),
+    "3x3": (2, (9, 8), 24, 20, 3, 1, 1),
+    "3x3, several strips": (1, (20, 33), 8, 8, 3, 1, 1),
+    "no images": (0, (4, 4), 8, 8, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_convolutions_and_gradients_are_xlas(kernels, case):
+    compare(*shape_of(*CASES[case]))
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_sparse_convolutions_and_gradients_are_those_of_the_dense_kernel(kernels, case):
+    shape, x, _ = shape_of(*SPARSE[case])
+    compare_sparse(shape, x, degree=3)
+
+
+@pytest.mark.slow
+def test_random_convolutions(kernels):
+    sizes = st.tuples(st.integers(1, 20), st.integers(1, 20))
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(
+        *(st.integers(0, 3), sizes, st.integers(1, 40), st.integers(1, 70)),
+        *(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3)),
+        st.sampled_from([(1, 1), (1, 1), (2, 3), (4, 1), (9, 1)]),
+    )
+    def check(images, size, i, o, window, stride, padding, groups):
+        groups, share = groups
+        i, o = (i, o) if groups == 1 else (groups * (i % 9 + 1), groups * (o % 9 + 1))
+        if groups > 1 and share == 1:
+            o = i
+        if min(size) + 2 * padding >= window:
+            compare(*shape_of(images, size, i, o, window, stride, padding, groups))
+
+    check()
+
+
+@pytest.mark.slow
+def test_random_sparse_convolutions(kernels):
+    sizes = st.tuples(st.integers(1, 24), st.integers(1, 40))
+
+    @settings(max_examples=80, deadline=None, derandomize=True)
+    @given(
+        *(st.integers(0, 3), sizes, st.integers(1, 40), st.integers(1, 40)),
+        *(st.integers(1, 3), st.integers(0, 2), st.integers(1, 40)),
+    )
+    def check(images, size, i, o, window, padding, degree):
+        if min(size) + 2 * padding >= window:
+            shape, x, _ = shape_of(images, size, i, o, window, 1, padding)
+            compare_sparse(shape, x, min(degree, i))
+
+    check()
+
+
+def test_second_derivatives_and_vmap(kernels):
+    shape, x_shape, kernel_shape = shape_of(2, (5, 4), 4, 4, 3, 2, 1, 2)
+    x, kernel = normal((3, *x_shape)), normal(kernel_shape, seed=1)
+
+    def curvature(convolve):
+        loss = lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel, shape)))
+        slope = lambda *args: sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(*args))
+        return compiling.run_once(jax.vmap(jax.grad(slope, (0, 1)), (0, None)))
+
+    found, expected = (curvature(f)(x, kernel) for f in (calls.convolution, native))
+    assert_equal(found, expected)
+
+
+def test_second_derivatives_of_a_sparse_convolution(kernels):
+    shape, x_shape, _ = shape_of(2, (4, 5), 6, 4, 3, 1, 1)
+    edges = graph(6, 4, 2)
+    x, values = normal(x_shape), normal((3, 3, 8), seed=1)
+
+    def curvature(convolve):
+        loss = lambda x, values: jnp.sum(jnp.sin(convolve(x, values)))
+        slope = lambda *args: sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(*args))
+        return compiling.run_once(jax.grad(slope, (0, 1)))(x, values)
+
+    found = curvature(lambda x, v: calls.sparse_convolution(x, v, edges, shape))
+    expected = curvature(lambda x, v: native(x, dense(v, edges, 6, 4), shape))
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_nan_and_infinity_travel_as_far_as_in_xla(kernels, value, groups):
+    shape, x_shape, kernel_shape = shape_of(2, (5, 6), 8, 8, 3, 1, 1, groups)
+    x, kernel = normal(x_shape).at[0, 2, 3, 1].set(value), normal(kernel_shape, seed=1)
+    found = with_gradients(lambda x, k: calls.convolution(x, k, shape), x, kernel)
+    expected = with_gradients(lambda x, k: native(x, k, shape), x, kernel)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.isfinite(a), np.isfinite(b))
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "arrays", "attributes"),
+    [
+        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 5, 8)], (1, 1, 1, 1)),
+        ("convolve", (3, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 6, 8)], (1, 1, 1, 1)),
+        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 6, 8)], (0, 1, 1, 1)),
+        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 2, 8)], (1, 1, 1, 3)),
+    ],
+)
+def test_a_call_that_does_not_fit_is_an_error(
+    kernels, name, result, arrays, attributes
+):
+    names = ("stride", "padding", "dilation", "groups")
+    result = jax.ShapeDtypeStruct(result, jnp.float32)
+    call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
+    values = {k: np.int64(v) for k, v in zip(names, attributes, strict=True)}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="shapes of a convolution"):
+        jax.block_until_ready(call(*map(normal, arrays), **values))
+
+
+@pytest.mark.parametrize("edge", [-1, 48])
+def test_an_edge_outside_of_the_graph_is_an_error(kernels, edge):
+    shape, x, _ = shape_of(2, (4, 5), 6, 8, 3, 1, 1)
+    edges = jnp.array([3, edge], jnp.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="shapes of a convolution"):
+        jax.block_until_ready(
+            calls.sparse_convolution(normal(x), normal((3, 3, 2)), edges, shape)
+        )
+    with pytest.raises(ValueError, match="do not fit a"):
+        calls.sparse_convolution(normal(x), normal((3, 3, 5)), edges, shape)
+
+
+def sharded(function, count=2):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), "data")
+    specs = (SPEC("data"), SPEC())
+    return jax.jit(
+        jax.shard_map(
+            lambda x, w: jax.lax.psum(function(x, w), "data"),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=SPEC(),
+            check_vma=False,
+        )
+    )
+
+
+def test_a_sharded_step_calls_the_kernels_and_gathers_nothing(kernels):
+    x, kernel = normal((4, 6, 6, 8)), normal((3, 3, 2, 8), seed=1)
+    convolve = functools.partial(convolution, padding=1, groups=4)
+    loss = lambda kernel, x: jnp.sum(convolve(x, kernel) ** 2)
+    step = sharded(lambda x, kernel: jax.grad(loss)(kernel, x)).lower(x, kernel)
+    compiled = step.compile()
+    assert build.load() in compiled.as_text()
+    assert compiling.collectives(compiled).keys() == {"all-reduce"}
+    # Without a shard_map, XLA would gather the batch for a call.
+    assert "wirings" not in jax.jit(loss).lower(kernel, x).as_text()
+    expected = jax.grad(loss)(kernel, x)
+    np.testing.assert_allclose(compiled(x, kernel), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("degree", [4, 1])
+def test_sparse_expanders_alone_compute_with_edges(kernels, degree):
+    layer = ExpanderConv(
+        8, 8, 1, degree=degree, sampling="per_output", rngs=nnx.Rngs(params=0)
+    )
+    layer.draw(np.random.default_rng(0))
+    graphdef, state = nnx.split(layer)
+    program = sharded(lambda x, state: nnx.merge(graphdef, state)(x))
+    text = program.lower(normal((4, 3, 3, 8)), state).as_text()
+    assert ("sparse_convolve" in text) == (degree == 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_other_types_use_other_lowerings(kernels, dtype):
+    with jax.enable_x64(True):
+        x, kernel = (normal(s).astype(dtype) for s in ((4, 6, 6, 8), (3, 3, 8, 8)))
+        step = sharded(lambda x, kernel: convolution(x, kernel, lowering="cpp"))
+        assert "wirings" not in step.lower(x, kernel).as_text()
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A compiler that runs a shell script, and an empty cache."""
+    path = tmp_path / "compiler"
+
+    def install(script):
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        build.reset()
+
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield install
+    build.reset()
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    build.reset()
+    with caplog.at_level("INFO", logger=logging.get_absl_logger().name):
+        assert build.load() is None
+        assert build.load() is None
+    build.reset()
+    messages = [record.message for record in caplog.records]
+    assert messages == [
+        "no C++ kernels, convolutions are slower on CPU: "
+        "no C++ compiler found (c++, g++, clang++)"
+    ]
+
+
+def test_a_failing_build_leaves_nothing_behind(compiler, tmp_path, caplog):
+    compiler('for out; do :; done; echo x > "$out"; echo "no space" >&2; exit 1')
+    with caplog.at_level("INFO", logger=logging.get_absl_logger().name):
+        assert build.load() is None
+    assert [record.message for record in caplog.records] == [
+        "no C++ kernels, convolutions are slower on CPU: no space"
+    ]
+    assert not list(tmp_path.glob("cache/wirings/*"))
+
+
+def test_a_library_is_built_once_per_compiler(compiler, tmp_path):
+    script = 'case "$*" in *-E*) echo {};; *) for o; do :; done; echo {} > "$o";; esac'
+    compiler(script.format(1, "first"))
+    library = build.build()
+    compiler(script.format(1, "again"))
+    assert build.build() == library
+    assert library.read_text() == "first\n"
+    compiler(script.format(2, "new"))
+    assert build.build() != library
+    assert len(list((tmp_path / "cache/wirings").iterdir())) == 2
+
+
+def test_a_library_that_cannot_be_loaded_is_not_used(compiler):
+    compiler('case "$*" in *-E*) ;; *) for o; do :; done; echo x > "$o";; esac')
+    assert build.load() is None
+
+
+def test_calls_from_many_threads_finish(kernels):
+    """Branches of a program and several programs at a time share XLA's threads."""
+    shape, x_shape, kernel_shape = shape_of(2, (6, 6), 8, 8, 3, 1, 1)
+    x = normal(x_shape)
+    weights = [normal(kernel_shape, seed) for seed in range(8)]
+
+    def loss(weights):
+        convolve = lambda x, kernel: calls.convolution(x, kernel, shape)
+        return sum(jnp.sum(convolve(convolve(x, w), w) ** 2) for w in weights)
+
+    gradient = jax.jit(jax.grad(loss))
+    expected = gradient(weights)
+    results = []
+
+    def run():
+        for _ in range(20):
+            results.append(jax.block_until_ready(gradient(weights)))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    for result in results:
+        for a, b in zip(result, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+SCRIPT = """
+import hashlib, os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+import jax, numpy as np
+from nets.layers.cpu import build, calls
+from nets.layers.lowerings import Shape
+if len(sys.argv) > 2:
+    assert build.load(("-O1", *sys.argv[2:]))
+rng, digest = np.random.default_rng(0), hashlib.sha256()
+normal = lambda shape: np.asarray(rng.standard_normal(shape), np.float32)
+for channels, groups, stride in [(24, 1, 1), (24, 1, 2), (40, 20, 1), (24, 3, 1)]:
+    x, k = normal((7, 9, 10, channels)), normal((3, 3, channels // groups, channels))
+    shape = Shape.of(x, k, stride, 1, groups)
+    y, transpose = jax.vjp(lambda x, k: calls.convolution(x, k, shape), x, k)
+    for result in (y, *transpose(y)):
+        digest.update(np.asarray(result).tobytes())
+edges = np.arange(0, 24 * 24, 5, dtype=np.int32)
+for window in (1, 3):
+    x, v = normal((7, 9, 10, 24)), normal((window, window, len(edges)))
+    shape = Shape.of(x, np.zeros((window, window, 24, 24)), 1, window // 2, 1)
+    sparse = lambda x, v: calls.sparse_convolution(x, v, edges, shape)
+    y, transpose = jax.vjp(sparse, x, v)
+    for result in (y, *transpose(y)):
+        digest.update(np.asarray(result).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def run_script(*arguments, **variables) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "XLA_FLAGS")}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=CHECKOUT,
+        env=env | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_number_of_threads(kernels):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    assert run_script("1") == run_script("2")
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(kernels, tmp_path):
+    find = subprocess.run(
+        [build.find_compiler(), "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    runtime = find.stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("the compiler has no address sanitizer")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    run_script(
+        "2",
+        *flags,
+        LD_PRELOAD=runtime,
+        ASAN_OPTIONS="detect_leaks=0",
+        XDG_CACHE_HOME=str(tmp_path),
+    )
