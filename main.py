@@ -37,10 +37,13 @@ def main(_):
             processes.join()
         if FLAGS.config.train.compilation_cache:
             dispatch.use_compilation_cache()
+        results = []
         for config, workdir in runs(FLAGS.config, FLAGS.workdir):
-            result = work[FLAGS.mode](config, workdir)
+            results.append(work[FLAGS.mode](config, workdir))
             if logging.level_info():  # process 0 alone prints
-                print(reporting.final_summary(result, workdir))
+                print(reporting.final_summary(results[-1], workdir))
+        if len(results) > 1 and logging.level_info():
+            print(reporting.summarize_seeds(results))
     except (ValueError, FloatingPointError, OverflowError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")

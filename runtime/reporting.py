@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import math
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -230,6 +231,22 @@ def final_summary(result: dict[str, float], workdir: pathlib.Path) -> str:
         f"test accuracy  final {accuracy('')}  best {accuracy('best_')}\n"
         f"results        {workdir}: metrics.csv, best.json, config.json, checkpoints/"
     )
+
+
+def summarize_seeds(results: Sequence[dict[str, float]]) -> str:
+    """Returns the mean and standard deviation of the accuracies of several runs.
+
+    results: as for final_summary.
+    """
+    metric, cells = metrics.BEST_METRIC, []
+    for name in results[0]:
+        prefix, found, views = name.partition(metric)
+        if found:
+            values = [result[name] for result in results]
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            label = "best" if prefix else views.strip("_") or "final"
+            cells.append(f"{label} {mean:.2%} ± {100 * deviation:.2f}")
+    return f"{len(results)} seeds        test accuracy  {'  '.join(cells)}"
 
 
 def write_confusion(

@@ -369,6 +369,19 @@ def test_final_summary_names_accuracies_and_steps(tmp_path):
     assert "test accuracy flip 75.00% (step 400), test loss flip 0.5000" in text
 
 
+def test_seeds_are_summarized_by_mean_and_deviation():
+    results = [
+        row(400, accuracy) | {"best_step": 300, "best_test_accuracy": accuracy + 0.02}
+        for accuracy in (0.9, 0.92, 0.94)
+    ]
+    text = reporting.summarize_seeds(results)
+    for words in ("3 seeds", "final 92.00% ± 2.00", "best 94.00% ± 2.00"):
+        assert words in text
+    results = [{"step": 4, "test_accuracy_flip": x} for x in (0.5, 0.5)]
+    assert "2 seeds" in reporting.summarize_seeds(results)
+    assert "flip 50.00% ± 0.00" in reporting.summarize_seeds(results)
+
+
 def test_confusion_names_the_class_most_taken_for(tmp_path):
     matrix = np.array([[3, 1, 0], [0, 5, 0], [2, 0, 0]])
     write_confusion(tmp_path, matrix, ("a", "b, c", "d"), "-7")
