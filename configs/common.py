@@ -95,7 +95,8 @@ def base() -> ConfigDict:
             wiring=dict(  # nets/layers/wiring.py
                 kind="dense",  # or expander, grouped, interleaved
                 compress=2,  # expander: a sampling channel has in // compress partners
-                sampling="smaller_side",  # expander: or per_output, per_input
+                # expander: or per_output, per_input, ramanujan (not random)
+                sampling="smaller_side",
                 block=1,  # expander: channels of a block, between which it is drawn
                 groups=2,  # grouped
                 # interleaved; 0 for one of them: output channels / the other

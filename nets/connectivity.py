@@ -14,7 +14,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Sampling = Literal["smaller_side", "per_output", "per_input"]
+from nets import ramanujan
+
+Sampling = Literal["smaller_side", "per_output", "per_input", "ramanujan"]
 
 
 def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str:
@@ -24,6 +26,8 @@ def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str
       draw if the sides are equal.
     per_output: the paper and earlier published code.
     per_input: the "reverse" convolution in earlier published code.
+    ramanujan: not random, regular on both sides; the degree is that of an output
+      (nets/ramanujan.py).
     """
     if sampling not in get_args(Sampling):
         raise ValueError(
@@ -32,7 +36,7 @@ def sampled_side(in_channels: int, out_channels: int, sampling: Sampling) -> str
         )
     if sampling == "smaller_side":
         return "output" if in_channels > out_channels else "input"
-    return sampling.removeprefix("per_")
+    return "output" if sampling == "ramanujan" else sampling.removeprefix("per_")
 
 
 def num_edges(
@@ -40,8 +44,8 @@ def num_edges(
 ) -> int:
     """Returns the number of edges.
 
-    Raises ValueError if `degree` is out of range, or if `block` does not divide it and
-    both numbers of channels.
+    Raises ValueError if `degree` is out of range, if `block` does not divide it and
+    both numbers of channels, or if no Ramanujan graph has these sizes.
     """
     _check_block(in_channels, out_channels, degree, block)
     side = sampled_side(in_channels, out_channels, sampling)
@@ -54,6 +58,9 @@ def num_edges(
             f"channel of {in_channels} -> {out_channels} draws from {partners} "
             "partners; change the compression or the widths"
         )
+    if sampling == "ramanujan":
+        sizes = (in_channels, out_channels, degree)
+        ramanujan.check(*(size // block for size in sizes), block)
     return drawing * degree
 
 
@@ -81,7 +88,9 @@ def draw_expander(
     rng,
     block: int = 1,
 ) -> np.ndarray:
-    """Returns the edges (E,) int32 of a random graph, regular on the sampled side only.
+    """Returns the edges (E,) int32 of a graph.
+
+    It is random and regular on the sampled side only, unless sampling is "ramanujan".
 
     Each channel of that side, in order, connects to the first `degree` entries of
     `rng.permutation(partners)`. The originals draw in the same order, so a numpy
@@ -93,6 +102,8 @@ def draw_expander(
         edges = draw_expander(*ends, degree // block, sampling, rng)
         whole = np.ones((block, block), bool)
         return np.flatnonzero(np.kron(to_matrix(edges, *ends), whole)).astype(np.int32)
+    if sampling == "ramanujan":
+        return ramanujan.connect(in_channels, out_channels, degree)
     side = sampled_side(in_channels, out_channels, sampling)
     if side == "output":
         inputs = [rng.permutation(in_channels)[:degree] for _ in range(out_channels)]

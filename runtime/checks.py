@@ -148,6 +148,10 @@ def switched_on(field: str) -> Need:
 
 
 EXPANDER = value_of("net.wiring.kind", "expander")
+RANDOM_GRAPH = Need(
+    lambda config: EXPANDER.holds(config) and config.net.wiring.sampling != "ramanujan",
+    "--config.net.wiring.kind=expander and a random net.wiring.sampling",
+)
 INTERLEAVED = value_of("net.wiring.kind", "interleaved")
 SGD, ADAMW = value_of("optimizer.name", "sgd"), value_of("optimizer.name", "adamw")
 VELOCITY = Need(
@@ -159,7 +163,7 @@ PHOTOGRAPHS = Need(
     "photographs: --config.data.crop=random_resized, or any crop except pad",
 )
 NEEDS = {
-    "net.graph_seed": EXPANDER,
+    "net.graph_seed": RANDOM_GRAPH,
     "net.wiring.compress": EXPANDER,
     "net.wiring.sampling": EXPANDER,
     "net.wiring.block": EXPANDER,

@@ -1,4 +1,4 @@
-"""Expander layers: convolutions and linear layers over a fixed random sparse graph.
+"""Expander layers: convolutions and linear layers over a fixed sparse graph.
 
 Deep Expander Networks (arXiv 1711.08757; facts from the published code). For sampling
 rules see nets/connectivity.py. Only existing connections are stored, so parameters,
