@@ -1,159 +1,15 @@
-"""Measures of graphs with known values, and the graphs of layers by their gradients."""
+"""The tables, csv files and figure of analysis.connectivity."""
 
 import csv
 import re
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from analysis import connectivity
-from configs import cfmz, gunn, xdensenet
-from nets.connectivity import draw_expander, to_matrix
-from nets.layers.conv import Conv, Linear
-from nets.layers.expander import ExpanderConv
-from nets.layers.interleaved import InterleavedConv
-
-
-def cycle(n: int) -> np.ndarray:
-    """Returns the cycle with 2n vertices: input i meets outputs i and i + 1."""
-    return np.eye(n, dtype=bool) | np.roll(np.eye(n, dtype=bool), 1, axis=1)
-
-
-def blocks(count: int, inputs: int, outputs: int) -> np.ndarray:
-    return np.kron(np.eye(count), np.ones((inputs, outputs))).astype(bool)
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (1, 5), (4, 6), (7, 3)])
-def test_complete_graph(inputs, outputs):
-    found = connectivity.measure(np.ones((inputs, outputs), bool))
-    assert (found.edges, found.density) == (inputs * outputs, 1)
-    assert (found.min_in_degree, found.max_in_degree) == (outputs, outputs)
-    assert (found.min_out_degree, found.max_out_degree) == (inputs, inputs)
-    assert (found.components, found.first, found.second) == (1, 1, 0)
-    assert found.is_ramanujan
-
-
-def test_disjoint_blocks():
-    found = connectivity.measure(blocks(3, 2, 4))
-    assert (found.in_channels, found.out_channels, found.edges) == (6, 12, 24)
-    assert found.density == pytest.approx(1 / 3)
-    assert (found.components, found.first, found.second) == (3, 1, 1)
-    assert found.bound == pytest.approx((1 + np.sqrt(3)) / np.sqrt(8))
-    assert not found.is_ramanujan
-
-
-@pytest.mark.parametrize("n", [3, 4, 9])
-def test_a_cycle_has_cosines_and_meets_the_bound(n):
-    """Its adjacency matrix has the eigenvalues 2 cos(pi k / n)."""
-    found = connectivity.measure(cycle(n))
-    assert found.second == pytest.approx(np.cos(np.pi / n), abs=1e-12)
-    assert found.bound == 1
-    assert found.is_ramanujan
-
-
-def test_two_disjoint_cycles_are_not_ramanujan():
-    """Their second value meets the bound of degree 2, but they are disconnected."""
-    found = connectivity.measure(np.kron(np.eye(2), cycle(3)).astype(bool))
-    assert (found.components, found.second, found.bound) == (2, 1, 1)
-    assert not found.is_ramanujan
-
-
-def test_complete_graph_without_a_perfect_matching():
-    found = connectivity.measure(~np.eye(6, dtype=bool))
-    assert found.second == pytest.approx(1 / 5, abs=1e-12)
-    assert found.is_ramanujan
-
-
-def test_a_connected_biregular_graph_above_the_bound_is_not_ramanujan():
-    """Two copies of K(8, 8) that exchange the ends of one edge."""
-    graph = blocks(2, 8, 8)
-    graph[0, 0] = graph[8, 8] = False
-    graph[0, 8] = graph[8, 0] = True
-    found = connectivity.measure(graph)
-    assert (found.components, found.min_in_degree, found.max_out_degree) == (1, 8, 8)
-    assert found.bound == pytest.approx(2 * np.sqrt(7) / 8)
-    # By the Rayleigh quotient of +1 on one copy and -1 on the other.
-    assert found.second >= (64 - 2) / 64
-    assert not found.is_ramanujan
-
-
-def test_a_2_lift_adds_the_values_of_its_signs():
-    """Bilu and Linial 2006: old values, and those of the signed biadjacency matrix.
-
-    The signs J - 2 I of K(4, 4), with J all ones, have the values 2, 2, 2, 2.
-    """
-    signs = 1 - 2 * np.eye(4)
-    lift = np.kron(signs > 0, np.eye(2)) + np.kron(signs < 0, np.eye(2)[::-1])
-    found = connectivity.measure(lift.astype(bool))
-    assert (found.min_in_degree, found.max_out_degree, found.components) == (4, 4, 1)
-    assert found.second == pytest.approx(2 / 4, abs=1e-12)
-
-
-def test_channels_without_an_edge():
-    graph = np.zeros((4, 5), bool)
-    graph[:2, :3] = True
-    found = connectivity.measure(graph)
-    assert (found.unused_inputs, found.unused_outputs, found.components) == (2, 2, 5)
-    assert (found.min_in_degree, found.max_in_degree) == (0, 3)
-    assert (found.min_out_degree, found.max_out_degree) == (0, 2)
-    assert (found.first, found.bound, found.is_ramanujan) == (1, None, False)
-    assert found.second == pytest.approx(0, abs=1e-12)
-    empty = connectivity.measure(np.zeros((2, 3), bool))
-    assert (empty.first, empty.second, empty.bound) == (0, 0, None)
-    assert (empty.components, empty.is_ramanujan) == (5, False)
-
-
-def test_the_values_of_a_large_graph_equal_those_of_a_full_svd(monkeypatch):
-    graph = to_matrix(
-        draw_expander(60, 40, 6, "per_output", np.random.default_rng(0)), 60, 40
-    )
-    degrees = np.maximum(graph.sum(1, keepdims=True) * graph.sum(0), 1)
-    values = np.linalg.svd(graph / np.sqrt(degrees), compute_uv=False)
-    assert values[0] == pytest.approx(1)
-    for limit in (1024, 1):
-        monkeypatch.setattr(connectivity, "SVD_CHANNELS", limit)
-        second = connectivity.measure(graph).second
-        assert second == pytest.approx(values[1], abs=1e-10)
-
-
-def make_layers() -> dict[str, nnx.Module]:
-    rngs = nnx.Rngs(0)
-    expander = ExpanderConv(6, 4, 1, degree=2, sampling="per_output", rngs=rngs)
-    expander.draw(np.random.default_rng(0))
-    groups = dict(primary_groups=2, secondary_groups=2)
-    return {
-        "conv": Conv(4, 6, 1, rngs=rngs),
-        "grouped": Conv(4, 6, 1, groups=2, rngs=rngs),
-        "linear": Linear(4, 6, rngs=rngs),
-        "expander": expander,
-        "secondary": InterleavedConv(8, 8, 1, **groups, rngs=rngs).secondary,
-    }
-
-
-@pytest.mark.parametrize("name", make_layers())
-def test_an_edge_is_where_the_derivative_is_not_zero(name):
-    layer = make_layers()[name]
-    ((_, graph),) = connectivity.graphs(layer).values()
-    shape = (1, len(graph)) if name == "linear" else (1, 1, 1, len(graph))
-    jacobian = jax.jacobian(lambda x: layer(x.reshape(shape)).ravel())
-    derivatives = jacobian(jnp.ones(len(graph)))
-    np.testing.assert_array_equal(derivatives.T != 0, graph)
-
-
-@pytest.mark.parametrize(("primary", "secondary"), [(2, 6), (3, 4), (6, 2)])
-def test_interleaved_pair_connects_everything_exactly_once(primary, secondary):
-    """IGCNets (arXiv 1707.02725): one path from each input to each output."""
-    groups = dict(primary_groups=primary, secondary_groups=secondary)
-    pair = InterleavedConv(12, 12, 1, **groups, rngs=nnx.Rngs(0))
-    found = connectivity.graphs(pair)
-    assert list(found) == ["primary", "secondary"]
-    paths = found["primary"][1].astype(int) @ found["secondary"][1]
-    np.testing.assert_array_equal(paths, np.ones((12, 12)))
+from analysis import connectivity, graphs, twins
+from configs import cfmz, gunn, igcnets, xdensenet
 
 
 def small(module, argument="", **fields):
@@ -191,7 +47,9 @@ def test_each_unit_of_a_gradual_layer_has_its_own_expander():
 
 
 def test_row_shows_ranges_and_spread():
-    seeds = [connectivity.measure(cycle(4)), connectivity.measure(blocks(2, 2, 2))]
+    cycle = np.eye(4) + np.roll(np.eye(4), 1, axis=1)
+    blocks = np.kron(np.eye(2), np.ones((2, 2)))
+    seeds = [graphs.measure(graph.astype(bool)) for graph in (cycle, blocks)]
     row = connectivity.table_row("stem", "Conv", seeds)
     assert row[:8] == ("stem", "Conv", "4", "4", "8", "0.5000", "2", "2")
     # cos(pi / 4) and 1: their mean, and their difference over sqrt(2).
@@ -203,21 +61,61 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_command_prints_a_table_and_writes_a_csv(tmp_path):
-    path = tmp_path / "graphs.csv"
-    override = "--config.net.depth=8"
-    done = run("configs/cfmz.py:20", override, "--graph_seeds=2", f"--csv={path}")
+def test_command_prints_tables_and_writes_csvs_and_a_figure(tmp_path):
+    graphs, paths_csv, image = (tmp_path / x for x in ("g.csv", "p.csv", "c.png"))
+    wiring = "--config.net.wiring.kind=expander", "--config.net.wiring.compress=3"
+    overrides = "--config.net.depth=8", *wiring
+    options = "--graph_seeds=2", f"--csv={graphs}", f"--paths_csv={paths_csv}"
+    done = run("configs/cfmz.py:20", *overrides, *options, f"--out={image}")
     assert done.returncode == 0, done.stderr
-    header, *lines = done.stdout.splitlines()
+    first, _, second = done.stdout.partition("\n\n")
+    header, *lines = first.splitlines()
     assert header.split()[0] == "layer"
     layers = [line.split()[0] for line in lines]
     expected = connectivity.layers(small(cfmz, "20", depth=8))
     assert layers == list(expected)
-    with path.open() as file:
+    with graphs.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == [x for x in layers for _ in range(2)]
     assert [row["graph_seed"] for row in rows[:2]] == ["0", "1"]
     assert rows[0]["edges"] == str(3 * 16)
+
+    sources, header, expander, dense, *others = second.splitlines()
+    assert sources.startswith("paths from 16 output channels of stem to 64 input")
+    assert header.split()[0] == "wiring"
+    assert dense.startswith("dense")
+    assert expander.startswith("expander, compress 3")
+    # Twins that cannot be built.
+    grouped, interleaved = others
+    assert grouped == "grouped, 3 groups: 3 groups do not divide 16 input channels"
+    assert interleaved.startswith("interleaved, 3 x M: 3 primary groups do not divide")
+    with paths_csv.open() as file:
+        rows = list(csv.DictReader(file))
+    wirings = [
+        (row["wiring"], row["graph_seed"]) for row in rows if row["depth"] == "1"
+    ]
+    compressed = "expander, compress 3"
+    assert wirings == [(compressed, "0"), (compressed, "1"), ("dense", "0")]
+    # Two convolutions in each block; shortcuts append zeros.
+    product = np.eye(16, dtype=int)
+    for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
+        shape = inputs, outputs
+        product = product @ (outputs * np.ones(shape, int) + np.eye(*shape, dtype=int))
+    counted = [int(rows[-1][key]) for key in ("smallest", "total", "largest")]
+    assert counted == [product.min(), product.sum(), product.max()]
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"g.csv", "p.csv", "c.png"}
+
+
+def test_twins_are_sparse_by_the_same_number():
+    config = small(xdensenet, "40-24-2,cifar10")
+    sections = twins.sections(config.net)
+    names = ["expander, compress 2", "dense", "grouped, 2 groups", "interleaved, 2 x M"]
+    assert list(sections) == names
+    assert sections[names[0]] == config.net.to_dict()
+    config = small(igcnets, "plain-38-L24M2")
+    names = ["interleaved, 24 x M", "dense", "expander, compress 24"]
+    assert list(twins.sections(config.net))[:3] == names
 
 
 @pytest.mark.parametrize(
@@ -229,6 +127,7 @@ def test_command_prints_a_table_and_writes_a_csv(tmp_path):
             "choose --config.data.name",
         ),
         (["configs/cfmz.py:20", "--config.net.wiring.kind=ring"], "unknown wiring"),
+        (["configs/cfmz.py:20", "--out=figure.txt"], "--out=figure.txt"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, named):
