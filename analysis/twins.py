@@ -64,9 +64,10 @@ def sections(net_config) -> dict[str, dict]:
 
 def _describe(wiring: dict) -> str:
     groups = wiring["primary_groups"] or "L", wiring["secondary_groups"] or "M"
+    blocks = f", blocks of {wiring['block']}" if wiring["block"] > 1 else ""
     return {
         "dense": "dense",
-        "expander": f"expander, compress {wiring['compress']}",
+        "expander": f"expander, compress {wiring['compress']}{blocks}",
         "grouped": f"grouped, {wiring['groups']} groups",
         "interleaved": "interleaved, {} x {}".format(*groups),
     }[wiring["kind"]]
@@ -177,9 +178,7 @@ def panels(twins: Sequence[Twin]) -> tuple[str, list[connectivity_figure.Panel]]
         graph = twin.graphs[layer]
         degrees = [max(1, graph.sum() / channels) for channels in graph.shape]
         depth = twin.paths[0].depth
-        seen = "some channels are never seen"
-        if depth:
-            seen = f"all channels are seen after layer {depth}"
+        seen = f"after layer {depth}, all see all" if depth else "some never see some"
         reach = [count.reach.mean(1) for count in twin.paths[0].layers.values()]
         found.append(
             connectivity_figure.Panel(
