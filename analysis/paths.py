@@ -8,14 +8,15 @@ that the last layer, the classifier, reads. Each pixel of AlexNet's last map is 
 feature, and so a channel, of its own.
 
 The counts come from the forward code of the net itself. A copy of the net runs on
-constant maps, with its layers replaced by their 0-1 matrices and its normalisations by
-the identity. Maps hold one channel of the source each, and one digit of a count: the
+constant maps, with its layers replaced by their 0-1 matrices, and without
+normalisation. Maps hold one channel of the source each, and one digit of a count: the
 batch is (digits, source channels). Layers carry, so that the digits stay small enough
 to be exact in float64, and the counts are exact integers of any size.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from nets.layers.cross_layer import CrossLayer
 from nets.layers.expander import Expander
 from nets.layers.gradual import Gradual
 from nets.layers.interleaved import InterleavedConv, SecondaryConv
-from nets.layers.norm import BatchNorm
+from nets.layers.norm import BatchNorm, Measured
 
 LAYERS = (Conv, Linear, Expander, SecondaryConv)
 # A digit is below 2**25 after a carry. Between two carries it may grow by 2**28: the
@@ -128,9 +129,21 @@ class Source(nnx.Module):
 
 
 class Identity(nnx.Module):
-    """Replaces a normalisation, dropout, or the last layer."""
+    """Replaces dropout or the last layer."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class Concatenation(nnx.Module):
+    """Replaces a BatchNorm: does not normalise, but concatenates measured maps."""
+
+    def measure(self, x: jax.Array) -> Measured:
+        return Measured(x)
+
+    def __call__(self, x: jax.Array | Sequence[Measured]) -> jax.Array:
+        if isinstance(x, Sequence):
+            return jnp.concatenate([each.x for each in x], axis=-1)
         return x
 
 
@@ -241,8 +254,10 @@ def _replace_layers(net: nnx.Module, digits: int) -> nnx.Module:
             stride = getattr(module, "stride", 1)
             edges = Edges(graph, digits, stride=stride, lost=_lost(module))
             replace(net, path, edges)
-        elif isinstance(module, (BatchNorm, nnx.Dropout)):
+        elif isinstance(module, nnx.Dropout):
             replace(net, path, Identity())
+        elif isinstance(module, BatchNorm):
+            replace(net, path, Concatenation())
         elif isinstance(module, CrossLayer):
             module.scale.set_value(jnp.ones(module.scale.shape))
             module.bias.set_value(jnp.zeros(module.bias.shape))
