@@ -8,7 +8,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.connectivity import layers, measure
+from analysis.connectivity import layers
+from analysis.graphs import measure
 from configs import xdensenet
 from nets import connectivity, ramanujan
 from nets.layers.wiring import Wiring
