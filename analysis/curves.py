@@ -1,54 +1,111 @@
 """Compares runs: final and best test errors with mean and deviation, and a plot.
 
 python -m analysis.curves /tmp/run /tmp/other --out=curves.png
+python -m analysis.curves xdensenet:40-24-2,cifar10=metrics.csv --out=curves.png
 
 Each directory is the workdir of a run, or contains the runs of --config.seeds. Runs
-that differ only in their seed and are equally long share a row. Errors are on the test
-set, in percent. "best" is the best epoch on the same set, as several papers report it;
-"last 5" is the median of the last five evaluations, as others report it.
+that differ only in their seed and are equally long share a row. The second form reads a
+metrics.csv without its workdir. Errors are on the test set, in percent. "best" is the
+best epoch on the same set, as several papers report it; "last 5" is the median of the
+last five evaluations, as others report it.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from ml_collections import ConfigDict
 
+from analysis import summary
+from configs.common import Published
 from runtime.workdir import load_config, read_rows
 
 Curve = list[dict[str, float]]
+NETS = {
+    "alexnet": "AlexNet",
+    "cfmz_resnet": "cfmz ResNet",
+    "delugenet": "DelugeNet",
+    "densenet": "DenseNet",
+    "densenet_imagenet": "DenseNet",
+    "gunn": "GUNN",
+    "igc_resnet": "IGC",
+    "igc_resnet_imagenet": "IGC",
+    "mobilenet": "MobileNet",
+    "plain": "IGC",
+    "resnet": "ResNet",
+    "vgg": "VGG",
+}
+DATA = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "imagenet2012": "ImageNet",
+    "svhn_cropped": "SVHN",
+    "svhn_cropped_extra": "SVHN with extra",
+}
+MARKED = 10  # curves with at most this many evaluations have a marker for each
 
 
-def read(workdirs: Sequence[pathlib.Path]) -> dict[str, list[Curve]]:
-    """Returns {configuration name: rows of metrics.csv for each of its runs}.
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed: a curve for each, and what was published."""
 
-    Raises ValueError for a directory without an evaluated run, and for a repeated seed.
+    curves: list[Curve]
+    published: Published | None
+
+    @property
+    def seeds(self) -> str:
+        return f"{len(self.curves)} seed{'s' if len(self.curves) > 1 else ''}"
+
+
+def read(arguments: Sequence[str | pathlib.Path]) -> dict[str, Group]:
+    """Returns {name of a configuration: its runs}.
+
+    arguments: workdirs, or FAMILY:VARIANT,DATA=FILE. Raises ValueError for a directory
+    without an evaluated run, and for a repeated seed.
     """
     groups, names, seen = {}, {}, {}
-    for workdir in dict.fromkeys(run for path in workdirs for run in _runs(path)):
-        config = load_config(workdir).to_dict()
-        rows = read_rows(workdir / "metrics.csv")
+    for source, config in _runs(arguments):
+        rows = read_rows(source if source.is_file() else source / "metrics.csv")
         if not rows:
-            raise ValueError(f"{workdir} has no evaluation yet")
-        name = f"{config['net']['name']} {config['variant']}, {config['data']['name']}"
-        if config["recipe"] == "modern":
-            name += ", modern"
-        like = config | {"seed": 0, "seeds": 1, "step": rows[-1]["step"]}
+            raise ValueError(f"{source} has no evaluation yet")
+        name = describe(config)
+        like = config.to_dict() | {"seed": 0, "seeds": 1, "step": rows[-1]["step"]}
         alike = names.setdefault(name, [])
         if like not in alike:
             alike.append(like)
         number = alike.index(like)
-        run = (name, number, config["seed"])
-        if (other := seen.setdefault(run, workdir)) != workdir:
-            raise ValueError(f"{workdir} repeats the configuration and seed of {other}")
+        # The seed of a file without its workdir is unknown.
+        run = source if source.is_file() else (name, number, config.seed)
+        if (other := seen.setdefault(run, source)) != source:
+            raise ValueError(f"{source} repeats the configuration and seed of {other}")
         label = f"{name} ({number + 1})" if number else name
-        groups.setdefault(label, []).append(rows)
+        group = groups.setdefault(label, Group([], find_published(config)))
+        group.curves.append(rows)
     return groups
 
 
-def _runs(path: pathlib.Path) -> list[pathlib.Path]:
+def _runs(arguments) -> Iterator[tuple[pathlib.Path, ConfigDict]]:
+    """Yields the workdir or metrics.csv of each run, once, and its configuration."""
+    done = set()
+    for argument in arguments:
+        name, _, file = str(argument).partition("=")
+        if file and not pathlib.Path(argument).exists():
+            family, _, row = name.partition(":")
+            runs = [(pathlib.Path(file), summary.load_family(family).get_config(row))]
+        else:
+            runs = [(path, None) for path in _workdirs(pathlib.Path(argument))]
+        for path, config in runs:
+            if (path := path.resolve()) not in done:
+                done.add(path)
+                yield path, config or load_config(path)
+
+
+def _workdirs(path: pathlib.Path) -> list[pathlib.Path]:
     path = path.resolve()
     seeds = sorted(path.glob("seed*/config.json"))
     if (path / "config.json").exists() or not seeds:
@@ -56,13 +113,38 @@ def _runs(path: pathlib.Path) -> list[pathlib.Path]:
     return [config.parent for config in seeds]
 
 
-def table(groups: dict[str, list[Curve]]) -> str:
+def describe(config: ConfigDict) -> str:
+    """Returns a name such as "X-DenseNet 40-24-2, CIFAR-10"; never a path."""
+    net = NETS.get(config.net.name, config.net.name)
+    if config.net.wiring.kind == "expander":
+        net = f"X-{net}"
+    # The rows of some families begin with the net: "densenet-121-2".
+    variant = config.variant.removeprefix(f"{NETS.get(config.net.name, '').lower()}-")
+    data = DATA.get(config.data.name, pathlib.Path(config.data.name).stem)
+    modern = ", modern" if config.recipe == "modern" else ""
+    return f"{net} {variant}, {data}{modern}"
+
+
+def find_published(config: ConfigDict) -> Published | None:
+    """Returns the published result of a configuration's net and data set, if any."""
+    for name in summary.FAMILIES:
+        family = summary.load_family(name)
+        row = family.VARIANTS.get(config.variant)
+        if row and config.data.name in row.published:
+            named = family.get_config(f"{config.variant},{config.data.name}")
+            if named.net == config.net:
+                return row.published[config.data.name]
+    return None
+
+
+def table(groups: dict[str, Group]) -> str:
     """Returns test errors in percent as Markdown, mean and deviation over each row."""
     lines = [
         "| run | epochs | n | final, mean | sd | last 5, mean | sd | best, mean | sd |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, curves in groups.items():
+    for name, group in groups.items():
+        curves = group.curves
         cells = [name, f"{curves[0][-1]['epoch']:g}", str(len(curves))]
         for pick in (lambda x: x[-1], lambda x: statistics.median(x[-5:]), min):
             cells += _spread([pick(errors(curve)) for curve in curves])
@@ -80,28 +162,45 @@ def _spread(values: list[float]) -> tuple[str, str]:
     return f"{statistics.mean(values):.2f}", deviation
 
 
-def figure(groups: dict[str, list[Curve]]) -> Figure:
-    """Plots test error over epochs, one colour per row and one line per run."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def figure(groups: dict[str, Group]) -> Figure:
+    """Plots test error over epochs: a colour per row, a line per run.
+
+    Published errors are dashed lines.
+    """
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    for i, (name, curves) in enumerate(groups.items()):
-        for j, curve in enumerate(curves):
+    for i, (name, group) in enumerate(groups.items()):
+        for j, curve in enumerate(group.curves):
             epochs = [row["epoch"] for row in curve]
-            label = name if j == 0 else None
-            axes.plot(epochs, errors(curve), f"C{i}", lw=1, label=label)
+            label = None if j else f"{name}, {group.seeds}"
+            marker = "o" if len(curve) <= MARKED else ""
+            axes.plot(
+                *(epochs, errors(curve)),
+                f"C{i}",
+                lw=1,
+                marker=marker,
+                ms=4,
+                label=label,
+            )
+        if published := group.published:
+            net = name.partition(",")[0]
+            label = f"{net}, published: {published.error:g} % ({published.selection})"
+            axes.axhline(published.error, color=f"C{i}", ls="--", lw=1, label=label)
     axes.set(xlabel="epoch", ylabel="test error, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Below the plot, where it covers no curve.
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("runs", nargs="+", metavar="WORKDIR|FAMILY:VARIANT,DATA=FILE")
     parser.add_argument("--out", type=pathlib.Path, help="image of the plot to write")
     options = parser.parse_args()
     try:
-        groups = read(options.workdirs)
+        groups = read(options.runs)
         print(table(groups))
         if options.out:
             figure(groups).savefig(options.out, dpi=120)

@@ -57,7 +57,7 @@ def select(patterns: Sequence[str], data: str = "") -> list[tuple[str, str, str]
     rows = [
         (family, variant, name)
         for family in FAMILIES
-        for variant, row in _module(family).VARIANTS.items()
+        for variant, row in load_family(family).VARIANTS.items()
         for name in row.parameters
     ]
     if data:
@@ -127,7 +127,7 @@ def read_table() -> dict[tuple[str, str, str], dict[str, int]]:
 def _count(family: str, variant: str, data: str) -> dict[str, int]:
     from nets import cost
 
-    found = layers(_module(family).get_config(f"{variant},{data}"))
+    found = layers(load_family(family).get_config(f"{variant},{data}"))
     total = cost.total(found)
     return dict(
         parameters=total.parameters,
@@ -139,7 +139,7 @@ def _count(family: str, variant: str, data: str) -> dict[str, int]:
 
 def _published(family: str, variant: str, data: str) -> dict:
     none = Published(error=None, selection="", source="")
-    row = _module(family).VARIANTS[variant].published.get(data, none)
+    row = load_family(family).VARIANTS[variant].published.get(data, none)
     return dict(
         error=row.error,
         top5=row.top5,
@@ -226,7 +226,7 @@ def _show_layers(options: argparse.Namespace) -> None:
             )
     for argument in options.patterns:
         path, _, choice = argument.partition(":")
-        config = _module(pathlib.Path(path).stem).get_config(choice)
+        config = load_family(pathlib.Path(path).stem).get_config(choice)
         show(LAYER_HEADER, layer_rows(config), LAYER_WIDTHS)
 
 
@@ -254,7 +254,8 @@ def _update() -> None:
     print(f"wrote {TABLE}: {len(counted)} variants")
 
 
-def _module(family: str):
+def load_family(family: str):
+    """Returns the module configs.FAMILY; raises ValueError if there is none."""
     if family not in FAMILIES:
         raise ValueError(
             f"unknown family {family!r}: choose from {', '.join(FAMILIES)}"

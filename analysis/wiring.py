@@ -23,13 +23,17 @@ def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
     ends = np.stack([np.stack([x[0][i], 1 + 0 * i], 1), np.stack([x[1][o], 0 * o], 1)])
     lines = LineCollection(ends.swapaxes(0, 1), colors=EDGE_COLOUR, linewidths=0.6)
     axes.add_collection(lines)
-    for y, side, colour in ((1, x[0], INPUT_COLOUR), (0, x[1], OUTPUT_COLOUR)):
+    for y, side, colour, row in (
+        (1, x[0], INPUT_COLOUR, "inputs"),
+        (0, x[1], OUTPUT_COLOUR, "outputs"),
+    ):
         axes.scatter(side, np.full(len(side), y), s=28, color=colour, zorder=2)
+        axes.text(-0.04, y, row, color=colour, fontsize=10, ha="right", va="center")
     degrees = np.bincount(o, minlength=shape[1])
     spread = " to ".join(map(str, sorted({degrees.min(), degrees.max()})))
     count = f"{len(edges)} of {shape[0] * shape[1]} connections, {spread} per output"
     axes.set_title(f"{title}\n{count}", fontsize=10)
-    axes.set_xlim(-0.05, 1.05)
+    axes.set_xlim(-0.2, 1.05)  # room for the names of the rows
     axes.set_ylim(-0.15, 1.15)
     axes.axis("off")
 

@@ -20,6 +20,10 @@ def test_titles_count_connections():
     assert " to " in titles[3]
     lines = [axes.collections[0].get_segments() for axes in figure.axes]
     assert [len(segments) for segments in lines] == [64, 16, 16, 16]
+    for axes, segments in zip(figure.axes, lines, strict=True):
+        rows = {text.get_text(): text.get_position()[1] for text in axes.texts}
+        assert rows == {"inputs": 1, "outputs": 0}
+        assert {y for segment in segments for _, y in segment} == {0, 1}
 
 
 def test_command_writes_to_the_current_directory_by_default(
