@@ -2,15 +2,19 @@
 
 python -m analysis.augmentations --config=configs/gunn.py:15,cifar10 --out=sheet.png \\
     [--config.data.dir=...] [--config.augment.cutout=8] [--images=8] [--versions=10]
+python -m analysis.augmentations --config=configs/cfmz.py:20,cifar10 --gallery \\
+    --versions=7 --out=gallery.png
 
 The left column shows training images as in evaluation. Each further column is one step
 of the configuration's input pipeline and augmentation, without normalisation. Captions
-below mixed images give the shares of the rows in their targets.
+below mixed images give the shares of the rows in their targets. --gallery draws a sheet
+for each entry of GALLERY, below the fields that it sets.
 """
 
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 from runtime import processes
 
@@ -28,7 +32,25 @@ import input_pipeline
 from augment.check import check
 from runtime import command_line
 
-CELL, GAP, CAPTION = 96, 4, 12  # pixels; images larger than a cell are not scaled
+CELL, GAP, CAPTION = 96, 4, 16  # pixels; images larger than a cell are not scaled
+TITLE = 26  # pixels above each sheet of the gallery
+# Fields over those of the configuration, and the number of images.
+GALLERY: tuple[tuple[dict[str, Any], int], ...] = (
+    ({"data.border": "zero"}, 1),
+    ({"data.border": "mean"}, 1),
+    ({"data.border": "white"}, 1),
+    ({"data.border": "reflect"}, 1),
+    ({"augment.jigsaw": True}, 1),
+    ({"data.crop": "inception", "data.image_size": 32}, 1),
+    ({"augment.jitter": 0.4, "augment.lighting": 0.1}, 1),
+    ({"augment.hls": (36, 50, 50)}, 1),
+    ({"augment.cutout": 16}, 1),
+    ({"augment.mixup": 1.0}, 2),
+    ({"augment.cutmix": 1.0, "augment.cutmix_probability": 1.0}, 2),
+    ({"augment.ricap": 0.3}, 4),
+    ({"augment.autoaugment": True}, 1),
+    ({"augment.randaugment_ops": 2, "augment.randaugment_magnitude": 10.0}, 1),
+)
 
 
 def versions(
@@ -106,7 +128,7 @@ def sheet(plain: np.ndarray, augmented: np.ndarray, shares: np.ndarray) -> Image
     draw = ImageDraw.Draw(result)
     for row in range(images):
         top = GAP + row * step_y
-        draw.text((GAP, top), str(row), fill="black")
+        draw.text((GAP, top), str(row), fill="black", font_size=CAPTION - 4)
         for column, pixels in enumerate([plain[row], *augmented[:, row]]):
             left = CAPTION + GAP + column * step_x + (GAP if column else 0)
             image = Image.fromarray(pixels).resize(cell, Image.NEAREST)
@@ -114,7 +136,28 @@ def sheet(plain: np.ndarray, augmented: np.ndarray, shares: np.ndarray) -> Image
             if caption and column:
                 text = _caption(shares[column - 1, row])
                 position = (left, top + cell[1])
-                draw.multiline_text(position, text, "black", font_size=9, spacing=2)
+                draw.multiline_text(
+                    position, text, "black", font_size=CAPTION - 4, spacing=2
+                )
+    return result
+
+
+def gallery(config: ConfigDict, count: int) -> Image.Image:
+    """Draws a sheet with `count` versions for each entry of GALLERY."""
+    sheets = []
+    for fields, images in GALLERY:
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fields)
+        title = "   ".join(f"{name}={value}" for name, value in fields.items())
+        sheets.append((title, sheet(*versions(changed, images, count))))
+    width = max(image.width for _, image in sheets)
+    height = sum(TITLE + image.height for _, image in sheets)
+    result = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(result), 0
+    for title, image in sheets:
+        draw.text((GAP, top + TITLE // 3), title, "black", font_size=CAPTION - 2)
+        result.paste(image, (0, top + TITLE))
+        top += TITLE + image.height
     return result
 
 
@@ -130,8 +173,11 @@ def main(_):
     if not folder.is_dir():
         sys.exit(f"error: --out: directory {folder} does not exist")
     try:
-        arrays = versions(flags.FLAGS.config, flags.FLAGS.images, flags.FLAGS.versions)
-        image = sheet(*arrays)
+        config, count = flags.FLAGS.config, flags.FLAGS.versions
+        if flags.FLAGS.gallery:
+            image = gallery(config, count)
+        else:
+            image = sheet(*versions(config, flags.FLAGS.images, count))
         image.save(flags.FLAGS.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -142,6 +188,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/FAMILY.py[:VARIANT,DATA]")
     flags.DEFINE_string("out", None, "image to write, such as sheet.png")
     flags.DEFINE_integer("images", 8, "number of images", lower_bound=1)
+    flags.DEFINE_bool("gallery", False, "draw a sheet for each augmentation")
     flags.DEFINE_integer("versions", 10, "number of training steps", lower_bound=1)
     flags.mark_flags_as_required(["config", "out"])
     app.run(main, flags_parser=command_line.parse)

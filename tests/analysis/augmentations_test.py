@@ -55,10 +55,26 @@ def test_the_command_writes_a_sheet_with_captions(tmp_path):
     assert done.returncode == 0, done.stderr
     pixels = np.asarray(Image.open(out))
     # Four rows of 96 pixels, two lines of captions; three columns.
-    assert pixels.shape == (4 + 4 * (96 + 24 + 4), 20 + 3 * (96 + 4), 3)
-    captions = pixels[100:124]
-    assert (captions[:, :116] == 255).all()  # none below the plain image
-    assert (captions[:, 124:] < 128).any()
+    assert pixels.shape == (4 + 4 * (96 + 32 + 4), 24 + 3 * (96 + 4), 3)
+    captions = pixels[100:132]
+    assert (captions[:, :120] == 255).all()  # none below the plain image
+    assert (captions[:, 128:] < 128).any()
+
+
+def test_a_gallery_has_a_titled_sheet_for_each_entry(config, monkeypatch):
+    entries = (({"augment.cutout": 8}, 1), ({"augment.mixup": 1.0}, 2))
+    monkeypatch.setattr(augmentations, "GALLERY", entries)
+    pixels = np.asarray(augmentations.gallery(config, 2))
+    heights = [4 + 96 + 4, 4 + 2 * (96 + 16 + 4)]
+    assert pixels.shape == (2 * 26 + sum(heights), 24 + 3 * (96 + 4), 3)
+    for top in (0, 26 + heights[0]):
+        assert (pixels[top : top + 26] < 128).any()  # the title
+
+
+def test_every_augmentation_is_in_the_gallery():
+    drawn = {name for fields, _ in augmentations.GALLERY for name in fields}
+    options = {f"augment.{name}" for name in cfmz.get_config().augment}
+    assert options <= drawn
 
 
 @pytest.mark.parametrize(
