@@ -40,8 +40,8 @@ __all__ = [
     "own",
 ]
 
-# If several references have the layers of a net, it is exported with the names of the
-# first: X-Nets' ResNets for ImageNet, which are PyTorch's, before those of Lua.
+# A net that several references describe is exported with the names of the first. So
+# ResNets for ImageNet get the names of X-Nets, which are PyTorch's, not those of Lua.
 FAMILIES: dict[str, dict[str, Reference]] = {
     "xnets": xnets.REFERENCES,
     "cfmz": cfmz.REFERENCES,
@@ -93,10 +93,9 @@ def build(reference: Mapping) -> nnx.Module:
 
 
 def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
-    """Sets all variables of a net from tensors with its original's names and layouts.
+    """Sets all variables of a net from tensors with the names of its original, or ours.
 
-    Or with ours (`own`). Raises Mismatch, which lists missing and unexpected tensors
-    and wrong shapes.
+    Raises Mismatch, which lists missing and unexpected tensors and wrong shapes.
     """
     assign(net, find_sources(net, tensors), tensors)
 
@@ -104,8 +103,8 @@ def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 def fit(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Sets all variables of a net from the tensors of a weight file.
 
-    Like `load`, but the tensors of some originals have positions as names. Raises
-    Mismatch.
+    Like `load`, but also accepts tensors that are named by position, as those of neon
+    and Torch7 are. Raises Mismatch.
     """
     orders = [x for x in _references(net) if x.order]
     if not orders or not all(name[:1].isdigit() for name in tensors):
@@ -125,8 +124,8 @@ def fit(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
     """Returns the source of each variable of a net, given the names of the tensors.
 
-    The originals have several names for the tensors of some nets. Uses those, or ours,
-    that share most names.
+    Some nets have several original namings. Chooses the one, or ours, that has most of
+    the given names.
     """
 
     def shared(sources):

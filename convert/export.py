@@ -1,4 +1,4 @@
-"""Exports the net of a run: its weights, or a program for any machine, and its card."""
+"""Exports a trained net as weights or as a portable program, with a model card."""
 
 import contextlib
 import importlib
@@ -160,7 +160,7 @@ def program(net: nnx.Module, config: ConfigDict, facts: Facts) -> bytes:
 
     It holds the weights and the normalisation. N is symbolic: any number of images.
     """
-    # The only lowering that every platform has and that needs no number of images.
+    # The other lowerings depend on the platform or on the number of images.
     nets.configure(net, lowering="native")
     definition, variables = nets.split(net)
 
@@ -247,7 +247,7 @@ def _result(run: Run) -> str:
     last = f"{rows[-1][metrics.BEST_METRIC]:.4f}"
     return (
         f"step {run.step}, epoch {row['epoch']:g}: {values}; {rank} evaluations on the "
-        f"test images, of which the last has {metrics.BEST_METRIC}={last}"
+        f"test images; the last has {metrics.BEST_METRIC}={last}"
     )
 
 
@@ -290,8 +290,8 @@ def _use(name: str, names: str, facts: Facts) -> str:
     height, width, _ = facts.image_shape
     if name.endswith(".jax"):
         return (
-            "Needs `jax` and `flatbuffers`, on CPU, CUDA or TPU; the weights and the "
-            "normalisation are inside.\n\n```python\nimport jax.export\n\n"
+            "Requires `jax` and `flatbuffers`, on CPU, CUDA or TPU. Contains the "
+            "weights and the normalisation.\n\n```python\nimport jax.export\n\n"
             f'program = jax.export.deserialize(open("{name}", "rb").read())\n'
             f"logits = program.call(images)  # (N, {height}, {width}, 3) uint8\n"
             "```"

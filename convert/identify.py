@@ -31,7 +31,7 @@ class Unidentified(ValueError):
 class Match(NamedTuple):
     """A net with the tensors of a file.
 
-    name: of the configuration, as after --config=. others: configurations of the same
+    name: the configuration as a value of --config. others: configurations of the same
     net for other data sets.
     """
 
@@ -98,7 +98,9 @@ def identify(
         )
     if given or near:
         name, reason = (name, reason) if given else near
-        raise Unidentified(f"{count:,} parameters, which do not fit {name}: {reason}")
+        raise Unidentified(
+            f"the tensors ({count:,} parameters) do not fit {name}: {reason}"
+        )
     nearest, parameters = min(_variants(), key=lambda x: abs(x[1] - count))[:2]
     raise Unidentified(
         f"no variant in configs/ has these {count:,} parameters ({_some(tensors)}); "
@@ -146,7 +148,8 @@ def _fit(config: ConfigDict, tensors) -> tuple[nnx.Module | None, str]:
     try:
         convert.fit(net, tensors)
     except (convert.Mismatch, convert.UnknownReference) as error:
-        return None, _shorten(" ".join(str(error).split()))
+        reason = str(error).removeprefix("tensors do not fit the net")
+        return None, _shorten(" ".join(reason.split()))
     return net, ""
 
 

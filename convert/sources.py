@@ -61,10 +61,10 @@ class Reference(NamedTuple):
       (train or eval) matters if the original stores statistics differently.
     refine: (section, tensor names) -> section, with the fields that the reference
       configuration leaves open but the names decide.
-    order: if the files of the original have no names: name of a layer -> its rank in
-      the order of the file.
-    layout: (tensor of such a file, our reference shape) -> the tensor in that shape, if
-      it fits.
+    order: for originals whose files have no names: name of a layer -> its rank in the
+      file.
+    layout: for the same originals: (tensor of the file, our reference shape) -> the
+      tensor in that shape, or unchanged if it does not fit.
     """
 
     net: type[nnx.Module]

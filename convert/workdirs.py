@@ -26,9 +26,9 @@ def save(
 ) -> None:
     """Writes the checkpoint, config.json and origin.json of a weight file.
 
-    path: of the file. Writes no metrics.csv or best.json, because nothing has been
-    evaluated. Raises WorkdirError if the workdir holds a run, or if it cannot be
-    written; then nothing is left in it.
+    path: the weight file. Writes no metrics.csv or best.json, because nothing has been
+    evaluated. Raises WorkdirError or CheckpointError, and leaves nothing behind, if the
+    workdir already holds a run or cannot be written.
     """
     facts = data_facts(match.config, weights)
     with lock(workdir):

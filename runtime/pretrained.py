@@ -63,15 +63,15 @@ def load_weights(source: str) -> dict[str, np.ndarray]:
     (CheckpointError is a subclass) if there are none.
     """
     folder, which = os.path.expanduser(source), "best"
-    if "@" in folder and not os.path.isdir(folder):
+    if "@" in folder and not os.path.exists(folder):
         folder, _, which = folder.rpartition("@")
     if os.path.isfile(folder):
         with tempfile.TemporaryDirectory() as scratch:
             return load_weights(_convert(folder, os.path.join(scratch, "run")))
     if not os.path.isfile(os.path.join(folder, CONFIG_JSON)):
         raise ValueError(
-            f"init_from={source}: {folder} is not the workdir of a run: it has no "
-            f"{CONFIG_JSON}"
+            f"init_from={source}: {folder} is neither a weight file nor the workdir of "
+            f"a run: it has no {CONFIG_JSON}"
         )
     with Checkpoints(pathlib.Path(folder)) as checkpoints:
         template = checkpoints.template(which)
@@ -91,7 +91,7 @@ def load_weights(source: str) -> dict[str, np.ndarray]:
 def _convert(file: str, workdir: str) -> str:
     """Converts a weight file to a workdir, in a process of its own.
 
-    The room `convert` is built on train.py, so nothing below train.py may import it.
+    convert imports train, which imports this module.
     """
     logging.info("converting %s", file)
     command = [sys.executable, "-m", "convert", os.path.abspath(file)]

@@ -214,8 +214,14 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
         return
     path = workdir / ".lock"
-    workdir.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise WorkdirError(
+            f"{workdir} cannot be written ({error.strerror}): use another --workdir"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its previous holder may have removed the file since it was opened.

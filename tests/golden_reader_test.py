@@ -1,4 +1,4 @@
-"""Reads golden layer files of kinds that no stored file has; each test writes one."""
+"""The readers of layer files of which none is stored; each test records one."""
 
 import json
 

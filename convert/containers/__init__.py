@@ -1,10 +1,10 @@
-"""Weight files of other frameworks -> arrays by name. Nothing in a file is executed.
+"""Reads weight files of other frameworks as arrays by name; executes nothing in them.
 
     weights = containers.read("model_best.pth.tar")
 
-A container is recognised by its first bytes. The readers need no framework, and no more
-memory than a small multiple of the file. Tensors of neon and Torch7 have no names;
-their position in the module tree serves as the name, such as "7.3.1.2.4.weight".
+The first bytes of a file identify its format. The readers require no framework, and no
+more memory than a small multiple of the file. neon and Torch7 do not name tensors, so a
+name is a position in the module tree, such as "7.3.1.2.4.weight".
 """
 
 import os
@@ -17,8 +17,8 @@ from convert.containers.weights import Normalization, Weights
 __all__ = ["ContainerError", "Normalization", "Weights", "read"]
 
 # The first reader whose `matches` accepts the content reads it. torch precedes npz
-# (both are zip archives) and neon (both are pickles). safetensors begins with a length,
-# which can equal the first bytes of any other format.
+# (both are zip archives) and neon (both are pickles). safetensors files begin with a
+# length, whose bytes can look like the beginning of any other format.
 READERS = {
     "safetensors": safetensors,
     "torch": torch,

@@ -210,6 +210,15 @@ def test_a_directory_requires_to(files):
         command.main([str(files), "--dry-run"])
 
 
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path, files):
+    (tmp_path / "file").write_text("")
+    for workdir, reason in (("file", "File exists"), ("file/run", "Not a directory")):
+        with pytest.raises(
+            SystemExit, match=rf"{workdir} cannot be written \({reason}"
+        ):
+            run(files, f"--workdir={tmp_path / workdir}")
+
+
 @pytest.mark.parametrize("entry", ["origin.json", "config.json"])
 def test_a_failed_write_leaves_nothing(tmp_path, files, entry):
     """A directory in the place of a draft stands for a full disk."""

@@ -88,7 +88,7 @@ def test_another_net_is_rejected(source, ours, message):
 @pytest.mark.parametrize(
     ("suffix", "message"),
     [
-        ("/other", "not workdir config.json"),
+        ("/other", "neither workdir config.json"),
         pytest.param("/config.json", "weight file", marks=pytest.mark.slow),
         ("@4", "'4' available: last, best, 3, 6"),
     ],
