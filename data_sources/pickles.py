@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+MAX_TUPLE = 10_000  # items; the state of Python's random has 628
+
 
 def loads(content: bytes, encoding: str = "bytes") -> Any:
     """Returns what was pickled, as `load` does."""
@@ -46,10 +48,10 @@ def load(
 def _cut(stream: BinaryIO) -> bytes:
     """Returns the bytes of one pickle.
 
-    Raises UnpicklingError if unpickling them could take more memory than a small
-    multiple of their number.
+    Raises UnpicklingError if unpickling them could take more memory or time than a
+    small multiple of their number.
     """
-    start, name = stream.tell(), ""
+    start, name, stack = stream.tell(), "", _Stack()
     while name != "STOP":
         opcode = pickletools.code2op[stream.read(1).decode("latin1")]
         name, argument = opcode.name, None
@@ -62,9 +64,47 @@ def _cut(stream: BinaryIO) -> bytes:
             raise pickle.UnpicklingError(f"memo index {argument} is refused")
         if name == "BYTEARRAY8" or name.startswith("EXT"):
             raise pickle.UnpicklingError(f"{name} is refused")
+        stack.apply(opcode, argument)
     end = stream.tell()
     stream.seek(start)
     return stream.read(end - start)
+
+
+class _Stack:
+    """The stack and memo of an unpickler, with the sizes of objects instead of objects.
+
+    The size of a tuple is that of its items plus one, of any other object one. Hashing
+    a tuple, as a key of a dict, visits shared items each time they occur.
+    """
+
+    def __init__(self):
+        self._sizes: list[int | None] = []  # None for a mark
+        self._memo: dict[int, int | None] = {}
+
+    def apply(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        name, sizes = opcode.name, self._sizes
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(self._memo) if name == "MEMOIZE" else argument
+            self._memo[index] = sizes[-1]
+            return
+        taken = []
+        for kind in reversed(opcode.stack_before):
+            if kind is pickletools.markobject:
+                while (size := sizes.pop()) is not None:
+                    taken.append(size)
+            elif kind is not pickletools.stackslice:
+                taken.append(sizes.pop())
+        size = 1
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            size = self._memo[argument]
+        elif name == "DUP":
+            size = taken[0]
+        elif name.startswith("TUPLE") or name == "FROZENSET":
+            size += sum(taken)
+        if size > MAX_TUPLE:
+            raise pickle.UnpicklingError("a tuple of too many items is refused")
+        for kind in opcode.stack_after:
+            sizes.append(None if kind is pickletools.markobject else size)
 
 
 class _Unpickler(pickle.Unpickler):

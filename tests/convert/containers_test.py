@@ -166,6 +166,11 @@ def nested_lists(depth=40):
     return Code(code)
 
 
+def nested_tuples(depth=40):
+    """A tuple whose hash takes 2**depth steps."""
+    return Code(b")q\1" + b"h\1\x86q\1" * depth)
+
+
 def copies(items, function, count=5000):
     """Calls a function `count` times with the same object."""
     return Code(b"](" + items + b"q\0" + function * count + b"e")
@@ -188,6 +193,8 @@ HOSTILE = {
         Code(push((nested_lists(), STORAGE, "0", "cpu", 2)) + b"Q")
     ),
     "torch: an endless shape": torch_with(shape=(nested_lists(),)),
+    "torch: an endless key": torch_pickle(Code(b"}" + nested_tuples() + b"Ns")),
+    "neon: an endless key": b"\x80\x02})" + b"2\x86" * 40 + b"Ns.",
     "torch: many sizes": torch_pickle(
         copies(b"](" + b"N" * 10_000 + b"e", b"ctorch\nSize\nh\0\x85R")
     ),
