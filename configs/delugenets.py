@@ -39,7 +39,12 @@ VARIANTS = {
 
 
 def get_config(argument: str = ""):
-    config = common.select(argument, VARIANTS, "146")
+    config = common.select(
+        argument,
+        VARIANTS,
+        "146",
+        cross_layer=True,  # False: our control, a chain of layers
+    )
     data = config.data.name
     config.data.border = "dataset_mean"  # zeros after normalisation
     config.train.update(batch_size=64, epochs=300.0, last_batch="partial")

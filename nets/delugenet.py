@@ -25,13 +25,13 @@ FIRST_WIDTH = {"cifar": 32, "imagenet": 64}
 class CompositeLayer(nnx.Module):
     """Cross-layer convolution of the sources, then three times BN, ReLU, convolution.
 
-    The convolutions are 1x1 to `width`, 3x3, and 1x1 to 2 width. With a single source
-    there is no cross-layer convolution.
+    The convolutions are 1x1 to `width`, 3x3, and 1x1 to 2 width. With num_sources=1
+    there is no cross-layer convolution: the layer reads the last source.
     """
 
     def __init__(self, channels, width, num_sources, *, wiring, rngs):
         conv = functools.partial(wiring.conv, rngs=rngs)
-        self.cross = CrossLayer(channels, num_sources) if num_sources > 1 else None
+        self.cross = _make_cross(channels, num_sources)
         self.norm1 = BatchNorm(channels)
         self.conv1 = conv(channels, width, 1)
         self.norm2 = BatchNorm(width)
@@ -40,7 +40,7 @@ class CompositeLayer(nnx.Module):
         self.conv3 = conv(width, 2 * width, 1)
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
-        x = sources[0].raw if self.cross is None else self.cross(sources)
+        x = _combine(self.cross, sources)
         x = self.conv1(nnx.relu(self.norm1(x)))
         x = self.conv2(nnx.relu(self.norm2(x)))
         return self.conv3(nnx.relu(self.norm3(x)))
@@ -50,12 +50,20 @@ class Transition(nnx.Module):
     """Cross-layer convolution over all sources of a block, BN, strided 3x3; no ReLU."""
 
     def __init__(self, in_channels, out_channels, num_sources, *, rngs):
-        self.cross = CrossLayer(in_channels, num_sources)
+        self.cross = _make_cross(in_channels, num_sources)
         self.norm = BatchNorm(in_channels)
         self.conv = Conv(in_channels, out_channels, 3, stride=2, padding=1, rngs=rngs)
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
-        return self.conv(self.norm(self.cross(sources)))
+        return self.conv(self.norm(_combine(self.cross, sources)))
+
+
+def _make_cross(channels: int, num_sources: int) -> CrossLayer | None:
+    return CrossLayer(channels, num_sources) if num_sources > 1 else None
+
+
+def _combine(cross: CrossLayer | None, sources: Sequence[Source]) -> jax.Array:
+    return sources[-1].raw if cross is None else cross(sources)
 
 
 class Projection(nnx.Module):
@@ -72,22 +80,28 @@ class Projection(nnx.Module):
 class Block(nnx.Module):
     """An opening unit that reads the previous block, then layers that read this block.
 
-    Every output is a source. `norms` normalises each source once for all its readers.
+    Every output is a source. `norms` normalises each source once for all its readers;
+    there are none without cross-layer connections.
     """
 
-    def __init__(self, opening, width, num_layers, *, wiring, rngs):
+    def __init__(self, opening, width, num_layers, *, cross_layer, wiring, rngs):
         self.opening = opening
         options = dict(wiring=wiring, rngs=rngs)
         layers = [
-            CompositeLayer(2 * width, width, i + 1, **options)
+            CompositeLayer(2 * width, width, i + 1 if cross_layer else 1, **options)
             for i in range(num_layers)
         ]
         norms = [BatchNorm(2 * width, affine=False) for _ in range(num_layers + 1)]
-        self.layers, self.norms = nnx.List(layers), nnx.List(norms)
+        self.layers = nnx.List(layers)
+        self.norms = nnx.List(norms) if cross_layer else None
 
     def sources(self, previous: Sequence[Source]) -> list[Source]:
         """Computes the sources of this block from the previous one's, oldest first."""
         x = self.opening(previous)
+        if self.norms is None:
+            for layer in self.layers:
+                x = layer([Source(x)])
+            return [Source(x)]
         sources = [Source(x, self.norms[0](x))]
         for layer, norm in zip(self.layers, self.norms[1:], strict=True):
             x = layer(sources)
@@ -103,6 +117,8 @@ class DelugeNet(nnx.Module):
     width: multiplier of FIRST_WIDTH, the bottleneck width of the first block. The
       sources of a block are twice as wide as its bottlenecks.
     form: "cifar" for 32x32, "imagenet" for 224x224.
+    cross_layer: False is our control, a chain in which each layer reads only the one
+      before it.
     The wiring applies to the composite layers; all other convolutions are dense.
     """
 
@@ -112,6 +128,7 @@ class DelugeNet(nnx.Module):
         layers: Sequence[int] = (8, 16, 24),
         width: float = 1.0,
         form: str = "cifar",
+        cross_layer: bool = True,
         wiring: Wiring = Wiring(),
         num_classes: int = 10,
         rngs: nnx.Rngs,
@@ -122,19 +139,21 @@ class DelugeNet(nnx.Module):
         stem = dict(stride=2, padding=3) if imagenet else dict(padding=1)
         self.stem = Conv(3, n, 7 if imagenet else 3, **stem, rngs=rngs)
         self.stem_norm = BatchNorm(n) if imagenet else None
-        blocks = []
+        blocks, num_sources = [], 1
         for i, num_layers in enumerate(layers):
             if i:
-                num_sources, n = len(blocks[-1].norms), 2 * n
+                n = 2 * n
                 opening = Transition(n, 2 * n, num_sources, rngs=rngs)
             elif imagenet:
                 opening = Projection(n, 2 * n, rngs=rngs)
             else:  # one of this block's composite layers
                 opening = CompositeLayer(n, n, 1, **options)
                 num_layers -= 1
-            blocks.append(Block(opening, n, num_layers, **options))
+            block = Block(opening, n, num_layers, cross_layer=cross_layer, **options)
+            blocks.append(block)
+            num_sources = num_layers + 1 if cross_layer else 1
         self.blocks = nnx.List(blocks)
-        self.cross = CrossLayer(2 * n, len(blocks[-1].norms))
+        self.cross = _make_cross(2 * n, num_sources)
         self.norm = BatchNorm(2 * n)
         self.classifier = Linear(2 * n, num_classes, rngs=rngs)
 
@@ -145,7 +164,7 @@ class DelugeNet(nnx.Module):
         sources = [Source(x)]
         for block in self.blocks:
             sources = block.sources(sources)
-        x = nnx.relu(self.norm(self.cross(sources)))
+        x = nnx.relu(self.norm(_combine(self.cross, sources)))
         return self.classifier(global_average_pool(x))
 
 

@@ -190,6 +190,27 @@ def test_every_weight_of_every_reader_has_a_gradient():
         assert np.abs(reader["bias"]).max() < 1e-3 * largest.max()
 
 
+def test_without_cross_layer_connections_the_net_is_a_chain():
+    """A layer whose output is constant leaves no gradient to the layers before it."""
+    net = nets.create(TINY | dict(cross_layer=False), nnx.Rngs(0))
+    assert not [x for _, x in nnx.iter_modules(net) if isinstance(x, CrossLayer)]
+    net.blocks[0].layers[1].conv3.kernel[...] *= 0.0
+    net.blocks[1].opening.norm.bias[...] += 1.0  # or all later ReLUs are at 0
+    definition, variables = nets.split(net)
+    x = normal(4, 32, 32, 3)
+
+    def loss(params):
+        logits, _ = definition.apply(variables | {"params": params}, x)
+        return (logits * normal(4, 10, seed=3)).sum()
+
+    grads = run_once(jax.grad(loss))(variables["params"])
+    before, after = grads["blocks"][0]["layers"][0], grads["blocks"][1]["opening"]
+    assert not np.any(before["conv1"]["kernel"])
+    assert not np.any(grads["stem"]["kernel"])
+    assert np.any(grads["blocks"][0]["layers"][1]["conv3"]["kernel"])
+    assert np.any(after["norm"]["bias"])
+
+
 @functools.cache
 def abstract(variant):
     data = next(iter(configs.delugenets.VARIANTS[variant].parameters))

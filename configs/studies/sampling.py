@@ -1,0 +1,48 @@
+"""X-Nets: does the rule that samples an expander's graph matter?
+
+python -m analysis.study configs/studies/sampling.py:small --workdir=/tmp/sampling-small
+python -m analysis.study configs/studies/sampling.py --workdir=/tmp/sampling
+
+The backbone is IGCNets' plain net, because sampling per input is impossible in a
+DenseNet, whose layers have more partners to draw than output channels. Each seed draws
+its own graphs.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(form: str = "full"):
+    if form not in ("small", "full"):
+        raise ValueError(f"unknown form {form!r}: choose from small, full")
+
+    def expander(**fields):
+        return dict(net=dict(wiring=dict(kind="expander", compress=2) | fields))
+
+    study = dict(
+        claim="Sampling: at equal parameters, graphs that are sampled per output, per "
+        "input, on the smaller side or in blocks reach different errors.",
+        backbones=dict(
+            plain=dict(
+                config="configs/igcnets.py:plain-20-W16,cifar10",
+                width=dict(width=1),
+                widths=(32,),
+            ),
+        ),
+        wirings=dict(
+            per_output=expander(sampling="per_output"),
+            per_input=expander(sampling="per_input"),
+            smaller_side=expander(sampling="smaller_side"),
+            block=expander(sampling="per_output", block=2),
+        ),
+        reference="per_output",
+        seeds=5,
+    )
+    if form == "small":
+        study["backbones"]["plain"]["widths"] = (24,)
+        study["seeds"] = 3
+        study["changes"] = dict(
+            net=dict(depth=8),
+            train=dict(epochs=0.5),
+            optimizer=dict(drop_epochs=(0.35,)),
+        )
+    return ConfigDict(study)
