@@ -167,6 +167,7 @@ def test_random_sparse_convolutions(kernels):
         *(st.integers(1, 3), st.integers(0, 2), st.integers(1, 40)),
     )
     def check(images, size, i, o, window, padding, degree):
+        padding %= window
         if min(size) + 2 * padding >= window:
             shape, x, _ = shape_of(images, size, i, o, window, 1, padding)
             compare_sparse(shape, x, min(degree, i))
@@ -430,20 +431,19 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
 
 @pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(kernels, tmp_path):
-    find = subprocess.run(
-        [build.find_compiler(), "-print-file-name=libasan.so"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    runtime = find.stdout.strip()
-    if not os.path.isabs(runtime):
+    # The C++ runtime, too, because the sanitizer looks for its functions at the start.
+    runtimes = []
+    for name in ("libasan.so", "libstdc++.so"):
+        command = [build.find_compiler(), f"-print-file-name={name}"]
+        find = subprocess.run(command, capture_output=True, text=True, check=True)
+        runtimes.append(find.stdout.strip())
+    if not all(map(os.path.isabs, runtimes)):
         pytest.skip("the compiler has no address sanitizer")
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     run_script(
         "2",
         *flags,
-        LD_PRELOAD=runtime,
+        LD_PRELOAD=" ".join(runtimes),
         ASAN_OPTIONS="detect_leaks=0",
         XDG_CACHE_HOME=str(tmp_path),
     )

@@ -38,8 +38,10 @@ def sparse_convolution(x: jax.Array, values: jax.Array, edges: jax.Array, shape)
     """Convolves over the connected pairs of channels only, in time proportional to E.
 
     values: (k, k, E), for edges (E,) int32, the indices input * out_channels + output.
-    shape: a lowerings.Shape with stride 1 and without groups.
+    shape: a lowerings.Shape with stride 1, one group and less padding than its window.
     """
+    if shape.stride > 1 or shape.groups > 1 or shape.padding >= shape.window[0]:
+        raise ValueError(f"no sparse convolution exists for {shape}")
     if values.shape != (*shape.window, *edges.shape):
         raise ValueError(
             f"values of shape {values.shape} do not fit a {shape.window} window and "
