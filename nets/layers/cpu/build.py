@@ -8,6 +8,7 @@ $CXX selects the compiler; CXX=none turns the kernels off.
 
 import ctypes
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -17,7 +18,6 @@ import threading
 import time
 
 import jax
-import jaxlib
 from absl import logging
 
 SOURCES = pathlib.Path(__file__).parent
@@ -68,7 +68,9 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
     # The compiler's own macros name its version and the processor's instructions.
     macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     files = [*sorted(SOURCES.glob("*.h")), SOURCES / "kernels.cc"]
-    digest = hashlib.sha256(f"{jaxlib.__version__} {command} {macros}".encode())
+    digest = hashlib.sha256(
+        f"{importlib.metadata.version('jaxlib')} {command} {macros}".encode()
+    )
     for file in files:
         digest.update(file.read_bytes())
     library = _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
