@@ -142,7 +142,7 @@ def _unit(case: str, shapes) -> Unit:
             unit = Transition(channels, new, num_sources, **options)
             if case == "block":
                 num_layers = sum(name.endswith(".conv1.weight") for name in shapes)
-                unit = Block(unit, new // 2, num_layers, **wired)
+                unit = Block(unit, new // 2, num_layers, cross_layer=True, **wired)
     return Unit(unit, channels, num_sources)
 
 
