@@ -96,6 +96,7 @@ def _runs(arguments) -> Iterator[tuple[pathlib.Path, ConfigDict]]:
         name, _, file = str(argument).partition("=")
         if file and not pathlib.Path(argument).exists():
             family, _, row = name.partition(":")
+            _check_metrics(pathlib.Path(file))
             runs = [(pathlib.Path(file), summary.load_family(family).get_config(row))]
         else:
             runs = [(path, None) for path in _workdirs(pathlib.Path(argument))]
@@ -103,6 +104,13 @@ def _runs(arguments) -> Iterator[tuple[pathlib.Path, ConfigDict]]:
             if (path := path.resolve()) not in done:
                 done.add(path)
                 yield path, config or load_config(path)
+
+
+def _check_metrics(path: pathlib.Path) -> None:
+    with path.open(newline="", errors="replace") as file:
+        columns = file.readline().strip().split(",")
+    if not {"step", "epoch", "test_accuracy"} <= set(columns):
+        raise ValueError(f"{path} is not the metrics.csv of a run")
 
 
 def _workdirs(path: pathlib.Path) -> list[pathlib.Path]:

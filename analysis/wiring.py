@@ -67,11 +67,12 @@ def main():
     parser.add_argument("--out", default="wiring.png", help="image to write")
     options = vars(parser.parse_args())
     out = options.pop("out")
-    if not 1 <= options["degree"] <= options["in_channels"]:
-        parser.error(
-            f"--degree must lie between 1 and --in_channels={options['in_channels']}, "
-            f"got {options['degree']}"
-        )
+    for name, least in (("in_channels", 1), ("out_channels", 1), ("seed", 0)):
+        if options[name] < least:
+            parser.error(f"--{name} must be at least {least}, got {options[name]}")
+    channels, degree = options["in_channels"], options["degree"]
+    if degree < 1 or channels % degree:
+        parser.error(f"--degree must divide --in_channels={channels}, got {degree}")
     try:
         figure(**options).savefig(out, dpi=120)
     except (ValueError, OSError) as error:

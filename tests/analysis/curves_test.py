@@ -149,6 +149,10 @@ def test_a_metrics_file_is_read_as_the_run_of_a_config(tmp_path):
     assert group.published.error == 4.15
     with pytest.raises(ValueError, match="unknown family 'gun': choose from"):
         curves.read([f"gun:15={files[0]}"])
+    other = tmp_path / "notes.txt"
+    other.write_text("step\n1\n")
+    with pytest.raises(ValueError, match=r"notes\.txt is not the metrics\.csv"):
+        curves.read([f"gunn:15={other}"])
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):

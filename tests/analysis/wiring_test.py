@@ -36,10 +36,21 @@ def test_command_writes_to_the_current_directory_by_default(
     assert (tmp_path / "wiring.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("degree", ["0", "17"])
-def test_impossible_degree_is_rejected(degree, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--degree=0", "--degree must divide --in_channels=16, got 0"),
+        ("--degree=17", "--degree must divide --in_channels=16, got 17"),
+        ("--degree=3", "--degree must divide --in_channels=16, got 3"),
+        ("--in_channels=0", "--in_channels must be at least 1, got 0"),
+        ("--out_channels=0", "--out_channels must be at least 1, got 0"),
+        ("--seed=-1", "--seed must be at least 0, got -1"),
+    ],
+)
+def test_impossible_flags_are_rejected(flag, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["wiring", f"--degree={degree}"])
+    monkeypatch.setattr(sys, "argv", ["wiring", flag])
     with pytest.raises(SystemExit):
         wiring.main()
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
