@@ -183,13 +183,15 @@ def main() -> None:
     )
     add = parser.add_argument
     add("study", metavar="configs/studies/NAME.py[:FORM]")
-    add("--workdir", required=True, type=pathlib.Path)
+    add("--workdir", required=True)
     add("--equal", choices=EQUAL, help="instead of the study's own")
     add("--seeds", type=int, help="instead of the study's own")
     add("--dry-run", action="store_true", help="print the runs and their time")
     add("--shard", default="", metavar="I/N", help="run I, I + N, ...; I from 0")
     options, overrides = parser.parse_known_args()
-    workdir = options.workdir.expanduser()
+    if not options.workdir:
+        parser.error("--workdir must not be empty")
+    workdir = pathlib.Path(options.workdir).expanduser()
     try:
         given = {k: getattr(options, k) for k in ("equal", "seeds")}
         given = {k: value for k, value in given.items() if value is not None}

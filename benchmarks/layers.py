@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--blocks", action="store_true")
     options = vars(parser.parse_args())
+    for name in ("batch_size", "repeats"):
+        if options[name] < 1:
+            parser.error(f"--{name} must be at least 1, got {options[name]}")
     processes.set_environment()  # as main.py: page faults would double the times on CPU
     blocks = options.pop("blocks")
     function, layers = (measure_blocks, EXPANDERS) if blocks else (measure, LAYERS)

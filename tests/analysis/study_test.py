@@ -268,6 +268,16 @@ def forms(path):
     return [""] if path.stem == "digits" else [":small", ""]
 
 
+def test_an_empty_workdir_is_refused(monkeypatch, capsys):
+    # $UNSET in a script; otherwise the runs would go to the current directory.
+    monkeypatch.setattr(
+        sys, "argv", ["study", "configs/studies/digits.py", "--workdir="]
+    )
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "--workdir must not be empty" in capsys.readouterr().err
+
+
 def test_a_missing_study_names_the_nearest():
     with pytest.raises(ValueError, match=r"digit.py does not exist.*studies/digits.py"):
         study_plan.load("configs/studies/digit.py")
