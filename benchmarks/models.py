@@ -1,4 +1,4 @@
-"""Speed and memory of whole training steps on 32x32 images, compared with PyTorch.
+"""Speed and memory of whole training steps, compared with PyTorch.
 
 python -m benchmarks.models --peer
 python -m benchmarks.models --variants cfmz:20 gunn:15 --lowerings auto --reference=DIR
@@ -195,7 +195,8 @@ def ours(variant: str, lowering: str, options):
     config.net.lowering = "auto" if lowering == "plain" else lowering
     config.train.update(batch_size=options.batch_size, dtype=options.dtype)
     rng, size = np.random.default_rng(0), options.batch_size
-    image = rng.integers(0, 256, (size, 32, 32, 3), np.uint8)
+    side = 32 if config.data.crop == "pad" else config.data.image_size
+    image = rng.integers(0, 256, (size, side, side, 3), np.uint8)
     label = rng.integers(0, config.net.num_classes, size).astype(np.int32)
     names = tuple(map(str, range(config.net.num_classes)))
     facts = input_pipeline.Facts(

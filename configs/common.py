@@ -92,6 +92,9 @@ def base() -> ConfigDict:
             num_classes=10,
             graph_seed=0,  # of the random graphs of expander layers
             lowering="auto",  # of every convolution: nets/layers/lowerings.py
+            # Recomputed in the backward pass to save memory: none, norm (all but the
+            # convolutions), block: nets/remat.py.
+            remat="none",
             wiring=dict(  # nets/layers/wiring.py
                 kind="dense",  # or expander, grouped, interleaved
                 compress=2,  # expander: a sampling channel has in // compress partners

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from nets import connectivity
+from nets import remat as recomputation
 from nets.alexnet import AlexNet
 from nets.delugenet import DelugeNet
 from nets.densenet import DenseNet, ImageNetDenseNet
@@ -64,16 +65,17 @@ def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
     """Returns the net of a configuration's `net` section.
 
     `name` selects the class. `wiring` has the fields of nets.layers.wiring.Wiring.
-    `lowering` and `graph_seed` go to `configure`, all other fields to the class. Logits
-    are at least float32. Works under nnx.eval_shape. Raises ValueError for unknown
-    fields and invalid values.
+    `lowering`, `graph_seed` and `remat` go to `configure`, all other fields to the
+    class. Logits are at least float32. Works under nnx.eval_shape. Raises ValueError
+    for unknown fields and invalid values.
     """
     options = dict(config)
     name = options.pop("name")
     _check_moved(options)
     if name not in NETS:
         raise ValueError(f"unknown net {name!r}: {_choices(name, names())}")
-    lowering, graph_seed = options.pop("lowering", "auto"), options.pop("graph_seed", 0)
+    defaults = dict(lowering="auto", graph_seed=0, remat="none")
+    properties = {x: options.pop(x, default) for x, default in defaults.items()}
     wiring = _make_wiring(options.pop("wiring", {}))
     accepted = inspect.signature(NETS[name].__init__).parameters.keys()
     accepted -= {"self", "wiring", "rngs"}
@@ -91,7 +93,7 @@ def create(config: Mapping, rngs: nnx.Rngs) -> nnx.Module:
             raise ValueError(f"net {name!r} cannot be built: {error}") from error
 
     net = _initialize(build, rngs.params())
-    configure(net, lowering=lowering, graph_seed=graph_seed)
+    configure(net, **properties)
     return net
 
 
@@ -101,6 +103,7 @@ def configure(
     lowering: str | None = None,
     graph_seed: int | None = None,
     batch_norm_groups: int | None = None,
+    remat: str | None = None,
 ) -> None:
     """Sets the properties that modules do not know when they are constructed.
 
@@ -109,8 +112,12 @@ def configure(
     batch_norm_groups: ghost batch norm. Splits the batch into this many groups with
       separate statistics, over all devices of the mesh axis "data"; 1 is synchronised
       batch norm. 0: separate statistics on each device.
+    remat: what the backward pass of the whole net recomputes (nets/remat.py).
     None leaves a setting unchanged.
     """
+    if remat is not None:
+        recomputation.check(remat)
+        net.remat = remat
     lowerings.check(lowering or "auto")
     for path, module in nnx.iter_modules(net):
         if lowering is not None and hasattr(module, "lowering"):
@@ -182,6 +189,7 @@ class Definition:
 
     graphdef: nnx.GraphDef
     constants: nnx.State  # all other variables, such as dropout's random streams
+    remat: str = "none"  # nets/remat.py
 
     def apply(
         self, variables: dict, x: jax.Array, *, train: bool = False, key=None
@@ -190,11 +198,15 @@ class Definition:
 
         key: for dropout; only used in training.
         """
-        net = self.merge(variables)
-        net.train() if train else net.eval()
-        if key is not None:
-            nnx.reseed(net, dropout=key)
-        return net(x), nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
+
+        def forward(variables, x, key):
+            net = self.merge(variables)
+            net.train() if train else net.eval()
+            if key is not None:
+                nnx.reseed(net, dropout=key)
+            return net(x), nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
+
+        return recomputation.recompute(forward, self.remat)(variables, x, key)
 
     def merge(self, variables: dict) -> nnx.Module:
         """Returns the net with these variables; the inverse of `split`."""
@@ -213,6 +225,6 @@ def split(net: nnx.Module) -> tuple[Definition, dict]:
         net, nnx.Param, nnx.BatchStat, Connectivity, ...
     )
     variables = {"params": params, "stats": stats, "wiring": wiring}
-    return Definition(graphdef, constants), {
+    return Definition(graphdef, constants, getattr(net, "remat", "none")), {
         kind: nnx.to_pure_dict(state) for kind, state in variables.items()
     }

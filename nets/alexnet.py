@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import torch_default
 from nets.layers.norm import torch_batch_norm
@@ -85,6 +86,7 @@ class AlexNet(nnx.Module):
             x = conv(x)
             x = nnx.relu(x if self.conv_norms is None else self.conv_norms[i](x))
             x = max_pool(x, 3, stride=2) if pooled else x
+            x = checkpoint_name(x, "block")
         # Flattened as (C, H, W), the order of the original's weights.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         if x.shape[1] != self.features:

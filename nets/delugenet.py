@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear
 from nets.layers.cross_layer import CrossLayer, Source
@@ -97,14 +98,14 @@ class Block(nnx.Module):
 
     def sources(self, previous: Sequence[Source]) -> list[Source]:
         """Computes the sources of this block from the previous one's, oldest first."""
-        x = self.opening(previous)
+        x = checkpoint_name(self.opening(previous), "block")
         if self.norms is None:
             for layer in self.layers:
-                x = layer([Source(x)])
+                x = checkpoint_name(layer([Source(x)]), "block")
             return [Source(x)]
         sources = [Source(x, self.norms[0](x))]
         for layer, norm in zip(self.layers, self.norms[1:], strict=True):
-            x = layer(sources)
+            x = checkpoint_name(layer(sources), "block")
             sources.append(Source(x, norm(x)))
         return sources
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear, he_fan_out, torch_default, torch_uniform
 from nets.layers.norm import BatchNorm, Measured, torch_batch_norm
@@ -219,9 +220,10 @@ def _run_blocks(net: DenseNet | ImageNetDenseNet, x: jax.Array) -> list[Measured
         reader, *readers = [*(layer.norm1 for layer in layers), final]
         maps = [reader.measure(x)]
         for layer, reader in zip(layers, readers, strict=True):
-            maps.append(reader.measure(layer(maps)))
+            new = checkpoint_name(layer(maps), "block")
+            maps.append(reader.measure(new))
         if not is_last:
-            x = net.transitions[i](maps)
+            x = checkpoint_name(net.transitions[i](maps), "block")
     return maps
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear
 from nets.layers.gradual import Gradual, Order
@@ -168,6 +169,6 @@ class Gunn(nnx.Module):
             x = average_pool(x, 2) if i and self.imagenet else x
             x = self.transitions[i](x)
             x = average_pool(x, 2) if i and not self.imagenet else x
-            x = layer(x)
+            x = checkpoint_name(layer(x), "block")
         x = x if self.last is None else self.last(x)
         return self.classifier(global_average_pool(x))

@@ -8,6 +8,7 @@ expander. The published operation counts do not match its widths; they match
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear, torch_default
 from nets.layers.norm import torch_batch_norm
@@ -111,6 +112,6 @@ class MobileNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nnx.relu(self.stem_norm(self.stem(x)))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint_name(block(x), "block")
         x = global_average_pool(x)
         return self.classifier(jnp.pad(x, ((0, 0), (0, self.missing))))

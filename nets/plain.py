@@ -11,6 +11,7 @@ import functools
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, GroupedConv, Linear, he_fan_in
 from nets.layers.norm import BatchNorm
@@ -227,5 +228,5 @@ def _stages(block, channels: int, widths: list[int], counts: list[int]) -> nnx.L
 def _through(stages, x: jax.Array) -> jax.Array:
     for blocks in stages:
         for block in blocks:
-            x = block(x)
+            x = checkpoint_name(block(x), "block")
     return x

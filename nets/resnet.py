@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear, he_fan_in, he_fan_out, torch_default
 from nets.layers.norm import BatchNorm
@@ -260,7 +261,7 @@ class ResNet(nnx.Module):
         x = max_pool(x, 3, stride=2, padding=1) if self.pool else x
         for blocks in self.stages:
             for block in blocks:
-                x = block(x)
+                x = checkpoint_name(block(x), "block")
         x = x if self.norm is None else nnx.relu(self.norm(x))
         return self.classifier(global_average_pool(x))
 
@@ -319,5 +320,5 @@ class CfmzResNet(nnx.Module):
         x = nnx.relu(self.stem_norm(self.stem(x)))
         for blocks in self.stages:
             for block in blocks:
-                x = block(x)
+                x = checkpoint_name(block(x), "block")
         return self.classifier_norm(self.classifier(global_average_pool(x)))

@@ -6,6 +6,7 @@ vgg16cifar_bnexpander, and the layer lists for depth 11, 13 and 19 in the same f
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Linear, torch_default
 from nets.layers.norm import torch_batch_norm
@@ -95,7 +96,7 @@ class VGG(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for blocks in self.stages:
             for block in blocks:
-                x = block(x)
+                x = checkpoint_name(block(x), "block")
             x = max_pool(x, 2, stride=2)
         return self.classifier(nnx.relu(self.hidden(global_average_pool(x))))
 

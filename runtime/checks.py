@@ -39,8 +39,8 @@ _FIELDS = {
     "train.epochs train.label_smoothing",
     str: "data.border data.cache_dir data.crop data.dir data.name data.on_error "
     "data.pipeline data.recipe.name eval.checkpoint eval.views init_from net.lowering "
-    "net.name net.wiring.kind net.wiring.sampling optimizer.decay_on optimizer.name "
-    "optimizer.schedule recipe train.dtype train.last_batch variant",
+    "net.name net.remat net.wiring.kind net.wiring.sampling optimizer.decay_on "
+    "optimizer.name optimizer.schedule recipe train.dtype train.last_batch variant",
     tuple: "augment.hls data.mean data.photograph_mean data.photograph_std "
     "data.recipe.mean data.recipe.std data.std optimizer.drop_epochs "
     "train.profile_steps",

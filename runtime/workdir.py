@@ -29,6 +29,7 @@ ADDED = {
     "optimizer.decay_on": "auto",
     "optimizer.clip_norm": 0.0,
     "optimizer.accumulate_steps": 1,
+    "net.remat": "none",
 }
 # Keys of config.json that are not fields of the configuration.
 _OWN_KEYS = ("format", "data_set", "step_offset")
@@ -38,6 +39,7 @@ PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
 TRAINING_ONLY = (
     *(*PATHS, "data.download", "data.pipeline", "data.flip", "data.pad"),
     *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
+    "net.remat",
     *("data.mean", "data.std"),  # the normalisation is in config.json
 )
 

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.lowerings import convolution
 
@@ -73,7 +74,8 @@ class Conv(nnx.Module):
             groups=self.groups,
             lowering=self.lowering,
         )
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y, "convolution")
 
 
 class GroupedConv(Conv):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from nets import connectivity
 from nets.layers.blocks import block_convolution
@@ -166,9 +167,11 @@ class ExpanderConv(Expander):
             values = lax.pad(values, zero, (between, between, (0, 0, 0)))
         geometry = dict(stride=self.stride, padding=self.padding)
         if self.uses_blocks:
-            return self.in_blocks(x, values, **geometry)
-        kernel = self.dense(values)
-        return convolution(x, kernel, lowering=self.lowering, **geometry)
+            y = self.in_blocks(x, values, **geometry)
+        else:
+            kernel = self.dense(values)
+            y = convolution(x, kernel, lowering=self.lowering, **geometry)
+        return checkpoint_name(y, "convolution")
 
     def _in_cpp(self, x: jax.Array) -> bool:
         """Returns whether to compute with the edges, in C++."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 Order = Literal["gradual", "simultaneous"]
 
@@ -67,7 +68,7 @@ class Gradual(nnx.Module):
 
         y, statistics = _sweep(unit, self.order, params, constants, x)
         nnx.update(self.units, statistics)
-        return y
+        return checkpoint_name(y, "convolution")
 
     def abstract_unit(self) -> nnx.Module:
         """Returns one unit with abstract variables."""

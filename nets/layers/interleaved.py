@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import GroupedConv, he_fan_in
 from nets.layers.lowerings import convolution
@@ -106,9 +107,11 @@ class SecondaryConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         if self.lowering != "auto":
-            return mix_literally(x, kernel, *self.groups, self.lowering)
-        small = x.shape[-1] <= MATRIX_CHANNELS and jax.default_backend() == "cpu"
-        return (mix_as_matrix if small else mix)(x, kernel, *self.groups)
+            y = mix_literally(x, kernel, *self.groups, self.lowering)
+        else:
+            small = x.shape[-1] <= MATRIX_CHANNELS and jax.default_backend() == "cpu"
+            y = (mix_as_matrix if small else mix)(x, kernel, *self.groups)
+        return checkpoint_name(y, "convolution")
 
 
 class InterleavedConv(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Measured(NamedTuple):
@@ -109,7 +110,8 @@ class BatchNorm(nnx.Module):
         )
         offset, square = self._over_devices(moments)
         var = jnp.maximum(square - jnp.square(offset), 0.0)
-        return Measured(x, offset + reference, var)
+        mean, var = checkpoint_name((offset + reference, var), "statistics")
+        return Measured(x, mean, var)
 
     def _affine(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
         grouped = x if self.use_running_average else self._split_into_groups(x)

@@ -128,6 +128,7 @@ REFUSED = {
     ),
     "wiring": ("xdensenet", {"net.wiring.kind": "expandr"}, "'expandr' expander"),
     "lowering": ("xdensenet", {"net.lowering": "fast"}, "'fast' auto"),
+    "remat": ("xdensenet", {"net.remat": "blok"}, "'blok' none norm block"),
     "net": ("xdensenet", {"net.name": "densnet"}, "'densnet' 'densenet'"),
     "cfmz depth": ("cfmz", {"net.depth": 21}, "21 6 n + 2"),
     "layers": ("gunn", {"net.segments": (20, 2.5, 30)}, "'gunn' 2.5 integer"),

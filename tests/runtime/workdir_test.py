@@ -103,7 +103,7 @@ def test_changes_that_affect_evaluation(tmp_path, field, value):
     [
         {"data.flip": False, "data.pad": 2, "data.border": "zero"},
         {"data.dir": "/elsewhere", "data.pipeline": "device"},
-        {"net.lowering": "native", "net.graph_seed": 5},
+        {"net.lowering": "native", "net.remat": "norm", "net.graph_seed": 5},
         {"optimizer.momentum": 0.5, "train.batch_size": 32, "seed": 3},
     ],
 )

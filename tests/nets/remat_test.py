@@ -1,0 +1,93 @@
+"""Recomputation: equal results and gradients, and what the backward pass keeps."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import nets
+from nets import remat
+from tests.support import tiny
+from tests.support.compiling import run_once
+
+
+def loss_and_gradients(definition):
+    def loss(params, variables, x):
+        logits, stats = definition.apply(variables | {"params": params}, x, train=True)
+        return (logits * np.cos(np.arange(logits.size).reshape(logits.shape))).sum(), (
+            logits,
+            stats,
+        )
+
+    return jax.grad(loss, has_aux=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x == "densenet" else pytest.mark.slow)
+        for x in nets.names()
+    ],
+)
+def test_levels_have_equal_results_and_gradients(name):
+    """In float64, since batch norm over two images amplifies rounding errors."""
+    wiring = "interleaved" if name == "plain" else "expander"
+    size, found = tiny.image_size(name), {}
+    with jax.enable_x64(True):
+        net = nets.create(tiny.config(name, wiring), nnx.Rngs(0))
+        x = np.random.default_rng(0).standard_normal((2, size, size, 3))
+        for level in remat.LEVELS:
+            nets.configure(net, remat=level)
+            definition, variables = nets.split(net)
+            step = run_once(loss_and_gradients(definition))
+            found[level] = jax.device_get(step(variables["params"], variables, x))
+    for level in ("norm", "block"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+            found[level],
+            found["none"],
+        )
+
+
+def kept_bytes(level, **fields):
+    """Returns the bytes of the maps that the backward pass of a net reads."""
+    config = dict(num_classes=10, remat=level) | fields
+    definition, variables = nets.split(
+        nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
+    )
+
+    def backward(variables, x):
+        forward = lambda params: definition.apply(
+            variables | {"params": params}, x, train=True
+        )[0]
+        return jax.vjp(forward, variables["params"])[1]
+
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+    leaves = jax.tree.leaves(jax.eval_shape(backward, variables, x))
+    maps = [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] == 2]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in maps)
+
+
+def dense(layers):
+    return dict(name="densenet", growth=8, depth=6 * layers + 4)
+
+
+def deluge(layers):
+    return dict(name="delugenet", width=0.25, layers=(layers,))
+
+
+@pytest.mark.parametrize("level", ["norm", "block"])
+@pytest.mark.parametrize("form", [dense, deluge])
+def test_kept_bytes_grow_linearly_with_the_depth(form, level):
+    two, four, six = (kept_bytes(level, **form(layers)) for layers in (2, 4, 6))
+    assert 0 < six - four == four - two
+
+
+def test_every_level_keeps_less_than_the_previous_one():
+    found = [kept_bytes(level, **dense(4)) for level in remat.LEVELS]
+    assert found == sorted(found, reverse=True)
+    assert found[1] < found[0] / 2
+    assert found[2] < found[1] / 2
