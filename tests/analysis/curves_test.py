@@ -93,6 +93,12 @@ def test_runs_have_the_names_of_the_papers(family, variant, name):
     assert curves.describe(family.get_config(variant)) == name
 
 
+def test_a_grouped_twin_is_named():
+    config = xdensenet.get_config("22-8-2,digits")
+    config.net.wiring.kind = "grouped"
+    assert curves.describe(config) == "grouped DenseNet 22-8-2, digits"
+
+
 def test_a_name_holds_no_path():
     config = cfmz.get_config("20,digits")
     config.data.name = "/tmp/flowers.npz"
