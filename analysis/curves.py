@@ -128,7 +128,7 @@ def describe(config: ConfigDict) -> str:
         net = f"X-{net}"
     # The rows of some families begin with the net: "densenet-121-2".
     variant = config.variant.removeprefix(f"{NETS.get(config.net.name, '').lower()}-")
-    if config.net.wiring.kind == "grouped" and "groups" not in variant:
+    if config.net.wiring.kind == "grouped" and "group" not in variant:
         net = f"grouped {net}"
     data = DATA.get(config.data.name, pathlib.Path(config.data.name).stem)
     modern = ", modern" if config.recipe == "modern" else ""

@@ -29,7 +29,7 @@ assert after_three[0] == 0.25 and 0.94 < after_three[1] < 0.96, after_three
 assert layer.kernel.shape == (1, 1, len(outputs)) and max(outputs) == 31
 assert all(result["test_accuracy"] > 0.85 for result in results.values()), results
 assert (logits.argmax(-1) == examples.labels[:10]).sum() > 7
-assert sorted(groups) == ["DenseNet 22-8-2, digits", "X-DenseNet 22-8-2, digits"]
+assert sorted(groups) == ["DenseNet dense, digits", "X-DenseNet expander, digits"]
 """,
     "weights": """
 assert result["test_accuracy"] > 0.3, result
@@ -40,7 +40,7 @@ assert sorted(equal) == sorted(original) == sorted(again)
 assert totals["expander"].parameters == totals["grouped"].parameters == 17418
 assert totals["dense"].parameters == 32606
 assert all(result["test_accuracy"] > 0.4 for result in results.values()), results
-names = ["DenseNet 22-8-2", "X-DenseNet 22-8-2", "grouped DenseNet 22-8-2"]
+names = ["DenseNet dense", "DenseNet grouped", "X-DenseNet expander"]
 assert sorted(groups) == [f"{name}, digits" for name in names]
 """,
     "your_data": """
