@@ -30,6 +30,7 @@ ADDED = {
     "optimizer.clip_norm": 0.0,
     "optimizer.accumulate_steps": 1,
     "net.remat": "none",
+    "net.wiring.block": 1,
 }
 # Keys of config.json that are not fields of the configuration.
 _OWN_KEYS = ("format", "data_set", "step_offset")

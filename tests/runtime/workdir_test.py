@@ -1,4 +1,5 @@
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -44,8 +45,8 @@ def test_fields_that_an_older_run_lacks_have_its_values(tmp_path):
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())
     for field in workdir.ADDED:
-        section, name = field.split(".")
-        del fields[section][name]
+        *sections, name = field.split(".")
+        del functools.reduce(dict.__getitem__, sections, fields)[name]
     path.write_text(json.dumps(fields))
     assert workdir.load_config(tmp_path) == config()
     assert workdir.changes(config(), tmp_path) == []
