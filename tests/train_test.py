@@ -76,8 +76,11 @@ def test_statistics_per_device_are_those_of_groups(images, name):
         {"train__batch_norm_groups": 0},
         {"train__batch_norm_groups": 4},
     ]
+    # With seed 0, one of AlexNet's ReLUs gets an input that is zero up to rounding:
+    # its derivative is 0 or 1.
+    fixed = dict(seed=1, **SLOWLY)
     alone, groups, together = (
-        Steps(configured(images, name, **fields, **SLOWLY), devices)
+        Steps(configured(images, name, **fields, **fixed), devices)
         for fields, devices in zip([*options, {}], (4, 1, 1), strict=True)
     )
     losses = alone.losses(2)  # more, and four images a group multiply rounding
