@@ -1,65 +1,198 @@
 """Draws the connections of one layer under each wiring.
 
 python -m analysis.wiring --out=wiring.png
+python -m analysis.wiring --wirings interleaved gradual cross_layer --out=wiring.png
 """
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from analysis import graphs
 from nets import connectivity
+from nets.layers.interleaved import InterleavedConv
 
 INPUT_COLOUR, OUTPUT_COLOUR, EDGE_COLOUR = "#33658a", "#f26419", "#8d99ae"
+SOURCES = 4  # earlier layers in the picture of a cross-layer connection
 
 
-def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str):
+def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str) -> None:
     """Draws inputs above, outputs below and a line for each of the edges (E,)."""
-    x = [np.linspace(0, 1, channels) for channels in shape]
-    i, o = np.divmod(edges, shape[1])
-    ends = np.stack([np.stack([x[0][i], 1 + 0 * i], 1), np.stack([x[1][o], 0 * o], 1)])
-    lines = LineCollection(ends.swapaxes(0, 1), colors=EDGE_COLOUR, linewidths=0.6)
-    axes.add_collection(lines)
-    for y, side, colour, row in (
-        (1, x[0], INPUT_COLOUR, "inputs"),
-        (0, x[1], OUTPUT_COLOUR, "outputs"),
-    ):
-        axes.scatter(side, np.full(len(side), y), s=28, color=colour, zorder=2)
-        axes.text(-0.04, y, row, color=colour, fontsize=10, ha="right", va="center")
-    degrees = np.bincount(o, minlength=shape[1])
-    spread = " to ".join(map(str, sorted({degrees.min(), degrees.max()})))
-    count = f"{len(edges)} of {shape[0] * shape[1]} connections, {spread} per output"
-    axes.set_title(f"{title}\n{count}", fontsize=10)
+    graph = connectivity.to_matrix(edges, *shape)
+    degrees = sorted({int(graph.sum(0).min()), int(graph.sum(0).max())})
+    spread = " to ".join(map(str, degrees))
+    count = f"{graph.sum()} of {graph.size} connections, {spread} per output"
+    _connect(axes, graph, 1, 0)
+    _place(axes, shape[0], 1, "inputs", INPUT_COLOUR)
+    _place(axes, shape[1], 0, "outputs", OUTPUT_COLOUR)
+    _finish(axes, f"{title}\n{count}")
+
+
+def _connect(axes: Axes, graph: np.ndarray, top: float, bottom: float, **style):
+    """Draws the edges of a boolean (in, out) matrix from one height to another."""
+    i, o = np.nonzero(graph)
+    x = [np.linspace(0, 1, channels) for channels in graph.shape]
+    starts = np.stack([x[0][i], np.full(len(i), top)], 1)
+    ends = np.stack([x[1][o], np.full(len(o), bottom)], 1)
+    style = dict(colors=EDGE_COLOUR, linewidths=0.6) | style
+    axes.add_collection(LineCollection(np.stack([starts, ends], 1), **style))
+
+
+def _place(axes: Axes, channels: int, y: float, name: str, colours) -> None:
+    """Draws a row of channels and its name."""
+    x, y_all = np.linspace(0, 1, channels), np.full(channels, y)
+    axes.scatter(x, y_all, s=28, c=colours, zorder=2)
+    colour = colours if isinstance(colours, str) else "black"
+    axes.text(-0.04, y, name, color=colour, fontsize=10, ha="right", va="center")
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10)
     axes.set_xlim(-0.2, 1.05)  # room for the names of the rows
     axes.set_ylim(-0.15, 1.15)
     axes.axis("off")
 
 
-def figure(in_channels: int, out_channels: int, degree: int, seed: int) -> Figure:
-    """Draws dense, grouped and both expander rules for one layer, at equal degree."""
-    shape = (in_channels, out_channels)
-    graphs = {
-        "dense": np.arange(in_channels * out_channels),
-        "grouped": connectivity.connect_groups(*shape, groups=in_channels // degree),
-    }
-    for sampling in ("per_output", "per_input"):
+def draw_graph(
+    title: str, connect: Callable[..., np.ndarray]
+) -> Callable[[Axes, tuple[int, int], int, int], None]:
+    """Returns a function that draws the edges connect(in, out, degree, seed)."""
+
+    def draw_layer(axes, shape, degree, seed):
+        edges = connect(*shape, degree, seed)
+        draw(axes, edges, shape, title.format(degree=degree))
+
+    return draw_layer
+
+
+def _sample(sampling: str, block: int = 1) -> Callable[..., np.ndarray]:
+    def connect(in_channels, out_channels, degree, seed):
         rng = connectivity.make_layer_rng(seed, sampling)
-        side = sampling.removeprefix("per_")
-        graphs[f"expander, each {side} draws {degree}"] = connectivity.draw_expander(
-            *shape, degree, sampling, rng
+        shape = in_channels, out_channels
+        return connectivity.draw_expander(*shape, degree, sampling, rng, block)
+
+    return connect
+
+
+def draw_interleaved(axes: Axes, shape: tuple[int, int], degree: int, seed: int):
+    """Draws an interleaved pair whose primary groups have `degree` inputs each."""
+    groups = shape[0] // degree
+    pair = nnx.eval_shape(
+        lambda: InterleavedConv(
+            *shape,
+            1,
+            primary_groups=groups,
+            secondary_groups=shape[1] // groups,
+            rngs=nnx.Rngs(0),
         )
-    canvas = Figure(figsize=(10, 5), layout="constrained")
-    axes = canvas.subplots(2, 2)
-    for axis, (title, edges) in zip(axes.flat, graphs.items(), strict=True):
-        draw(axis, edges, shape, title)
+    )
+    primary, secondary = (graph for _, graph in graphs.of(pair).values())
+    _connect(axes, primary, 1, 0.5)
+    _connect(axes, secondary, 0.5, 0)
+    _place(axes, shape[0], 1, "inputs", INPUT_COLOUR)
+    _place(axes, shape[1], 0.5, "between", EDGE_COLOUR)
+    _place(axes, shape[1], 0, "outputs", OUTPUT_COLOUR)
+    count = f"{primary.sum()} + {secondary.sum()} connections"
+    paths = primary.astype(int) @ secondary
+    spread = " to ".join(map(str, sorted({paths.min(), paths.max()})))
+    _finish(axes, f"interleaved\n{count}, {spread} path from each input to each output")
+
+
+def draw_gradual(axes: Axes, shape: tuple[int, int], degree: int, seed: int) -> None:
+    """Draws the updates of segments of `degree` channels, one after another."""
+    channels = shape[0]
+    if shape[0] != shape[1]:
+        raise ValueError(
+            "gradual updates keep the number of channels, got {} -> {}".format(*shape)
+        )
+    steps = channels // degree
+    heights = np.linspace(1, 0, steps + 1)
+    segment = np.arange(channels) // degree
+    for step in range(steps):
+        ends = heights[step], heights[step + 1]
+        updated = segment == step
+        _connect(axes, np.broadcast_to(updated, (channels, channels)), *ends)
+        _connect(axes, np.diag(~updated), *ends, linestyles=":")
+    for step, y in enumerate(heights):
+        colours = np.where(segment < step, OUTPUT_COLOUR, INPUT_COLOUR)
+        name = f"update {step}" if step else "inputs"
+        _place(axes, channels, y, name, colours)
+    _finish(axes, f"gradual updates of {steps} segments\neach reads those before it")
+
+
+def draw_cross_layer(axes: Axes, shape: tuple[int, int], degree: int, seed: int):
+    """Draws the connections from earlier layers to the input of the next layer."""
+    channels = shape[0]
+    heights = np.linspace(1, 0, SOURCES + 1)
+    x = np.linspace(0, 1, channels)
+    t = np.linspace(0, 1, 30)
+    for y in heights[:-1]:
+        bend = 0.5 * (y - heights[-2]) / channels  # so that none hides another
+        curve = 4 * bend * t * (1 - t)
+        lines = [np.stack([centre + curve, y * (1 - t)], 1) for centre in x]
+        lines = LineCollection(lines, colors=EDGE_COLOUR, linewidths=0.8)
+        axes.add_collection(lines)
+        number = round((1 - y) * SOURCES) + 1
+        _place(axes, channels, y, f"layer {number}", INPUT_COLOUR)
+    _place(axes, channels, 0, "next input", OUTPUT_COLOUR)
+    count = f"{SOURCES} x {channels} connections, no channel meets another"
+    _finish(axes, f"cross-layer, {SOURCES} earlier layers\n{count}")
+
+
+WIRINGS = {
+    "dense": draw_graph("dense", lambda i, o, degree, seed: np.arange(i * o)),
+    "grouped": draw_graph(
+        "grouped",
+        lambda i, o, degree, seed: connectivity.connect_groups(i, o, i // degree),
+    ),
+    "per_output": draw_graph(
+        "expander, each output draws {degree}", _sample("per_output")
+    ),
+    "per_input": draw_graph(
+        "expander, each input draws {degree}", _sample("per_input")
+    ),
+    "block": draw_graph("expander, blocks of 2", _sample("per_output", block=2)),
+    "ramanujan": draw_graph("Ramanujan expander", _sample("ramanujan")),
+    "interleaved": draw_interleaved,
+    "gradual": draw_gradual,
+    "cross_layer": draw_cross_layer,
+}
+USUAL = ("dense", "grouped", "per_output", "per_input")
+
+
+def figure(
+    in_channels: int,
+    out_channels: int,
+    degree: int,
+    seed: int,
+    wirings: Sequence[str] = USUAL,
+) -> Figure:
+    """Draws one layer under some of WIRINGS, in two columns.
+
+    degree: connections of each channel in sparse graphs; channels of a group.
+
+    Raises ValueError if a wiring does not exist for these sizes.
+    """
+    columns = min(2, len(wirings))
+    rows = -(-len(wirings) // columns)
+    canvas = Figure(figsize=(5 * columns, 2.5 * rows), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False).flatten()
+    for axis, wiring in zip(axes, wirings, strict=False):
+        WIRINGS[wiring](axis, (in_channels, out_channels), degree, seed)
+    for axis in axes[len(wirings) :]:
+        axis.remove()
     return canvas
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wirings", nargs="+", choices=WIRINGS, default=USUAL)
     parser.add_argument("--in_channels", type=int, default=16)
     parser.add_argument("--out_channels", type=int, default=16)
     parser.add_argument("--degree", type=int, default=4)

@@ -2,7 +2,9 @@
 
 import sys
 
+import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 
 from analysis import wiring
 
@@ -26,6 +28,38 @@ def test_titles_count_connections():
         assert {y for segment in segments for _, y in segment} == {0, 1}
 
 
+def test_interleaved_pair_has_one_path_from_each_input_to_each_output():
+    (axes,) = wiring.figure(16, 16, 4, 0, ["interleaved"]).axes
+    title = "interleaved\n64 + 64 connections, 1 path from each input to each output"
+    assert axes.get_title() == title
+
+
+def test_each_gradual_update_reads_all_channels_and_copies_the_others():
+    (axes,) = wiring.figure(8, 8, 2, 0, ["gradual"]).axes
+    drawn, copied = axes.collections[:8:2], axes.collections[1:8:2]
+    assert [len(lines.get_segments()) for lines in drawn] == [16] * 4
+    assert [len(lines.get_segments()) for lines in copied] == [6] * 4
+    ends = [{x for _, (x, _) in lines.get_segments()} for lines in drawn]
+    assert set.union(*ends) == set(np.linspace(0, 1, 8))
+
+
+def test_cross_layer_connections_stay_in_their_channel():
+    (axes,) = wiring.figure(8, 8, 2, 0, ["cross_layer"]).axes
+    curves = [
+        curve
+        for lines in axes.collections
+        if isinstance(lines, LineCollection)
+        for curve in lines.get_segments()
+    ]
+    assert len(curves) == 8 * wiring.SOURCES
+    assert all(curve[0, 0] == curve[-1, 0] for curve in curves)
+
+
+def test_every_wiring_can_be_drawn():
+    figure = wiring.figure(16, 16, 4, 0, list(wiring.WIRINGS))
+    assert len(figure.axes) == len(wiring.WIRINGS)
+
+
 def test_command_writes_to_the_current_directory_by_default(
     tmp_path, monkeypatch, capsys
 ):
@@ -45,6 +79,7 @@ def test_command_writes_to_the_current_directory_by_default(
         ("--in_channels=0", "--in_channels must be at least 1, got 0"),
         ("--out_channels=0", "--out_channels must be at least 1, got 0"),
         ("--seed=-1", "--seed must be at least 0, got -1"),
+        ("--wirings=star", "invalid choice: 'star'"),
     ],
 )
 def test_impossible_flags_are_rejected(flag, message, tmp_path, monkeypatch, capsys):
@@ -53,4 +88,13 @@ def test_impossible_flags_are_rejected(flag, message, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         wiring.main()
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_wirings_that_the_sizes_rule_out_are_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["wiring", "--wirings", "gradual", "--out_channels=8"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="keep the number of channels, got 16 -> 8"):
+        wiring.main()
     assert not list(tmp_path.iterdir())
