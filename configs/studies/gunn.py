@@ -31,14 +31,14 @@ def get_config(form: str = "full"):
         seeds=3,
     )
     if form == "small":
-        # A tenth of the parameters, in fewer segments, for one epoch.
+        # Few, narrow segments.
         study["backbones"]["gunn"].update(
             width=dict(channels=(4, 5, 6)),
-            widths=(16,),
+            widths=(8,),
         )
         study["changes"] = dict(
             net=dict(segments=(4, 5, 6)),
-            train=dict(epochs=1.0),
-            optimizer=dict(drop_epochs=(0.7,)),
+            train=dict(epochs=0.25, batch_size=32, batch_norm_groups=1),
+            optimizer=dict(schedule="one_cycle", min_learning_rate=0.0),
         )
     return ConfigDict(study)

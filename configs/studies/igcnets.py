@@ -41,7 +41,7 @@ def get_config(form: str = "full"):
     if form == "small":
         study["changes"] = dict(
             net=dict(depth=8),
-            train=dict(epochs=0.5),
-            optimizer=dict(drop_epochs=(0.35,)),
+            train=dict(epochs=0.15, batch_size=32, batch_norm_groups=1),
+            optimizer=dict(schedule="one_cycle", min_learning_rate=0.0),
         )
     return ConfigDict(study)

@@ -5,7 +5,12 @@ python -m analysis.study configs/studies/sampling.py --workdir=/tmp/sampling
 
 The backbone is IGCNets' plain net, because sampling per input is impossible in a
 DenseNet, whose layers have more partners to draw than output channels. Each seed draws
-its own graphs.
+its own graphs, except for Ramanujan graphs, which are not random. Both widths have
+Ramanujan graphs in all layers; per_input and smaller_side keep fewer connections where
+the net widens, and are therefore wider. compress=4 rather than X-Nets' 2, because
+sparser graphs differ more in their spectral gaps.
+
+python -m analysis.spectral_gap /tmp/sampling-small
 """
 
 from ml_collections import ConfigDict
@@ -16,11 +21,12 @@ def get_config(form: str = "full"):
         raise ValueError(f"unknown form {form!r}: choose from small, full")
 
     def expander(**fields):
-        return dict(net=dict(wiring=dict(kind="expander", compress=2) | fields))
+        return dict(net=dict(wiring=dict(kind="expander", compress=4) | fields))
 
     study = dict(
         claim="Sampling: at equal parameters, graphs that are sampled per output, per "
-        "input, on the smaller side or in blocks reach different errors.",
+        "input, on the smaller side or in blocks, and Ramanujan graphs, differ in "
+        "error.",
         backbones=dict(
             plain=dict(
                 config="configs/igcnets.py:plain-20-W16,cifar10",
@@ -33,6 +39,7 @@ def get_config(form: str = "full"):
             per_input=expander(sampling="per_input"),
             smaller_side=expander(sampling="smaller_side"),
             block=expander(sampling="per_output", block=2),
+            ramanujan=expander(sampling="ramanujan"),
         ),
         reference="per_output",
         seeds=5,
@@ -42,7 +49,7 @@ def get_config(form: str = "full"):
         study["seeds"] = 3
         study["changes"] = dict(
             net=dict(depth=8),
-            train=dict(epochs=0.5),
-            optimizer=dict(drop_epochs=(0.35,)),
+            train=dict(epochs=0.25, batch_size=32, batch_norm_groups=1),
+            optimizer=dict(schedule="one_cycle", min_learning_rate=0.0),
         )
     return ConfigDict(study)
