@@ -33,8 +33,8 @@ def get_config(form: str = "full"):
     if form == "small":
         study["backbones"]["delugenet"]["widths"] = (16,)
         study["changes"] = dict(
-            net=dict(layers=(3, 3, 3)),
-            train=dict(epochs=0.25, batch_size=32),
+            net=dict(layers=(2, 2, 2)),
+            train=dict(epochs=0.15, batch_size=32),
             optimizer=dict(schedule="one_cycle", min_learning_rate=0.0),
         )
     return ConfigDict(study)

@@ -33,7 +33,7 @@ def get_config(form: str = "full"):
         study["backbones"]["densenet"]["widths"] = (14,)
         study["changes"] = dict(
             net=dict(wired_transitions=True, depth=16),
-            train=dict(epochs=0.25, batch_size=32),
+            train=dict(epochs=0.15, batch_size=32),
             optimizer=dict(schedule="one_cycle", min_learning_rate=0.0),
         )
     return ConfigDict(study)
