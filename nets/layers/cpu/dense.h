@@ -192,8 +192,8 @@ inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
   const Index in_size = round_up(shape.padded_size(), kLanes);
   const Index size = in_size + round_up(shape.out_size() + kLanes, kLanes);
   Floats scratch(size * slots(pool, count)), sums(sums_size * count);
-  // Rows of both maps that fit the first cache together.
-  const Index band = std::max<Index>(1, 6144 / (row + shape.out_width * channels));
+  // Rows of which a panel of dy fits the first cache, with the inputs of one tile.
+  const Index band = std::max<Index>(1, 24576 / (64 * shape.out_width));
   parallel(pool, count, [&](Index piece, Index slot) {
     float *in = scratch.data() + slot * size, *gradient = in + in_size;
     float* total = sums.data() + piece * sums_size;

@@ -17,48 +17,71 @@ struct Convolution {
   Index taps() const { return window_height * window_width; }
 };
 
-// The edges of each output: `source` is its input, `edge` its number.
+// The edges between `near` channels, whose planes are in registers while all edges of a
+// channel are computed, and `far` channels. Edges are ordered by blocks of far channels,
+// whose planes fit the first cache, and in a block by the near channel.
 struct Graph {
-  std::vector<Index> start, source, edge;
+  Index near_channels, far_channels, block;
+  std::vector<Index> start, far, edge;
 
-  // edges: input * outputs + output. `transposed` exchanges inputs and outputs.
-  Graph(const int32_t* edges, Index count, Index inputs, Index outputs, bool transposed)
-      : start(static_cast<size_t>((transposed ? inputs : outputs) + 1)),
-        source(static_cast<size_t>(count)),
+  // edges: input * outputs + output; near_inputs: whether inputs are near.
+  Graph(Index near, Index far_count, Index block_size, const int32_t* edges, Index count,
+        Index outputs, bool near_inputs)
+      : near_channels(near),
+        far_channels(far_count),
+        block(block_size),
+        start(static_cast<size_t>(blocks() * near + 1)),
+        far(static_cast<size_t>(count)),
         edge(static_cast<size_t>(count)) {
-    auto target = [&](Index e) {
-      return static_cast<size_t>(transposed ? edges[e] / outputs : edges[e] % outputs);
-    };
-    for (Index e = 0; e < count; e++) start[target(e) + 1]++;
-    for (size_t o = 1; o < start.size(); o++) start[o] += start[o - 1];
-    std::vector<Index> next(start.begin(), start.end() - 1);
-    for (Index e = 0; e < count; e++) {
-      const auto place = static_cast<size_t>(next[target(e)]++);
-      source[place] = transposed ? edges[e] % outputs : edges[e] / outputs;
-      edge[place] = e;
+    // Division is slow with more bits.
+    const auto columns = static_cast<uint32_t>(outputs);
+    std::vector<size_t> place(far.size()), ends(far.size());
+    for (size_t e = 0; e < place.size(); e++) {
+      const auto pair = static_cast<uint32_t>(edges[e]);
+      const uint32_t input = pair / columns, output = pair % columns;
+      const uint32_t other = near_inputs ? output : input;
+      ends[e] = other;
+      place[e] = other / static_cast<uint32_t>(block) * static_cast<size_t>(near) +
+                 (near_inputs ? input : output);
+      start[place[e] + 1]++;
     }
+    for (size_t i = 1; i < start.size(); i++) start[i] += start[i - 1];
+    std::vector<Index> next(start.begin(), start.end() - 1);
+    for (size_t e = 0; e < place.size(); e++) {
+      const auto to = static_cast<size_t>(next[place[e]]++);
+      far[to] = static_cast<Index>(ends[e]);
+      edge[to] = static_cast<Index>(e);
+    }
+  }
+
+  Index blocks() const { return (far_channels + block - 1) / block; }
+  // The edges of a near channel in a block of far channels.
+  std::pair<Index, Index> edges(Index b, Index near) const {
+    const auto i = static_cast<size_t>(b * near_channels + near);
+    return {start[i], start[i + 1]};
   }
 };
 
-// Work is divided into strips: rows of an image, about kStrip pixels, of which the
-// planes of all channels fit the second cache. The rest of a row of the padded map
-// between two output rows is computed, too, and discarded.
-constexpr Index kStrip = 16 * kLanes;
+// Work is divided into strips: rows of an image, about 4 to 16 vectors of pixels, of
+// which the planes of all channels fit the second cache. The rest of a row of the padded
+// map between two output rows is computed, too, and discarded.
+constexpr Index kCache1 = 6144, kCache2 = 1 << 17;  // floats, with some room left
 
 struct Strips {
-  Index rows, per_image, positions, pitch_in, pitch_out;
+  Index rows, per_image, positions, pitch;
 
   explicit Strips(const Convolution& shape) {
     const Index columns = shape.columns();
-    rows = std::clamp<Index>(kStrip / columns, 1, shape.out_height);
+    const Index fit = kCache2 / (shape.map.channels + shape.out_channels) / (4 * kLanes);
+    rows = std::clamp<Index>(std::clamp<Index>(fit, 1, 4) * 4 * kLanes / columns, 1,
+                             shape.out_height);
     per_image = (shape.out_height + rows - 1) / rows;
     rows = (shape.out_height + per_image - 1) / per_image;
     per_image = (shape.out_height + rows - 1) / rows;
     positions = (rows - 1) * columns + shape.out_width;
-    pitch_out = round_up(positions, kLanes);
     // Vectors may reach beyond the last position, by less than their size. An odd
     // number of cache lines, so that planes do not compete for places in the cache.
-    pitch_in = round_up((rows + shape.window_height - 1) * columns + kLanes, 16) | 16;
+    pitch = round_up((rows + shape.window_height - 1) * columns + kLanes, 16) | 16;
   }
 };
 
@@ -70,57 +93,96 @@ inline void to_planes(const float* image, const Map& map, Index first, Index row
     pad(image, map, first, rows, columns, scratch);
     in = scratch;
   }
-  transpose(in, map.channels, rows * columns, map.channels, planes, pitch);
+  const Index positions = rows * columns;
+  ::to_planes(in, positions, map.channels, planes, pitch);
   for (Index c = 0; c < map.channels; c++)
-    zero(planes + c * pitch + rows * columns, pitch - rows * columns);
+    zero(planes + c * pitch + positions, pitch - positions);
 }
 
-// N vectors of positions of all outputs.
+// Vectors of positions of a forward tile, and planes of that size that fit the first
+// cache.
+constexpr int kTile = 4;
+constexpr Index kTileBlock = kCache1 / (kTile * kLanes);
+
+// 1x1: adds up N vectors of positions of each output (near).
 template <int N>
-void forward_tile(const float* in, Index pitch_in, const Graph& graph, const float* values,
-                  const std::vector<Index>& taps, float* out, Index pitch_out) {
-  for (size_t o = 0; o + 1 < graph.start.size(); o++) {
-    Vector sums[N] = {};
-    for (Index e = graph.start[o]; e < graph.start[o + 1]; e++) {
-      const float* plane = in + graph.source[static_cast<size_t>(e)] * pitch_in;
-      for (Index tap : taps) {
-        const float value = *values++;
-        UNROLL for (int n = 0; n < N; n++) sums[n] += value * load(plane + tap + n * kLanes);
+void gather_tile(const float* in, Index pitch, const Graph& graph, const float* values,
+                 float* out) {
+  for (Index b = 0; b < graph.blocks(); b++)
+    for (Index o = 0; o < graph.near_channels; o++) {
+      const auto [begin, end] = graph.edges(b, o);
+      Vector sums[N] = {};
+      float* to = out + o * pitch;
+      if (b) {
+        UNROLL for (int n = 0; n < N; n++) sums[n] = load(to + n * kLanes);
       }
+      for (Index e = begin; e < end; e++) {
+        const float* plane = in + graph.far[static_cast<size_t>(e)] * pitch;
+        UNROLL for (int n = 0; n < N; n++) sums[n] += values[e] * load(plane + n * kLanes);
+      }
+      UNROLL for (int n = 0; n < N; n++) store(to + n * kLanes, sums[n]);
     }
-    float* to = out + static_cast<Index>(o) * pitch_out;
-    UNROLL for (int n = 0; n < N; n++) store(to + n * kLanes, sums[n]);
+}
+
+// Most outputs that one load of an input serves.
+constexpr int kOutputs = kRegisters / 8;
+
+// Adds N vectors of positions of an input to G outputs.
+template <int N, int G>
+void scatter(const float* in, const std::vector<Index>& taps, const float* values,
+             const Index* outputs, float* out, Index pitch) {
+  const Index count = static_cast<Index>(taps.size());
+  Vector sums[G][N];
+  UNROLL for (int g = 0; g < G; g++) {
+    UNROLL for (int n = 0; n < N; n++) sums[g][n] = load(out + outputs[g] * pitch + n * kLanes);
+  }
+  for (Index t = 0; t < count; t++) {
+    Vector x[N];
+    UNROLL for (int n = 0; n < N; n++) x[n] = load_once(in + taps[static_cast<size_t>(t)] + n * kLanes);
+    UNROLL for (int g = 0; g < G; g++) {
+      const float value = values[g * count + t];
+      UNROLL for (int n = 0; n < N; n++) sums[g][n] += value * x[n];
+    }
+  }
+  UNROLL for (int g = 0; g < G; g++) {
+    UNROLL for (int n = 0; n < N; n++) store(out + outputs[g] * pitch + n * kLanes, sums[g][n]);
   }
 }
 
-// Adds the products of all edges over N vectors of positions to sums (edges, taps).
-template <int N>
-void gradient_tile(const float* in, Index pitch_in, const Graph& graph,
-                   const std::vector<Index>& taps, const float* dy, Index pitch_dy,
-                   float* sums) {
-  for (size_t o = 0; o + 1 < graph.start.size(); o++) {
-    Vector g[N];
-    UNROLL for (int n = 0; n < N; n++)
-        g[n] = load(dy + static_cast<Index>(o) * pitch_dy + n * kLanes);
-    for (Index e = graph.start[o]; e < graph.start[o + 1]; e++) {
-      const float* plane = in + graph.source[static_cast<size_t>(e)] * pitch_in;
-      for (Index tap : taps) {
-        Vector even = {}, odd = {};
-        UNROLL for (int n = 0; n < N; n++)
-            (n % 2 ? odd : even) += g[n] * load(plane + tap + n * kLanes);
-        *sums++ += sum(even + odd);
-      }
-    }
-  }
-}
-
-// Calls f<N>(position) for tiles of at most `most` vectors that cover `count` vectors.
+// Calls f<size>, 1 <= size <= N.
 template <int N, typename F>
-void tiles(Index count, Index position, const F& f) {
-  for (; count >= N; count -= N, position += N * kLanes)
-    f(std::integral_constant<int, N>(), position);
+inline void with_size(Index size, const F& f) {
   if constexpr (N > 1)
-    if (count) tiles<N / 2>(count, position, f);
+    if (size < N) return with_size<N - 1>(size, f);
+  f(std::integral_constant<int, N>());
+}
+
+// Calls f<size>(first) for parts of at most N that cover begin ... end - 1, of nearly
+// equal sizes.
+template <int N, typename F>
+inline void parts(Index begin, Index end, const F& f) {
+  for (Index size; begin < end; begin += size) {
+    const Index count = (end - begin + N - 1) / N;
+    size = (end - begin + count - 1) / count;
+    with_size<N>(size, [&](auto n) { f(n, begin); });
+  }
+}
+
+// Larger windows: adds N vectors of positions of each input (near) to its outputs.
+template <int N>
+void scatter_tile(const float* in, Index pitch, const Graph& graph, const float* values,
+                  const std::vector<Index>& taps, float* out) {
+  const Index count = static_cast<Index>(taps.size());
+  for (Index o = 0; o < graph.far_channels; o++)
+    UNROLL for (int n = 0; n < N; n++) store(out + o * pitch + n * kLanes, Vector{});
+  for (Index b = 0; b < graph.blocks(); b++)
+    for (Index c = 0; c < graph.near_channels; c++) {
+      const auto [begin, end] = graph.edges(b, c);
+      parts<kOutputs>(begin, end, [&](auto g, Index e) {
+        scatter<N, g>(in + c * pitch, taps, values + e * count,
+                      &graph.far[static_cast<size_t>(e)], out, pitch);
+      });
+    }
 }
 
 inline std::vector<Index> taps(const Convolution& shape) {
@@ -136,8 +198,9 @@ inline void forward(ffi::ThreadPool& pool, const Convolution& shape, const float
                     const float* values, const int32_t* edges, Index count, bool transposed,
                     float* y) {
   const Index channels = shape.map.channels, outs = shape.out_channels;
-  const Graph graph = transposed ? Graph(edges, count, outs, channels, true)
-                                 : Graph(edges, count, channels, outs, false);
+  const bool gathers = shape.taps() == 1;
+  const Graph graph(gathers ? outs : channels, gathers ? channels : outs, kTileBlock, edges,
+                    count, transposed ? channels : outs, gathers == transposed);
   const auto offsets = taps(shape);
   Floats packed(count * shape.taps());
   for (Index e = 0, k = 0; e < count; e++)
@@ -146,32 +209,88 @@ inline void forward(ffi::ThreadPool& pool, const Convolution& shape, const float
       packed[k] = values[tap * count + graph.edge[static_cast<size_t>(e)]];
     }
   const Strips strips(shape);
-  const Index columns = shape.columns();
+  const Index columns = shape.columns(), pitch = strips.pitch;
   const Index strip_size = (strips.rows + shape.window_height - 1) * columns * channels;
-  const Index in_size = round_up(channels * strips.pitch_in, kLanes);
-  const Index size = round_up(strip_size, kLanes) + in_size + outs * strips.pitch_out;
+  const Index size = round_up(strip_size, kLanes) + (channels + outs) * pitch;
   const Index items = shape.images * strips.per_image;
   Floats scratch(size * slots(pool, items));
   parallel(pool, items, [&](Index item, Index slot) {
     float* in = scratch.data() + slot * size;
-    float *out = in + in_size, *strip = out + outs * strips.pitch_out;
+    float *out = in + channels * pitch, *strip = out + outs * pitch;
     const Index image = item / strips.per_image, first = item % strips.per_image * strips.rows;
     const Index rows = std::min(strips.rows, shape.out_height - first);
     to_planes(x + image * shape.map.height * shape.map.width * channels, shape.map, first,
-              rows + shape.window_height - 1, columns, strip, in, strips.pitch_in);
+              rows + shape.window_height - 1, columns, strip, in, pitch);
     const Index positions = (rows - 1) * columns + shape.out_width;
-    tiles<4>((positions + kLanes - 1) / kLanes, 0, [&](auto n, Index position) {
-      forward_tile<n>(in + position, strips.pitch_in, graph, packed.data(), offsets,
-                      out + position, strips.pitch_out);
+    parts<kTile>(0, (positions + kLanes - 1) / kLanes, [&](auto n, Index vector) {
+      const Index i = vector * kLanes;
+      if (gathers)
+        gather_tile<n>(in + i, pitch, graph, packed.data(), out + i);
+      else
+        scatter_tile<n>(in + i, pitch, graph, packed.data(), offsets, out + i);
     });
     float* to = y + (image * shape.out_height + first) * shape.out_width * outs;
     if (columns == shape.out_width)
-      transpose(out, strips.pitch_out, outs, positions, to, outs);
+      from_planes(out, pitch, positions, outs, to);
     else
       for (Index r = 0; r < rows; r++)
-        transpose(out + r * columns, strips.pitch_out, outs, shape.out_width,
-                  to + r * shape.out_width * outs, outs);
+        from_planes(out + r * columns, pitch, shape.out_width, outs,
+                    to + r * shape.out_width * outs);
   });
+}
+
+// Most vectors of positions of a tile of a 1x1 layer's gradient.
+constexpr int kGradientTile = 16;
+
+// 1x1: adds the products of all edges over N vectors of positions to sums (edges,).
+// Outputs are near.
+template <int N>
+void product_tile(const float* in, const float* dy, Index pitch, const Graph& graph,
+                  float* sums) {
+  Vector pending[kLanes] = {};  // of edges first ... e - 1
+  Index first = 0, e = 0;
+  const auto add = [&] {
+    store(sums + first, load(sums + first) + sums_of(pending));
+    first = e;
+  };
+  for (Index b = 0; b < graph.blocks(); b++)
+    for (Index o = 0; o < graph.near_channels; o++) {
+      Vector g[N];
+      UNROLL for (int n = 0; n < N; n++) g[n] = load_once(dy + o * pitch + n * kLanes);
+      for (const Index end = graph.edges(b, o).second; e < end; ) {
+        const float* plane = in + graph.far[static_cast<size_t>(e)] * pitch;
+        Vector total[4] = {};
+        UNROLL for (int n = 0; n < N; n++) total[n % 4] += g[n] * load(plane + n * kLanes);
+        pending[e - first] = total[0] + total[1] + (total[2] + total[3]);
+        if (++e - first == kLanes) add();
+      }
+    }
+  if (first == e) return;
+  for (Index i = e - first; i < kLanes; i++) pending[i] = Vector{};
+  add();
+}
+
+constexpr int kTaps = 3;
+
+// Adds the products of T taps of an input with G outputs over `count` vectors of
+// positions to sums (G, taps).
+template <int T, int G>
+void products(const float* in, const Index* taps, const float* dy, const Index* outputs,
+              Index pitch, Index count, float* sums, Index step) {
+  Vector total[kLanes] = {};
+  for (Index i = 0; i < count * kLanes; i += kLanes) {
+    Vector g[G];
+    UNROLL for (int o = 0; o < G; o++) g[o] = load_once(dy + outputs[o] * pitch + i);
+    UNROLL for (int t = 0; t < T; t++) {
+      const Vector x = load_once(in + taps[t] + i);
+      UNROLL for (int o = 0; o < G; o++) total[t * G + o] += x * g[o];
+    }
+  }
+  float values[kLanes];
+  store(values, sums_of(total));
+  UNROLL for (int t = 0; t < T; t++) {
+    UNROLL for (int o = 0; o < G; o++) sums[o * step + t] += values[t * G + o];
+  }
 }
 
 // x, dy (images, height, width, out) -> dvalues (window, edges)
@@ -179,39 +298,55 @@ inline void values_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
                             const float* dy, const int32_t* edges, Index count,
                             float* dvalues) {
   const Index channels = shape.map.channels, outs = shape.out_channels;
-  const Graph graph(edges, count, channels, outs, false);
-  const auto offsets = taps(shape);
+  const bool pointwise = shape.taps() == 1;
   const Strips strips(shape);
-  const Index columns = shape.columns(), sums_size = count * shape.taps();
+  const Index block = pointwise ? std::max<Index>(1, kCache1 / strips.positions) : outs;
+  const Graph graph(pointwise ? outs : channels, pointwise ? channels : outs, block, edges,
+                    count, outs, !pointwise);
+  const auto offsets = taps(shape);
+  const Index columns = shape.columns(), pitch = strips.pitch;
+  const Index sums_size = round_up(count * shape.taps(), kLanes) + kLanes;
   const Index in_rows = strips.rows + shape.window_height - 1;
-  const Index in_size = round_up(channels * strips.pitch_in, kLanes);
-  const Index out_size = outs * strips.pitch_in;
   const Index strip_size = round_up(in_rows * columns * std::max(channels, outs), kLanes);
-  const Index size = in_size + out_size + strip_size;
-  const Index items = shape.images * strips.per_image, parts = pieces(items, sums_size);
+  const Index size = (channels + outs) * pitch + strip_size;
+  const Index items = shape.images * strips.per_image, parts_count = pieces(items, sums_size);
   const Map dy_map = {shape.out_height, shape.out_width, outs};
-  Floats scratch(size * slots(pool, parts)), sums(sums_size * parts);
-  parallel(pool, parts, [&](Index piece, Index slot) {
+  Floats scratch(size * slots(pool, parts_count)), sums(sums_size * parts_count);
+  parallel(pool, parts_count, [&](Index piece, Index slot) {
     float* in = scratch.data() + slot * size;
-    float *gradient = in + in_size, *strip = gradient + out_size;
+    float *gradient = in + channels * pitch, *strip = gradient + outs * pitch;
     float* total = sums.data() + piece * sums_size;
     zero(total, sums_size);
-    for (Index item = piece * items / parts; item < (piece + 1) * items / parts; item++) {
+    for (Index item = piece * items / parts_count; item < (piece + 1) * items / parts_count;
+         item++) {
       const Index image = item / strips.per_image;
       const Index first = item % strips.per_image * strips.rows;
       const Index rows = std::min(strips.rows, shape.out_height - first);
       to_planes(x + image * shape.map.height * shape.map.width * channels, shape.map, first,
-                rows + shape.window_height - 1, columns, strip, in, strips.pitch_in);
+                rows + shape.window_height - 1, columns, strip, in, pitch);
       to_planes(dy + image * shape.out_height * shape.out_width * outs, dy_map, first, rows,
-                columns, strip, gradient, strips.pitch_in);
+                columns, strip, gradient, pitch);
       const Index positions = (rows - 1) * columns + shape.out_width;
-      tiles<16>((positions + kLanes - 1) / kLanes, 0, [&](auto n, Index position) {
-        gradient_tile<n>(in + position, strips.pitch_in, graph, offsets, gradient + position,
-                         strips.pitch_in, total);
-      });
+      const Index vectors = (positions + kLanes - 1) / kLanes;
+      if (pointwise) {
+        parts<kGradientTile>(0, vectors, [&](auto n, Index vector) {
+          product_tile<n>(in + vector * kLanes, gradient + vector * kLanes, pitch, graph, total);
+        });
+        continue;
+      }
+      for (Index c = 0; c < channels; c++) {
+        const auto [begin, end] = graph.edges(0, c);
+        parts<kLanes / kTaps>(begin, end, [&](auto g, Index e) {
+          parts<kTaps>(0, shape.taps(), [&](auto t, Index tap) {
+            products<t, g>(in + c * pitch, &offsets[static_cast<size_t>(tap)], gradient,
+                           &graph.far[static_cast<size_t>(e)], pitch, vectors,
+                           total + e * shape.taps() + tap, shape.taps());
+          });
+        });
+      }
     }
   });
-  add_pieces(pool, sums.data(), parts, sums_size);
+  add_pieces(pool, sums.data(), parts_count, sums_size);
   for (Index e = 0, k = 0; e < count; e++)
     for (Index t = 0; t < shape.taps(); t++, k++)
       dvalues[t * count + graph.edge[static_cast<size_t>(e)]] = sums[k];

@@ -29,6 +29,15 @@ inline Vector load(const float* from) {
   return v;
 }
 
+// Loads into a register. Without it, GCC may load a vector anew for each of its uses.
+inline Vector load_once(const float* from) {
+  Vector v = load(from);
+#if defined(__AVX__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
 // Stores the first `count` lanes, 1 to kLanes.
@@ -62,14 +71,6 @@ inline Vector exchange(Vector v) {
   return shuffle(v, v, Exchanged<D>());
 }
 
-inline float sum(Vector v) {
-  v += exchange<1>(v);
-  v += exchange<2>(v);
-  v += exchange<4>(v);
-  if constexpr (kLanes == 16) v += exchange<8>(v);
-  return v[0];
-}
-
 template <int S>
 struct Lower {  // a's lanes without bit S, then b's
   static constexpr int lane(int l) { return l & S ? kLanes + l - S : l; }
@@ -89,26 +90,66 @@ inline void transpose(Vector* rows) {
   if constexpr (2 * S < kLanes) transpose<2 * S>(rows);
 }
 
-// Writes the transpose of in (rows, columns) to out; the distances between rows are
-// in_step and out_step. Reads and writes nothing outside of the two blocks.
-inline void transpose(const float* in, Index in_step, Index rows, Index columns,
-                      float* out, Index out_step) {
-  for (Index i = 0; i < rows; i += kLanes)
-    for (Index j = 0; j < columns; j += kLanes) {
-      const Index m = rows - i < kLanes ? rows - i : kLanes;
-      const Index n = columns - j < kLanes ? columns - j : kLanes;
-      Vector block[kLanes] = {};
-      const float* from = in + i * in_step + j;
-      float* to = out + j * out_step + i;
-      if (n == kLanes && m == kLanes) {
-        UNROLL for (int r = 0; r < kLanes; r++) block[r] = load(from + r * in_step);
-        transpose(block);
-        UNROLL for (int r = 0; r < kLanes; r++) store(to + r * out_step, block[r]);
-      } else {
-        for (Index r = 0; r < m; r++)
-          std::memcpy(&block[r], from + r * in_step, sizeof(float) * static_cast<size_t>(n));
-        transpose(block);
-        for (Index r = 0; r < n; r++) store(to + r * out_step, block[r], m);
-      }
-    }
+// Returns the sums of kLanes vectors, one in each lane.
+template <int S = 1>
+inline Vector sums_of(Vector* vectors) {
+  UNROLL for (int i = 0; i < kLanes; i += 2 * S) {
+    const Vector a = vectors[i], b = vectors[i + S];
+    vectors[i] = shuffle(a, b, Lower<S>()) + shuffle(a, b, Upper<S>());
+  }
+  if constexpr (2 * S < kLanes) return sums_of<2 * S>(vectors);
+  return vectors[0];
+}
+
+// Writes the transpose of in (rows, columns), at most kLanes each, to out; the distances
+// between rows are in_step and out_step. Each row of `in` is readable for `readable`
+// floats.
+inline void transpose_block(const float* in, Index in_step, Index rows, Index columns,
+                            Index readable, float* out, Index out_step) {
+  Vector block[kLanes];
+  if (rows == kLanes && readable >= kLanes) {
+    UNROLL for (int r = 0; r < kLanes; r++) block[r] = load(in + r * in_step);
+  } else {
+    UNROLL for (int r = 0; r < kLanes; r++) block[r] = Vector{};
+    for (Index r = 0; r < rows; r++)
+      std::memcpy(&block[r], in + r * in_step, sizeof(float) * static_cast<size_t>(columns));
+  }
+  transpose(block);
+  if (rows == kLanes && columns == kLanes) {
+    UNROLL for (int r = 0; r < kLanes; r++) store(out + r * out_step, block[r]);
+  } else {
+    for (Index r = 0; r < columns; r++) store(out + r * out_step, block[r], rows);
+  }
+}
+
+// Calls f(begin, size) for blocks of at most kLanes that cover 0 ... count - 1. The last
+// one overlaps the one before, if that makes it whole.
+template <typename F>
+inline void blocks(Index count, const F& f) {
+  if (count < kLanes) return f(Index{0}, count);
+  for (Index i = 0; i < count; i += kLanes)
+    f(i + kLanes <= count ? i : count - kLanes, Index{kLanes});
+}
+
+// Maps (pixels, channels) -> planes (channels, pitch).
+inline void to_planes(const float* map, Index pixels, Index channels, float* planes,
+                      Index pitch) {
+  blocks(pixels, [&](Index i, Index rows) {
+    blocks(channels, [&](Index c, Index columns) {
+      transpose_block(map + i * channels + c, channels, rows, columns, columns,
+                      planes + c * pitch + i, pitch);
+    });
+  });
+}
+
+// Planes (channels, pitch) -> maps (pixels, channels). Planes are readable for kLanes
+// floats from each pixel on.
+inline void from_planes(const float* planes, Index pitch, Index pixels, Index channels,
+                        float* map) {
+  blocks(pixels, [&](Index i, Index columns) {
+    blocks(channels, [&](Index c, Index rows) {
+      transpose_block(planes + c * pitch + i, pitch, rows, columns, kLanes,
+                      map + i * channels + c, channels);
+    });
+  });
 }
