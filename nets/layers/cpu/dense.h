@@ -40,12 +40,65 @@ constexpr int kWidest = kRegisters == 32 ? 3 : 2;
 constexpr int kMostPixels[] = {0, kRegisters == 32 ? 24 : 12, kRegisters == 32 ? 13 : 5,
                                kRegisters == 32 ? 9 : 3};
 
-// Vectors of the next panel of outputs.
-inline int panel(Index outputs) {
-  const Index blocks = (outputs + kLanes - 1) / kLanes;
-  if (blocks <= kWidest) return static_cast<int>(blocks);
-  return blocks == 4 ? 2 : kWidest;
+// Outputs of one group whose weights are stored together: `vectors` vectors from output
+// `first` of the group on. Its weights or their gradients (depth, vectors * kLanes) begin
+// at `offset`.
+struct Panel {
+  Index group, first, vectors, offset;
+};
+
+inline std::vector<Panel> panels(const Convolution& shape) {
+  std::vector<Panel> list;
+  Index offset = 0;
+  for (Index g = 0; g < shape.groups; g++)
+    for (Index o = 0; o < shape.group_outputs();) {
+      const Index blocks = (shape.group_outputs() - o + kLanes - 1) / kLanes;
+      const Index vectors = blocks == 4 ? 2 : std::min<Index>(blocks, kWidest);
+      list.push_back({g, o, vectors, offset});
+      offset += shape.depth() * vectors * kLanes;
+      o += vectors * kLanes;
+    }
+  return list;
 }
+
+// Work is divided into parts: rows of an image, or all rows of several small images. The
+// padded maps of a part fit the second cache beside the weights.
+struct Parts {
+  Index rows, per_image, together, count, image_size;
+
+  explicit Parts(const Convolution& shape) {
+    constexpr Index kFit = 3 << 14, kPixels = 256;
+    const Index row = shape.columns() * shape.map.channels;
+    const Index fit = (kFit / row - shape.window_height) / shape.stride + 1;
+    per_image = divide_up(shape.out_height, std::clamp<Index>(fit, 1, shape.out_height));
+    rows = divide_up(shape.out_height, per_image);
+    per_image = divide_up(shape.out_height, rows);
+    image_size = ((rows - 1) * shape.stride + shape.window_height) * row;
+    const Index most = std::min(kFit / image_size, kPixels / (rows * shape.out_width));
+    count = divide_up(shape.images, per_image > 1 ? 1 : std::max<Index>(most, 1));
+    together = divide_up(shape.images, count);
+    count = divide_up(shape.images, together) * per_image;
+  }
+  Index size() const { return round_up(together * image_size + kLanes, kLanes); }
+};
+
+struct Part {
+  Index image, images, row, rows;
+
+  Part(const Convolution& shape, const Parts& parts, Index i)
+      : image(i / parts.per_image * parts.together),
+        images(std::min(parts.together, shape.images - image)),
+        row(i % parts.per_image * parts.rows),
+        rows(std::min(parts.rows, shape.out_height - row)) {}
+
+  // Writes the padded rows of all images.
+  void pad(const Convolution& shape, const Parts& parts, const float* x, float* out) const {
+    for (Index i = 0; i < images; i++)
+      ::pad(x + (image + i) * shape.image_size(), shape.map, row * shape.stride,
+            (rows - 1) * shape.stride + shape.window_height, shape.columns(),
+            out + i * parts.image_size);
+  }
+};
 
 struct Window {
   const Index* offsets;
@@ -77,18 +130,25 @@ void forward_tile(const float* in, const Window& window, Index step, const float
   }
 }
 
-// Adds the products of K inputs with Q vectors of output gradients over rows x columns
-// pixels to sums (K, sums_step).
+// Distances between pixels, rows and images.
+struct Steps {
+  Index pixel, row, image;
+};
+
+// Adds the products of K inputs with Q vectors of output gradients over images x rows x
+// columns pixels to sums (K, sums_step).
 template <int K, int Q>
-void gradient_tile(const float* in, Index step, Index row, const float* dy, Index dy_step,
-                   Index dy_row, Index rows, Index columns, float* sums, Index sums_step) {
+void gradient_tile(const float* in, Steps step, const float* dy, Steps dy_step, Index images,
+                   Index rows, Index columns, float* sums, Index sums_step) {
   Vector total[K][Q];
   UNROLL for (int k = 0; k < K; k++) {
     UNROLL for (int q = 0; q < Q; q++) total[k][q] = load(sums + k * sums_step + q * kLanes);
   }
-  for (Index i = 0; i < rows; i++) {
-    const float *x = in + i * row, *g = dy + i * dy_row;
-    for (Index j = 0; j < columns; j++, x += step, g += dy_step) {
+  for (Index i = 0; i < images * rows; i++) {
+    const Index image = i / rows, row = i % rows;
+    const float *x = in + image * step.image + row * step.row;
+    const float *g = dy + image * dy_step.image + row * dy_step.row;
+    for (Index j = 0; j < columns; j++, x += step.pixel, g += dy_step.pixel) {
       Vector d[Q];
       UNROLL for (int q = 0; q < Q; q++) d[q] = load(g + q * kLanes);
       UNROLL for (int k = 0; k < K; k++) {
@@ -140,90 +200,105 @@ inline GradientTile gradient_tile_of(Index size, int q) {
 // y_size floats apart
 inline void forward(ffi::ThreadPool& pool, const Convolution& shape, const float* x,
                     const float* kernel, float* y, Index y_size) {
-  const Index outputs = shape.group_outputs(), padded = round_up(outputs, kLanes);
-  const Index depth = shape.depth(), channels = shape.out_channels;
-  Floats packed(shape.groups * depth * padded);
-  float* to = packed.data();
-  for (Index g = 0; g < shape.groups; g++)
-    for (Index o = 0, q; o < outputs; o += q * kLanes) {
-      q = panel(outputs - o);
-      const Index count = std::min(q * kLanes, outputs - o);
-      for (Index k = 0; k < depth; k++, to += q * kLanes) {
-        copy(to, kernel + k * channels + g * outputs + o, count);
-        zero(to + count, q * kLanes - count);
-      }
+  const Index outputs = shape.group_outputs(), depth = shape.depth();
+  const auto list = panels(shape);
+  Floats packed(shape.groups * depth * round_up(outputs, kLanes));
+  parallel(pool, static_cast<Index>(list.size()), [&](Index item, Index) {
+    const Panel panel = list[static_cast<size_t>(item)];
+    const Index width = panel.vectors * kLanes, count = std::min(width, outputs - panel.first);
+    const float* from = kernel + panel.group * outputs + panel.first;
+    float* to = packed.data() + panel.offset;
+    for (Index k = 0; k < depth; k++, to += width, from += shape.out_channels) {
+      copy(to, from, count);
+      zero(to + count, width - count);
     }
+  });
   const auto offsets = shape.runs();
   const Window window = {offsets.data(), static_cast<Index>(offsets.size()), shape.run_length()};
-  const Index step = shape.stride * shape.map.channels;
-  const Index row = shape.stride * shape.columns() * shape.map.channels;
-  const Index size = round_up(shape.padded_size(), kLanes);
-  Floats scratch(size * slots(pool, shape.images));
-  parallel(pool, shape.images, [&](Index image, Index slot) {
-    float* in = scratch.data() + slot * size;
-    pad(x + image * shape.image_size(), shape.map, 0, shape.rows(), shape.columns(), in);
-    const float* weights = packed.data();
-    for (Index g = 0; g < shape.groups; g++)
-      for (Index o = 0, q; o < outputs; o += q * kLanes, weights += depth * q * kLanes) {
-        q = panel(outputs - o);
-        float* out = y + image * y_size + g * outputs + o;
-        const Index last = std::min<Index>(kLanes, outputs - o - (q - 1) * kLanes);
-        for (Index i = 0; i < shape.out_height; i++)
-          for (Index j = 0, n; j < shape.out_width; j += n) {
-            n = tile_size(shape.out_width - j, static_cast<int>(q));
-            forward_tile_of(n, static_cast<int>(q))(
-                in + i * row + j * step + g * shape.group_inputs(), window, step, weights,
-                out + i * shape.out_row + j * shape.out_step, shape.out_step, last);
-          }
+  const Index step = shape.stride * shape.map.channels, row = step * shape.columns();
+  const Parts parts(shape);
+  Floats scratch(parts.size() * slots(pool, parts.count));
+  parallel(pool, parts.count, [&](Index item, Index slot) {
+    const Part part(shape, parts, item);
+    float* in = scratch.data() + slot * parts.size();
+    part.pad(shape, parts, x, in);
+    for (const Panel& panel : list) {
+      const int q = static_cast<int>(panel.vectors);
+      const Index last = std::min<Index>(kLanes, outputs - panel.first - (q - 1) * kLanes);
+      for (Index r = 0; r < part.images * part.rows; r++) {
+        const Index image = r / part.rows, i = r % part.rows;
+        const float* from =
+            in + image * parts.image_size + i * row + panel.group * shape.group_inputs();
+        float* to = y + (part.image + image) * y_size + (part.row + i) * shape.out_row +
+                    panel.group * outputs + panel.first;
+        for (Index j = 0, n; j < shape.out_width; j += n) {
+          n = tile_size(shape.out_width - j, q);
+          forward_tile_of(n, q)(from + j * step, window, step, packed.data() + panel.offset,
+                                to + j * shape.out_step, shape.out_step, last);
+        }
       }
+    }
   });
 }
 
 // x, dy (images, out_height, out_width, out) -> dkernel (window, in / groups, out)
 inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, const float* x,
                             const float* dy, float* dkernel) {
-  const Index outputs = shape.group_outputs(), padded = round_up(outputs, kLanes);
-  const Index depth = shape.depth(), channels = shape.out_channels;
-  const Index sums_size = shape.groups * depth * padded;
-  const Index count = pieces(shape.images, sums_size);
+  const Index outputs = shape.group_outputs(), depth = shape.depth();
+  const Index channels = shape.out_channels, dy_row = shape.out_width * channels;
+  const auto list = panels(shape);
+  const Index sums_size = shape.groups * depth * round_up(outputs, kLanes);
+  const Parts parts(shape);
+  const Index count = pieces(parts.count, sums_size);
+  // If there are few pieces, the panels are shared out, too.
+  const Index size = static_cast<Index>(list.size()), shares = std::min(size, divide_up(16, count));
   const auto offsets = shape.runs();
   const Index step = shape.stride * shape.map.channels;
-  const Index row = shape.stride * shape.columns() * shape.map.channels;
-  const Index in_size = round_up(shape.padded_size(), kLanes);
-  const Index size = in_size + round_up(shape.out_size() + kLanes, kLanes);
-  Floats scratch(size * slots(pool, count)), sums(sums_size * count);
-  // Rows of which a panel of dy fits the first cache, with the inputs of one tile.
+  const Steps in_steps = {step, step * shape.columns(), parts.image_size};
+  const Index scratch_size =
+      parts.size() + round_up(parts.together * parts.rows * dy_row + kLanes, kLanes);
+  Floats scratch(scratch_size * slots(pool, count * shares)), sums(sums_size * count);
+  // Rows of which a panel of dy fits the first cache.
   const Index band = std::max<Index>(1, 24576 / (64 * shape.out_width));
-  parallel(pool, count, [&](Index piece, Index slot) {
-    float *in = scratch.data() + slot * size, *gradient = in + in_size;
+  parallel(pool, count * shares, [&](Index item, Index slot) {
+    const Index piece = item / shares, share = item % shares;
+    const auto begin = list.begin() + share * size / shares;
+    const auto end = list.begin() + (share + 1) * size / shares;
+    float *in = scratch.data() + slot * scratch_size, *gradient = in + parts.size();
     float* total = sums.data() + piece * sums_size;
-    zero(total, sums_size);
-    for (Index image = piece * shape.images / count; image < (piece + 1) * shape.images / count;
-         image++) {
-      pad(x + image * shape.image_size(), shape.map, 0, shape.rows(), shape.columns(), in);
-      copy(gradient, dy + image * shape.out_size(), shape.out_size());
-      zero(gradient + shape.out_size(), kLanes);
-      for (Index i = 0; i < shape.out_height; i += band)
-        for (Index g = 0; g < shape.groups; g++)
-          for (Index o = 0, q; o < outputs; o += q * kLanes) {
-            q = panel(outputs - o);
-            for (size_t r = 0; r < offsets.size(); r++)
-              for (Index k = 0, n; k < shape.run_length(); k += n) {
-                n = tile_size(shape.run_length() - k, static_cast<int>(q));
-                const Index first = static_cast<Index>(r) * shape.run_length() + k;
-                gradient_tile_of(n, static_cast<int>(q))(
-                    in + i * row + offsets[r] + g * shape.group_inputs() + k, step, row,
-                    gradient + i * shape.out_width * channels + g * outputs + o, channels,
-                    shape.out_width * channels, std::min(band, shape.out_height - i),
-                    shape.out_width, total + (g * depth + first) * padded + o, padded);
-              }
-          }
+    for (auto panel = begin; panel < end; panel++)
+      zero(total + panel->offset, depth * panel->vectors * kLanes);
+    for (Index p = piece * parts.count / count; p < (piece + 1) * parts.count / count; p++) {
+      const Part part(shape, parts, p);
+      const Index dy_image = part.rows * dy_row;
+      part.pad(shape, parts, x, in);
+      for (Index i = 0; i < part.images; i++)
+        copy(gradient + i * dy_image,
+             dy + (part.image + i) * shape.out_size() + part.row * dy_row, dy_image);
+      zero(gradient + part.images * dy_image, kLanes);
+      for (Index i = 0; i < part.rows; i += band)
+        for (auto panel = begin; panel < end; panel++)
+          for (size_t r = 0; r < offsets.size(); r++)
+            for (Index k = 0, n; k < shape.run_length(); k += n) {
+              const int q = static_cast<int>(panel->vectors);
+              n = tile_size(shape.run_length() - k, q);
+              const Index first = static_cast<Index>(r) * shape.run_length() + k;
+              gradient_tile_of(n, q)(
+                  in + i * in_steps.row + offsets[r] + panel->group * shape.group_inputs() + k,
+                  in_steps, gradient + i * dy_row + panel->group * outputs + panel->first,
+                  {channels, dy_row, dy_image}, part.images, std::min(band, part.rows - i),
+                  shape.out_width, total + panel->offset + first * q * kLanes, q * kLanes);
+            }
     }
   });
   add_pieces(pool, sums.data(), count, sums_size);
-  for (Index g = 0; g < shape.groups; g++)
+  parallel(pool, size, [&](Index item, Index) {
+    const Panel panel = list[static_cast<size_t>(item)];
+    const Index width = panel.vectors * kLanes;
     for (Index k = 0; k < depth; k++)
-      copy(dkernel + k * channels + g * outputs, &sums[(g * depth + k) * padded], outputs);
+      copy(dkernel + k * channels + panel.group * outputs + panel.first,
+           &sums[panel.offset + k * width], std::min(width, outputs - panel.first));
+  });
 }
 
 }  // namespace dense

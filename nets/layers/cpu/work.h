@@ -70,6 +70,7 @@ class Floats {
   std::unique_ptr<float, Free> data_;
 };
 
+inline Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
 inline Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
 inline void zero(float* to, Index count) {
