@@ -142,6 +142,22 @@ def test_accumulated_gradients_are_not_lost(tmp_path, cache):
 
 
 @pytest.mark.slow
+def test_a_kill_with_the_cpp_kernels(tmp_path, cache):
+    options = dict(env={"CXX": "", "XDG_CACHE_HOME": str(tmp_path / "cache")})
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    said = complete(arguments(whole), cache, **options)
+    if "no C++ kernels" in said:
+        pytest.skip("the C++ kernels could not be compiled here")
+    assert "compiled C++ kernels" in said
+    process = start(arguments(workdir), cache, **options)
+    assert kill_when(process, after_steps(workdir, 18))
+    launch.finish(process)
+    assert 0 < last(workdir) < TOTAL
+    complete(arguments(workdir), cache, **options)
+    assert_same_end(workdir, whole)
+
+
+@pytest.mark.slow
 def test_tf_data_killed_and_resumed(tmp_path, cache):
     fields = dict(data__pipeline="tf.data", train__tensorboard=True)
     whole, workdir = tmp_path / "whole", tmp_path / "run"

@@ -25,7 +25,7 @@ from nets.layers.lowerings import Shape, convolution
 
 # On CPU, `auto` computes with edges instead of a dense kernel if at most this share of
 # the pairs is connected (docs/speed.md).
-SPARSE_DENSITY = 1 / 4
+SPARSE_DENSITY = 1 / 2
 
 
 class Connectivity(nnx.Variable):

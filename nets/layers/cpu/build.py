@@ -74,7 +74,7 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
     for file in files:
         digest.update(file.read_bytes())
     library = _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
-    if library.exists():
+    if _is_whole(library):
         return library
     started = time.perf_counter()
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +83,10 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
         output = pathlib.Path(folder) / library.name
         headers = f"-isystem{jax.ffi.include_dir()}"  # no warnings from there
         _run([*command, headers, str(SOURCES / "kernels.cc"), "-o", str(output)])
+        if not output.is_file():
+            raise OSError(f"{compiler} wrote no library: is it a C++ compiler?")
+        with output.open("ab") as file:
+            file.write(_digest(output.read_bytes()))
         os.replace(output, library)
     seconds = time.perf_counter() - started
     logging.info("compiled C++ kernels for this CPU in %.1f s: %s", seconds, library)
@@ -107,6 +111,22 @@ def register(library: pathlib.Path) -> str:
         capsule = jax.ffi.pycapsule(getattr(functions, name))
         jax.ffi.register_ffi_target(f"{prefix}{name}", capsule, platform="cpu")
     return prefix
+
+
+def _is_whole(library: pathlib.Path) -> bool:
+    """Returns whether the library ends with its digest.
+
+    Loading a truncated one, which a full disk or a power cut can leave, may crash.
+    """
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return content[-32:] == _digest(content[:-32])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _run(command: list[str]) -> str:
