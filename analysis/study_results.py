@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 import statistics
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from runtime.reporting import summarize
 from runtime.workdir import as_csv, read_rows, write_text
 
 CONFIDENCE = 0.95
+SHIFT = 0.02  # of the largest price, between the wirings of the figure
 # Columns of table.md: name -> heading.
 COLUMNS = {
     "width": "width",
@@ -183,42 +185,51 @@ def write(
     write_text(workdir / "table.md", text)
     if any(row.finished for row in rows):
         path, draft = workdir / "figure.png", workdir / ".figure.png.draft"
-        figure(rows).savefig(draft, dpi=120, format="png")
+        figure(rows, claim).savefig(draft, dpi=120, format="png")
         draft.replace(path)
 
 
-def figure(rows: Sequence[Row]):
-    """Plots the final error against each price, one colour per wiring.
+def figure(rows: Sequence[Row], title: str = ""):
+    """Plots the mean final error against each price, one colour per wiring.
 
-    A bar spans one standard deviation over seeds. A cross is the published error of
-    the same net.
+    A bar spans one standard deviation over seeds to each side. A cross is the published
+    error of the same net. Wirings are shifted sideways by SHIFT, because nets of equal
+    price would cover one another.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize="medium")
     panels = figure.subplots(1, len(PANELS), sharey=True)
     wirings = list(dict.fromkeys(row.wiring for row in rows))
     backbones = list(dict.fromkeys(row.backbone for row in rows))
-    for axes, (price, label) in zip(panels, PANELS.items(), strict=True):
-        for (backbone, _, wiring), runs in group(rows).items():
-            done = [x for x in runs if x.finished and getattr(x, price) is not None]
-            if not done:
-                continue
-            x = np.median([getattr(row, price) for row in done])
-            errors = [row.final_error for row in done]
+    for axes, (price, heading) in zip(panels, PANELS.items(), strict=True):
+        known = [row for row in rows if row.finished and getattr(row, price)]
+        largest = max((getattr(row, price) for row in known), default=0)
+        for (backbone, _, wiring), runs in group(known).items():
+            index = wirings.index(wiring)
+            x = np.median([getattr(row, price) for row in runs])
+            x += SHIFT * largest * (index - (len(wirings) - 1) / 2)
+            errors = [row.final_error for row in runs]
             spread = statistics.stdev(errors) if len(errors) > 1 else None
-            color = f"C{wirings.index(wiring) % 10}"
+            color = f"C{index % 10}"
             marker = "osD^v"[backbones.index(backbone) % 5]
             mean, name = statistics.mean(errors), f"{backbone} {wiring}"
-            style = dict(color=color, fmt=marker, capsize=3, label=name)
+            label = f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            style = dict(color=color, fmt=marker, capsize=3, label=label)
             axes.errorbar(x, mean, spread, **style)
-            if done[0].published is not None:
+            if runs[0].published is not None:
                 style = dict(color=color, marker="x", ls="", label=f"{name}, published")
-                axes.plot(x, done[0].published, **style)
-        axes.set(xlabel=label)
+                axes.plot(x, runs[0].published, **style)
+        axes.set_xlabel(heading)
         axes.margins(0.15)
+        axes.set_xlim(0, 1.15 * largest or None)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        if largest >= 1000:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("final test error, %")
+    panels[0].set_ylabel("final test error, % (mean ± standard deviation)")
     unique = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4)
     return figure

@@ -111,3 +111,16 @@ def test_the_figure_shows_every_price_and_the_published_error():
     for axes in panels:
         lines = {line.get_label(): line.get_ydata() for line in axes.lines}
         assert lines["net known, published"] == [8.5]
+
+
+def test_the_figure_separates_nets_of_equal_price_and_starts_at_zero():
+    figure = study_results.figure([*ROWS, make_row("unfinished", 0)], "A claim.")
+    assert figure.get_suptitle() == "A claim."
+    for axes in figure.axes:
+        assert axes.get_xlim()[0] == 0
+        bars = axes.containers
+        assert [bar.get_label() for bar in bars] == [
+            *("net dense, 3 seeds", "net sparse, 3 seeds")
+        ]
+        dense, sparse = (bar.lines[0].get_xdata()[0] for bar in bars)
+        assert dense < sparse < 1.1 * dense
