@@ -26,8 +26,8 @@ CHUNK_ROWS = 2048
 PIECE_ROWS, PIECES = 8192, 4
 # For `block_dense`, few blocks for the same reason.
 BLOCK_CHANNELS, BLOCKS = 64, 4
-# For `cpp`. Wider convolutions are faster as XLA's blocked products.
-CPP_CHANNELS = 128
+# For `cpp`. Convolutions of small maps with more channels are faster as XLA's products.
+CPP_CHANNELS, CPP_PIXELS = 256, 64
 
 
 def convolution(
@@ -157,7 +157,8 @@ def _faster_in_cpp(shape: Shape) -> bool:
         return False
     if shape.groups > 1 and shape.group_inputs == shape.group_outputs <= 8:
         return True
-    return max(shape.in_channels, shape.out_channels) <= CPP_CHANNELS
+    few_channels = max(shape.in_channels, shape.out_channels) <= CPP_CHANNELS
+    return few_channels or math.prod(shape.out_size) >= CPP_PIXELS
 
 
 def applicable(shape: Shape) -> list[str]:

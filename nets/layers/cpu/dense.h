@@ -79,7 +79,11 @@ struct Parts {
     together = divide_up(shape.images, count);
     count = divide_up(shape.images, together) * per_image;
   }
+  // Floats of the inputs and outputs of a part, and of a vector beyond them.
   Index size() const { return round_up(together * image_size + kLanes, kLanes); }
+  Index out_size(const Convolution& shape) const {
+    return round_up(together * rows * shape.out_width * shape.out_channels + kLanes, kLanes);
+  }
 };
 
 struct Part {
@@ -97,6 +101,14 @@ struct Part {
       ::pad(x + (image + i) * shape.image_size(), shape.map, row * shape.stride,
             (rows - 1) * shape.stride + shape.window_height, shape.columns(),
             out + i * parts.image_size);
+  }
+  void copy_outputs(const Convolution& shape, const Parts& parts, const float* y,
+                    float* out) const {
+    const Index row_size = shape.out_width * shape.out_channels;
+    for (Index i = 0; i < images; i++)
+      copy(out + i * parts.rows * row_size, y + (image + i) * shape.out_size() + row * row_size,
+           rows * row_size);
+    zero(out + ((images - 1) * parts.rows + rows) * row_size, kLanes);
   }
 };
 
@@ -253,10 +265,10 @@ inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
   // If there are few pieces, the panels are shared out, too.
   const Index size = static_cast<Index>(list.size()), shares = std::min(size, divide_up(16, count));
   const auto offsets = shape.runs();
-  const Index step = shape.stride * shape.map.channels;
-  const Steps in_steps = {step, step * shape.columns(), parts.image_size};
-  const Index scratch_size =
-      parts.size() + round_up(parts.together * parts.rows * dy_row + kLanes, kLanes);
+  const Index pixel = shape.stride * shape.map.channels;
+  const Steps step = {pixel, pixel * shape.columns(), parts.image_size};
+  const Steps dy_step = {channels, dy_row, parts.rows * dy_row};
+  const Index scratch_size = parts.size() + parts.out_size(shape);
   Floats scratch(scratch_size * slots(pool, count * shares)), sums(sums_size * count);
   // Rows of which a panel of dy fits the first cache.
   const Index band = std::max<Index>(1, 24576 / (64 * shape.out_width));
@@ -270,12 +282,8 @@ inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
       zero(total + panel->offset, depth * panel->vectors * kLanes);
     for (Index p = piece * parts.count / count; p < (piece + 1) * parts.count / count; p++) {
       const Part part(shape, parts, p);
-      const Index dy_image = part.rows * dy_row;
       part.pad(shape, parts, x, in);
-      for (Index i = 0; i < part.images; i++)
-        copy(gradient + i * dy_image,
-             dy + (part.image + i) * shape.out_size() + part.row * dy_row, dy_image);
-      zero(gradient + part.images * dy_image, kLanes);
+      part.copy_outputs(shape, parts, dy, gradient);
       for (Index i = 0; i < part.rows; i += band)
         for (auto panel = begin; panel < end; panel++)
           for (size_t r = 0; r < offsets.size(); r++)
@@ -284,9 +292,9 @@ inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
               n = tile_size(shape.run_length() - k, q);
               const Index first = static_cast<Index>(r) * shape.run_length() + k;
               gradient_tile_of(n, q)(
-                  in + i * in_steps.row + offsets[r] + panel->group * shape.group_inputs() + k,
-                  in_steps, gradient + i * dy_row + panel->group * outputs + panel->first,
-                  {channels, dy_row, dy_image}, part.images, std::min(band, part.rows - i),
+                  in + i * step.row + offsets[r] + panel->group * shape.group_inputs() + k,
+                  step, gradient + i * dy_row + panel->group * outputs + panel->first,
+                  dy_step, part.images, std::min(band, part.rows - i),
                   shape.out_width, total + panel->offset + first * q * kLanes, q * kLanes);
             }
     }

@@ -7,6 +7,9 @@
 namespace grouped {
 
 using dense::Convolution;
+using dense::Part;
+using dense::Parts;
+using dense::Steps;
 
 constexpr int kPixels = kRegisters == 32 ? 8 : 4;
 
@@ -38,16 +41,18 @@ inline void exchange_all(Vector v, Vector* out) {
 
 // Adds to sums (T, M): lane c of [t][d] connects input c with output c ^ d.
 template <int M, int T>
-inline void gradient_tile(const float* in, const Index* taps, Index step, Index row,
-                          const float* dy, Index dy_step, Index dy_row, Index rows,
-                          Index columns, float* sums) {
+inline void gradient_tile(const float* in, const Index* taps, Steps step, const float* dy,
+                          Steps dy_step, Index images, Index rows, Index columns,
+                          float* sums) {
   Vector total[T][M];
   UNROLL for (int t = 0; t < T; t++) {
     UNROLL for (int d = 0; d < M; d++) total[t][d] = load(sums + (t * M + d) * kLanes);
   }
-  for (Index i = 0; i < rows; i++) {
-    const float *x = in + i * row, *g = dy + i * dy_row;
-    for (Index j = 0; j < columns; j++, x += step, g += dy_step) {
+  for (Index i = 0; i < images * rows; i++) {
+    const Index image = i / rows, row = i % rows;
+    const float* x = in + image * step.image + row * step.row;
+    const float* g = dy + image * dy_step.image + row * dy_step.row;
+    for (Index j = 0; j < columns; j++, x += step.pixel, g += dy_step.pixel) {
       Vector exchanged[M];
       exchange_all<M>(load(g), exchanged);
       UNROLL for (int t = 0; t < T; t++) {
@@ -87,16 +92,18 @@ void forward(ffi::ThreadPool& pool, const Convolution& shape, const float* x,
       packed[(c / kLanes * count * M + k) * kLanes + c % kLanes] = value;
     }
   const Index step = shape.stride * channels, row = step * shape.columns();
-  const Index size = round_up(shape.padded_size(), kLanes);
-  Floats scratch(size * slots(pool, shape.images));
-  parallel(pool, shape.images, [&](Index image, Index slot) {
-    float* in = scratch.data() + slot * size;
-    pad(x + image * shape.image_size(), shape.map, 0, shape.rows(), shape.columns(), in);
-    for (Index i = 0; i < shape.out_height; i++)
+  const Parts parts(shape);
+  Floats scratch(parts.size() * slots(pool, parts.count));
+  parallel(pool, parts.count, [&](Index item, Index slot) {
+    const Part part(shape, parts, item);
+    float* in = scratch.data() + slot * parts.size();
+    part.pad(shape, parts, x, in);
+    for (Index r = 0; r < part.images * part.rows; r++)
       for (Index c = 0; c < channels; c += kLanes) {
+        const Index image = r / part.rows, i = r % part.rows;
         const float* weights = packed.data() + c * count * M;
-        const float* from = in + i * row + c;
-        float* to = y + image * y_size + i * shape.out_row + c;
+        const float* from = in + image * parts.image_size + i * row + c;
+        float* to = y + (part.image + image) * y_size + (part.row + i) * shape.out_row + c;
         const Index lanes = std::min<Index>(kLanes, channels - c);
         Index j = 0;
         for (; j + kPixels <= shape.out_width; j += kPixels)
@@ -115,39 +122,38 @@ void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, const floa
   const Index channels = shape.out_channels, padded = round_up(channels, kLanes);
   const auto offsets = taps(shape);
   const Index count = static_cast<Index>(offsets.size()), sums_size = count * M * padded;
-  const Index parts = pieces(shape.images, sums_size);
-  const Index step = shape.stride * channels, row = step * shape.columns();
-  const Index dy_row = shape.out_width * channels;
-  const Index in_size = round_up(shape.padded_size(), kLanes);
-  const Index size = in_size + round_up(shape.out_size() + kLanes, kLanes);
-  Floats scratch(size * slots(pool, parts)), sums(sums_size * parts);
-  const Index band = std::max<Index>(1, 6144 / (row + dy_row));
-  parallel(pool, parts, [&](Index piece, Index slot) {
-    float *in = scratch.data() + slot * size, *gradient = in + in_size;
-    float* total = sums.data() + piece * sums_size;
+  const Parts parts(shape);
+  const Index sets = pieces(parts.count, sums_size);
+  const Index pixel = shape.stride * channels, dy_row = shape.out_width * channels;
+  const Steps step = {pixel, pixel * shape.columns(), parts.image_size};
+  const Steps dy_step = {channels, dy_row, parts.rows * dy_row};
+  const Index size = parts.size() + parts.out_size(shape);
+  Floats scratch(size * slots(pool, sets)), sums(sums_size * sets);
+  const Index band = std::max<Index>(1, 6144 / (step.row + dy_row));
+  parallel(pool, sets, [&](Index set, Index slot) {
+    float *in = scratch.data() + slot * size, *gradient = in + parts.size();
+    float* total = sums.data() + set * sums_size;
     zero(total, sums_size);
-    for (Index image = piece * shape.images / parts; image < (piece + 1) * shape.images / parts;
-         image++) {
-      pad(x + image * shape.image_size(), shape.map, 0, shape.rows(), shape.columns(), in);
-      copy(gradient, dy + image * shape.out_size(), shape.out_size());
-      zero(gradient + shape.out_size(), kLanes);
-      for (Index i = 0; i < shape.out_height; i += band)
+    for (Index p = set * parts.count / sets; p < (set + 1) * parts.count / sets; p++) {
+      const Part part(shape, parts, p);
+      part.pad(shape, parts, x, in);
+      part.copy_outputs(shape, parts, dy, gradient);
+      for (Index i = 0; i < part.rows; i += band)
         for (Index c = 0; c < channels; c += kLanes) {
-          const Index rows = std::min(band, shape.out_height - i);
-          const float *from = in + i * row + c, *g = gradient + i * dy_row + c;
+          const Index rows = std::min(band, part.rows - i);
+          const float *from = in + i * step.row + c, *g = gradient + i * dy_row + c;
           float* to = total + c * count * M;
-          Index t = 0;
-          for (; t + kTaps<M> <= count; t += kTaps<M>)
-            gradient_tile<M, kTaps<M>>(from, &offsets[static_cast<size_t>(t)], step, row, g,
-                                       channels, dy_row, rows, shape.out_width,
-                                       to + t * M * kLanes);
-          for (; t < count; t++)
-            gradient_tile<M, 1>(from, &offsets[static_cast<size_t>(t)], step, row, g, channels,
-                                dy_row, rows, shape.out_width, to + t * M * kLanes);
+          for (Index t = 0; t < count;) {
+            const bool several = t + kTaps<M> <= count;
+            const auto tile = several ? gradient_tile<M, kTaps<M>> : gradient_tile<M, 1>;
+            tile(from, &offsets[static_cast<size_t>(t)], step, g, dy_step, part.images, rows,
+                 shape.out_width, to + t * M * kLanes);
+            t += several ? kTaps<M> : 1;
+          }
         }
     }
   });
-  add_pieces(pool, sums.data(), parts, sums_size);
+  add_pieces(pool, sums.data(), sets, sums_size);
   for (Index k = 0; k < count * M; k++)
     for (Index c = 0; c < channels; c++) {  // an input channel
       const Index output = c - c % M + (c % M ^ k % M);
