@@ -12,10 +12,10 @@ run: .venv/installed
 	$(BIN)/python main.py --config=configs/xdensenet.py:22-8-2,digits --workdir=$(WORKDIR)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

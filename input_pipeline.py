@@ -1,8 +1,8 @@
 """Batches of a split; a training batch is a function of (seed, step), nothing else.
 
 One plan per step, drawn in numpy, defines the batch. Three pipelines carry it out:
-  tf.data  images in memory, on the host
-  device   images on the accelerator, in JAX; the same bits, without TensorFlow
+  device   images in the memory of the accelerator, in JAX, without TensorFlow
+  tf.data  images in memory, on the host; the same bits
   threads  photographs on disk, on the host
 """
 
@@ -27,7 +27,6 @@ from data_sources import (
     crops,
     in_memory,
     is_of_recipe,
-    tensorflow,
 )
 from data_sources.cache import directory as cache_directory
 
@@ -37,11 +36,10 @@ __all__ = [
     "cache_directory",
     "in_memory",
     "is_of_recipe",
-    "tensorflow",
 ]
 
 Split = InMemory | OnDisk
-IN_MEMORY, ON_DISK = ("tf.data", "device"), ("threads",)  # the defaults first
+IN_MEMORY, ON_DISK = ("device", "tf.data"), ("threads",)  # the defaults first
 PIPELINES = ("auto", *IN_MEMORY, *ON_DISK)  # of data.pipeline
 CHOICES = {
     "pipeline": PIPELINES,

@@ -53,7 +53,8 @@ def main(_):
         reason = (str(error) or "MemoryError").splitlines()[0]
         sys.exit(
             "error: out of memory; choose a smaller --config.train.batch_size or "
-            f".eval.batch_size, or --config.train.dtype=bfloat16 ({reason})"
+            ".eval.batch_size, or --config.train.dtype=bfloat16, or leave the images "
+            f"on the host with --config.data.pipeline=tf.data ({reason})"
         )
     except processes.Preempted as message:
         print(message, file=sys.stderr)

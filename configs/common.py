@@ -116,8 +116,8 @@ def base() -> ConfigDict:
             dir="",  # location of the files; '': $TFDS_DATA_DIR, ~/tensorflow_datasets
             download=False,  # whether to download a missing TFDS data set
             cache_dir="",  # of decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache
-            # 'auto': 'tf.data' for images in memory, 'threads' for photographs. Or
-            # 'device': images, crop and flip on the accelerator.
+            # 'auto': 'device' for images in memory, which stay on the accelerator;
+            # 'threads' for photographs. Or 'tf.data': images in memory, on the host.
             pipeline="auto",
             # 'pad': pads and crops images in memory. Any other value: reads photographs
             # of any size from disk and crops them (data_sources/crops.py).
@@ -174,7 +174,7 @@ def base() -> ConfigDict:
             # batch, synchronised over devices (SyncBN). 0: per device.
             batch_norm_groups=1,
             log_every_steps=100,  # progress line and TensorBoard
-            tensorboard=True,  # if TensorFlow is installed
+            tensorboard=True,  # events for TensorBoard
             profile_steps=(),  # (first, last): traces these steps to WORKDIR/profile
             compilation_cache=True,  # stores compiled programs in the cache directory
         )

@@ -379,7 +379,8 @@ def _conflicts(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
             "batch, or 0 for each device alone"
         )
     steps = config.train.steps_per_dispatch
-    if steps > 1 and config.data.pipeline != "device":
+    on_device = config.data.pipeline in ("auto", "device")
+    if steps > 1 and not (on_device and input_pipeline.in_memory(config.data)):
         yield (
             f"train.steps_per_dispatch={steps} requires --config.data.pipeline=device: "
             "the other pipelines deliver one batch at a time"

@@ -62,7 +62,6 @@ class Clock:
         batch_size = config.train.batch_size
         partial = config.train.last_batch == "partial"
         per_epoch = steps_per_epoch(num_examples, batch_size, partial)
-        on_device = config.data.pipeline == "device"
         if config.train.epochs * per_epoch >= 2**31:
             raise ValueError(
                 f"train.epochs={config.train.epochs} is 2**31 steps or more"
@@ -76,7 +75,7 @@ class Clock:
             smaller_last=partial and num_examples % batch_size > 0,
             batch_size=batch_size,
             total=total,
-            steps_per_dispatch=config.train.steps_per_dispatch if on_device else 1,
+            steps_per_dispatch=config.train.steps_per_dispatch,
             log_every=config.train.log_every_steps,
             eval_every_epochs=config.eval.every_epochs,
             save_every=config.checkpoint.every_steps,

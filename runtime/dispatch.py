@@ -98,7 +98,8 @@ def make_advance(
     program for full batches before it returns; the one for a smaller last batch of an
     epoch is compiled in another thread while the first steps run.
     """
-    make = _device_path if config.data.pipeline == "device" else _host_path
+    on_device = input_pipeline.pipeline(config.data) == "device"
+    make = _device_path if on_device else _host_path
     abstract = jax.tree.map(  # the state itself is donated by the first step
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )

@@ -1,23 +1,26 @@
 """TensorBoard events of a run, and the forms of images and configs that it shows."""
 
 import concurrent.futures
+import io
 import math
+import os
 import pathlib
+import socket
+import time
+from collections.abc import Mapping
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from PIL import Image
 
-import input_pipeline
 from runtime.workdir import flatten
 
 
 class TensorBoard:
-    """Writes TensorBoard events in a thread, which first imports TensorFlow and CLU.
+    """Writes TensorBoard events in a thread, which makes and encodes the images too.
 
-    The import may take longer than compiling the train step. CLU's LoggingWriter is not
-    used, since Reporter writes the log. A run must not fail because events cannot be
-    written.
+    A run must not fail because events cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path):
@@ -26,7 +29,7 @@ class TensorBoard:
         self._thread.submit(self._open, workdir)
 
     def write(self, kind: str, *arguments) -> None:
-        """Calls a write_... method of clu.metric_writers: 'scalars', 'images', ...
+        """Calls a write_... method of EventWriter: 'scalars', 'images' or 'hparams'.
 
         Arguments that are functions are replaced by their results, in the thread.
         """
@@ -34,18 +37,13 @@ class TensorBoard:
 
     def close(self) -> None:
         """Writes what is queued and ends the thread."""
-        self._thread.submit(self._call, "close")
         self._thread.shutdown()
 
     def _open(self, workdir: pathlib.Path) -> None:
         try:
-            input_pipeline.tensorflow()  # keeps it off the accelerators
-            from clu import metric_writers
-
-            self._writer = metric_writers.SummaryWriter(str(workdir))
+            self._writer = EventWriter(workdir)
         except Exception as error:
-            cause = error.__cause__ or error
-            logging.info("no TensorBoard events (%s); see metrics.csv", cause)
+            logging.info("no TensorBoard events (%s); see metrics.csv", error)
 
     def _call(self, method: str, *arguments) -> None:
         if self._writer is None:
@@ -56,6 +54,54 @@ class TensorBoard:
         except Exception as error:
             logging.warning("no more TensorBoard events are written: %s", error)
             self._writer = None
+
+
+class EventWriter:
+    """Writes an event file; has the methods of clu.metric_writers that a run calls.
+
+    TensorBoard shows the same as from clu.metric_writers.SummaryWriter, which is not
+    used because it imports TensorFlow: seconds of CPU time that no run needs otherwise.
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        # TensorBoard reads the files of a run in the order of their names.
+        name = f"{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._path = pathlib.Path(workdir) / f"events.out.tfevents.{name}"
+        self._write(file_version="brain.Event:2")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [{"tag": k, "simple_value": v} for k, v in scalars.items()]
+        self._write(step=step, summary={"value": values})
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """images: (H, W, 3) or (H, W, 1) uint8 by name."""
+        values = [{"tag": k, "image": _encode(v)} for k, v in images.items()]
+        self._write(step=step, summary={"value": values})
+
+    def write_hparams(self, hparams: Mapping[str, bool | int | float | str]) -> None:
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        self._write(summary=hparams_pb(hparams))
+
+    def close(self) -> None:
+        """Does nothing, because every event is in the file once it is written."""
+
+    def _write(self, **fields) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event = Event(wall_time=time.time(), **fields)
+        with open(self._path, "ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
+
+
+def _encode(image: np.ndarray) -> dict:
+    """Returns the fields of TensorBoard's Summary.Image."""
+    height, width, channels = image.shape
+    png = io.BytesIO()
+    Image.fromarray(image if channels == 3 else image[..., 0]).save(png, "png")
+    encoded = {"encoded_image_string": png.getvalue()}
+    return {"height": height, "width": width, "colorspace": channels} | encoded
 
 
 def draw_confusion(confusion: np.ndarray) -> np.ndarray:

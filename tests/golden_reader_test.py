@@ -13,6 +13,7 @@ from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 from nets.plain import MxBatchNorm, Unit
 from tests.support import golden_igcnets, golden_layers
+from tests.support.compiling import run_once
 from tests.support.golden_checks import ROUNDED, Comparison, train
 from tests.support.golden_files import (
     channels_first,
@@ -77,7 +78,9 @@ def record(folder, origin: str, in_channels: int, stride: int):
     x = channels_last(normal(f"{MODEL}/input", shapes["input"]))
     upstream = channels_last(normal(f"{MODEL}/head_grad", shapes["output"]))
     unit.eval()
-    arrays["eval_out"] = channels_first(np.asarray(unit(x)))
+    graphdef, state = nnx.split(unit)
+    evaluate = run_once(lambda state, x: nnx.merge(graphdef, state)(x))
+    arrays["eval_out"] = channels_first(evaluate(state, x))
     unit.train()
     graphdef, params, rest = nnx.split(unit, nnx.Param, ...)
 
@@ -86,8 +89,12 @@ def record(folder, origin: str, in_channels: int, stride: int):
         y = module(x)
         return y, nnx.state(module)
 
-    y, gradient, after = jax.vjp(forward, params, x, has_aux=True)
-    d_params, d_x = gradient(upstream)
+    @run_once
+    def backward(params, x, upstream):
+        y, gradient, after = jax.vjp(forward, params, x, has_aux=True)
+        return y, after, *gradient(upstream)
+
+    y, after, d_params, d_x = backward(params, x, upstream)
     arrays |= {"train_out": channels_first(y), "input_grad": channels_first(d_x)}
     nnx.update(unit, after)
     for name, (variable, kind) in variables.items():

@@ -232,7 +232,7 @@ def test_a_plan_is_a_pytree_that_stacks_and_traces():
     [
         (
             {"data.pipeline": "tfdata"},
-            "'tfdata': choose from auto, tf.data, device, threads",
+            "'tfdata': choose from auto, device, tf.data, threads",
         ),
         ({"data.border": "wide"}, "'wide': choose from zero, mean"),
         ({"data.pad": -1}, r"data\.pad must not be negative, got -1"),
@@ -307,8 +307,9 @@ def test_an_unknown_split_is_rejected():
 def test_without_tensorflow_the_other_pipeline_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     tensorflow.cache_clear()
+    config = make_config(pipeline="tf.data")
     with pytest.raises(DataError, match="pipeline=device"):
-        input_pipeline.batches(make_config(), "train", examples=make_examples())
+        input_pipeline.batches(config, "train", examples=make_examples())
 
 
 STOPS_IN_THE_MIDDLE = """

@@ -100,7 +100,8 @@ def results(cache, tmp_path_factory):
         runs["changed"] = arguments(copy("changed"), train__log_every_steps=9)
         runs["fewer epochs"] = arguments(copy("fewer"), train__epochs=0.4)
         runs["quiet"] = arguments(copy("quiet"), DIGITS, "--verbosity=-1")
-        runs["short"] = arguments(folder / "short", train__epochs=0.1)
+        defaults = dict(data__pipeline="auto", train__tensorboard=True)
+        runs["short"] = arguments(folder / "short", train__epochs=0.1, **defaults)
         for which in ("last", "best", 180, 181, "first"):
             # Fields that affect training only are not checked.
             flags = ["--mode=eval", "--config.train.batch_size=2000"]
@@ -159,10 +160,11 @@ def test_rejected_runs_leave_no_trace(results, cache):
     assert not (cache / "refused" / "nothing").exists()
 
 
-def test_images_on_the_device_need_no_tensorflow(results):
+def test_a_run_on_images_in_memory_does_not_import_tensorflow(results, cache):
     for name in ("short", "eval last", "no data"):
         assert "TensorFlow was imported" not in results[name]["err"]
     assert results["short"]["code"] == 0
+    assert list((cache / "refused" / "short").glob("events.out.tfevents.*"))
 
 
 def test_a_quiet_run_logs_nothing(results):

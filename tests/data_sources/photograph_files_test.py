@@ -310,14 +310,14 @@ def test_sets_without_any_held_out_split_name_the_remedy(tmp_path):
 WITH_FEW_OPEN_FILES = """
 import os, resource, sys
 import numpy as np
-import input_pipeline
+import data_sources, input_pipeline
 from configs import common
 
 config = common.base()
 config.train.batch_size = config.eval.batch_size = 100
 config.data.update(name="tiny", dir=sys.argv[1], crop="inception", image_size=8)
 config.data.cache_dir = os.path.join(sys.argv[1], "cache")
-input_pipeline.tensorflow()
+data_sources.tensorflow()
 opened = len(os.listdir("/dev/fd"))
 soft, hard = opened + 20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft if "hard" in sys.argv else hard))

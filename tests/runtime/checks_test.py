@@ -176,7 +176,10 @@ def test_the_defaults_pass(family):
             {"optimizer.schedule": "one_cycle", "optimizer.warmup_epochs": 1.0},
             ["'one_cycle' includes a warm-up"],
         ),
-        ({"train.steps_per_dispatch": 4}, ["train.steps_per_dispatch=4"]),
+        (
+            {"train.steps_per_dispatch": 4, "data.pipeline": "tf.data"},
+            ["train.steps_per_dispatch=4"],
+        ),
     ],
 )
 def test_all_problems_are_listed_at_once(fields, words):

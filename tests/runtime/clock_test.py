@@ -126,7 +126,7 @@ DISPATCHES = [
 @pytest.mark.parametrize("fields", DISPATCHES)
 def test_events_after_a_step_do_not_depend_on_where_the_run_resumes(fields):
     every = dict(eval__every_epochs=0.35, checkpoint__every_steps=7)
-    times = clock(**every, **fields)
+    times = clock(**every | dict(train__epochs=3.0) | fields)
     for action, start in itertools.product(("evaluate", "save"), range(times.total)):
         expected = [step for step in ends(times, action) if step > start]
         assert ends(times, action, start) == expected
@@ -134,7 +134,7 @@ def test_events_after_a_step_do_not_depend_on_where_the_run_resumes(fields):
 
 @pytest.mark.parametrize("fields", DISPATCHES)
 def test_chunks_cover_the_rest_of_the_run_without_gaps(fields):
-    times = clock(**fields)
+    times = clock(**dict(train__epochs=3.0) | fields)
     for start in range(times.total):
         step = start
         for chunk in times.chunks(start):

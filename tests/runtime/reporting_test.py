@@ -1,5 +1,6 @@
 import csv
 import gzip
+import io
 import json
 import logging
 import os
@@ -7,8 +8,10 @@ import os
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import xdensenet
+from data_sources import tfrecords
 from runtime import profile, reporting, tensorboard
 from runtime.clock import Clock
 from runtime.profile import profile_range
@@ -256,42 +259,110 @@ def test_tensorboard_receives_everything_once(tmp_path, events):
     assert len(events) == 7  # a resumed run does not write hyper-parameters again
 
 
-@pytest.mark.slow
-def test_tensorboard_writes_an_event_file(tmp_path):
+def test_the_event_file_holds_what_was_written(tmp_path):
+    pytest.importorskip("tensorboard")
     writer = reporter(tmp_path, tensorboard=True)
-    writer.sheet(lambda: np.zeros((4, 8, 8, 3), np.uint8))
+    images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    writer.sheet(lambda: images)
     writer.evaluated(row(100, 0.5), np.eye(3, dtype=int))
     writer.close()
-    (path,) = tmp_path.glob("events.out.tfevents.*")
-    content = path.read_bytes()
-    for tag in (b"training_images", b"confusion", b"test_accuracy", b"net.depth"):
-        assert tag in content
+    version, hparams, sheet, confusion, scalars, memory = read_events(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    (value,) = hparams.summary.value
+    assert b"train.batch_size" in value.metadata.plugin_data.content
+    (value,) = sheet.summary.value
+    assert (sheet.step, value.tag) == (0, "training_images")
+    np.testing.assert_array_equal(decode(value.image), tensorboard.tile(images))
+    (value,) = confusion.summary.value
+    assert (confusion.step, value.tag) == (100, "confusion")
+    expected = 255 * (1 - np.eye(3, dtype=np.uint8))
+    np.testing.assert_array_equal(decode(value.image), expected)
+    found = {value.tag: value.simple_value for value in scalars.summary.value}
+    assert (scalars.step, found) == (100, row(100, 0.5))
+    assert [value.tag for value in memory.summary.value] == ["peak_memory_mb"]
 
 
-@pytest.mark.parametrize("error", [AttributeError, OSError])
-def test_a_run_does_not_need_tensorboard(tmp_path, lines, monkeypatch, error):
-    """TensorFlow may not fit its NumPy, and the disk may have no space for events."""
-
-    def broken(*_):
-        raise error("no _pywrap")
-
+@pytest.mark.slow
+def test_tensorboard_shows_the_same_as_from_clu(tmp_path):
+    """The same data, however TensorBoard stores older summaries."""
     from clu import metric_writers
 
-    where = [
-        (metric_writers, "SummaryWriter"),
-        (tensorboard.input_pipeline, "tensorflow"),
-    ]
-    monkeypatch.setattr(*where[error is AttributeError], broken)
+    shown = []
+    for make in (tensorboard.EventWriter, metric_writers.SummaryWriter):
+        folder = tmp_path / make.__module__
+        folder.mkdir()
+        writer = make(str(folder))
+        hparams = {"net.depth": 22, "rate": 0.1, "data.flip": True, "name": "a"}
+        writer.write_hparams(hparams)
+        writer.write_scalars(3, {"loss": 1.7, "accuracy": 0.5})
+        writer.write_scalars(4, {"loss": 1.5})
+        image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+        writer.write_images(3, {"sheet": image, "confusion": image[..., :1]})
+        writer.close()
+        shown.append(shown_by_tensorboard(folder))
+    assert shown[0] == shown[1]
+    assert shown[0]["scalars"]["loss"] == [(3, np.float32(1.7)), (4, 1.5)]
+
+
+def read_events(workdir) -> list:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    (path,) = workdir.glob("events.out.tfevents.*")
+    records = tfrecords.records(path.name, path.read_bytes())
+    return [Event.FromString(record) for record in records]
+
+
+def decode(encoded) -> np.ndarray:
+    """encoded: its PNG file, or TensorBoard's Summary.Image."""
+    content = getattr(encoded, "encoded_image_string", encoded)
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def shown_by_tensorboard(workdir) -> dict:
+    """Returns the hyper-parameters, and (step, value) of each plugin and tag."""
+    from tensorboard.backend.event_processing import plugin_event_accumulator
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+    from tensorboard.util import tensor_util
+
+    events = plugin_event_accumulator.EventAccumulator(str(workdir))
+    events.Reload()
+
+    def value(plugin, event):
+        array = tensor_util.make_ndarray(event.tensor_proto)
+        if plugin == "scalars":
+            return event.step, array.item()
+        width, height, *images = array
+        return event.step, width, height, [decode(x).tolist() for x in images]
+
+    shown = {
+        plugin: {
+            tag: [value(plugin, event) for event in events.Tensors(tag)]
+            for tag in events.PluginTagToContent(plugin)
+        }
+        for plugin in ("scalars", "images")
+    }
+    ((_, content),) = events.PluginTagToContent(metadata.PLUGIN_NAME).items()
+    data = plugin_data_pb2.HParamsPluginData.FromString(content)
+    start = data.session_start_info
+    return shown | {"hparams": {k: str(v) for k, v in sorted(start.hparams.items())}}
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError])
+def test_a_run_does_not_need_tensorboard(tmp_path, lines, monkeypatch, error):
+    """It may not be installed, and the disk may have no space for events."""
+
+    def broken(*_):
+        raise error("no space")
+
+    monkeypatch.setattr(tensorboard, "EventWriter", broken)
     writer = reporter(tmp_path, tensorboard=True)
     writer.evaluated(row(100, 0.5))
     writer.close()
     assert len(read_rows(tmp_path / "metrics.csv")) == 1
-    assert sum("no TensorBoard events (no _pywrap)" in line for line in lines()) == 1
+    assert sum("no TensorBoard events (no space)" in line for line in lines()) == 1
 
 
 def test_a_failing_writer_does_not_end_the_run(tmp_path, lines, monkeypatch):
-    from clu import metric_writers
-
     class Full:
         def __init__(self, workdir):
             pass
@@ -299,8 +370,7 @@ def test_a_failing_writer_does_not_end_the_run(tmp_path, lines, monkeypatch):
         def write_scalars(self, *_):
             raise OSError("disk full")
 
-    monkeypatch.setattr(tensorboard.input_pipeline, "tensorflow", lambda: None)
-    monkeypatch.setattr(metric_writers, "SummaryWriter", Full)
+    monkeypatch.setattr(tensorboard, "EventWriter", Full)
     events = tensorboard.TensorBoard(tmp_path)
     for step in range(3):
         events.write("scalars", step, {})
