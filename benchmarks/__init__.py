@@ -25,3 +25,18 @@ def write(name: str, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path}")
+
+
+def merge(name: str, rows: list[dict], key: str) -> None:
+    """Writes rows to results/NAME.csv, where they replace rows with the same `key`."""
+    path, new = RESULTS / f"{name}.csv", {row[key] for row in rows}
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row[key] not in new]
+    with path.open("w", newline="") as file:
+        columns = dict(restval="", extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), **columns)
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+    print(f"wrote {path}")

@@ -1,14 +1,21 @@
 """Speed and memory of whole training steps, compared with PyTorch.
 
-python -m benchmarks.models --peer
-python -m benchmarks.models --variants cfmz:20 gunn:15 --lowerings auto --reference=DIR
+python -m benchmarks.models --peers
+python -m benchmarks.models --peers --variants cfmz:20 gunn:15 --rounds 3
+python -m benchmarks.models --variants cfmz:20 --lowerings auto plain --reference=DIR
 
 Each contestant runs in its own process, so that its peak memory can be measured. The
 rounds of the contestants are interleaved, because machines are shared and noisy:
-compare the ratios, which are medians over rounds. The lowering `plain` is `auto`
-without the C++ kernels. --peer requires PyTorch and pytorchcv. --reference adds the
-same steps in another checkout of this repository, such as a git worktree of an older
-commit.
+compare the ratios, which are medians over rounds. A step is forward pass, loss,
+backward pass and update on a batch in memory; ours also crops, flips and normalises.
+Batch statistics cover the whole batch, and colours are not augmented. The lowering
+`plain` is `auto` without the C++ kernels. --peers adds our regular twin of a wired net
+and the same net in PyTorch (torch_nets.py), in its faster memory format; it requires
+`pip install torch==2.13.0`. --reference adds the same steps in another checkout of this
+repository, such as a git worktree of an older commit.
+
+Each variant is written to results/ as soon as it is measured, so a long table can be
+measured in parts. With JAX_COMPILATION_CACHE_DIR set, a second run compiles nothing.
 """
 
 import argparse
@@ -25,48 +32,68 @@ import sys
 import time
 
 import benchmarks
+from configs import common
 from runtime import processes
 
 CHECKOUT = pathlib.Path(__file__).parents[1]
-PEERS = {  # pytorchcv's names
-    "cfmz:20": "resnet20_cifar10",
-    "xdensenet:40-24": "densenet40_k24_bc_cifar10",
-    "xdensenet:40-24-2": "xdensenet40_2_k24_bc_cifar10",
+BATCH_SIZE = 64
+# The default variants: batch size, and the regular net that a wired one replaces.
+NETS = {
+    "cfmz:20": (BATCH_SIZE, None),
+    "cfmz:110": (BATCH_SIZE, None),
+    "xdensenet:40-24": (BATCH_SIZE, None),
+    "xdensenet:40-24-2": (BATCH_SIZE, "xdensenet:40-24"),
+    "xdensenet:40-48-2": (BATCH_SIZE, "xdensenet:40-48"),
+    "xdensenet:40-100-8": (BATCH_SIZE, "xdensenet:40-100"),
+    "xdensenet:40-24-groups-2": (BATCH_SIZE, "xdensenet:40-24"),
+    "igcnets:plain-38-L24M2": (BATCH_SIZE, "igcnets:plain-38-W16"),
+    "igcnets:resnet-20-L24M2": (BATCH_SIZE, "igcnets:resnet-20-W16"),
+    "igcnets:plain-20-L4M8": (BATCH_SIZE, "igcnets:plain-20-W16"),
+    "gunn:15": (32, None),
+    "delugenets:146": (32, None),
+    "xvgg:16-bn-expander": (BATCH_SIZE, "xvgg:16-bn"),
+    # At 224x224.
+    "xmobilenet:0.5-4": (8, "xmobilenet:0.5"),
+    "fb_resnet:resnet-18": (8, None),
+    "ximagenet:densenet-121": (8, None),
+    "ximagenet:densenet-121-2": (8, "ximagenet:densenet-121"),
+    "igcnets:imagenet-L100M2": (8, "igcnets:imagenet-W64"),
 }
-PEER_INSTALL = (
-    "pip install torch==2.13.0 && pip install --no-deps pytorchcv==0.0.67 (its "
-    "dependencies are not needed here)"
-)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", default=list(PEERS))
-    parser.add_argument("--lowerings", nargs="+", default=["auto", "plain", "native"])
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--variants", nargs="+", default=list(NETS))
+    parser.add_argument("--lowerings", nargs="+", default=["auto"])
+    parser.add_argument("--batch_size", type=int, help="instead of the default table's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="per round")
     parser.add_argument("--threads", type=int, default=2, help="on CPU")
-    parser.add_argument("--peer", action="store_true", help="add PyTorch's nets")
+    parser.add_argument("--peers", action="store_true", help="add twin and PyTorch")
     parser.add_argument("--reference", type=pathlib.Path, help="add this checkout")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
         compete(*json.loads(options.contestant), options)
         return
-    if options.peer and not importlib.util.find_spec("pytorchcv"):
-        sys.exit(f"error: --peer requires PyTorch and pytorchcv: {PEER_INSTALL}")
+    if options.peers and not importlib.util.find_spec("torch"):
+        sys.exit("error: --peers requires PyTorch: pip install torch==2.13.0")
     if options.reference and not (options.reference / "benchmarks/models.py").is_file():
         sys.exit(f"error: --reference={options.reference} is not a checkout")
-    rows = [row for variant in options.variants for row in table(variant, options)]
-    name = benchmarks.machine(rows[0]["device"], options.threads)
-    kind = "models-reference" if options.reference else "models"
-    benchmarks.write(f"{kind}-{name}-jax{rows[0]['jax']}", rows)
+    kind = "models" if options.peers else "models-lowerings"
+    kind = "models-reference" if options.reference else kind
+    for variant in options.variants:
+        rows = table(variant, options)
+        name = benchmarks.machine(rows[0]["device"], options.threads)
+        benchmarks.merge(f"{kind}-{name}-jax{rows[0]['jax']}", rows, "variant")
 
 
 def table(variant: str, options: argparse.Namespace) -> list[dict]:
-    """Measures a variant with each lowering, in each checkout, and its peer."""
+    """Measures a variant with each lowering, in each checkout, and its peers."""
+    batch_size, twin = NETS.get(variant, (BATCH_SIZE, None))
+    batch_size = options.batch_size or batch_size
+    options = argparse.Namespace(**vars(options) | {"batch_size": batch_size})
     players = {}
     for lowering in options.lowerings:
         contestant = ("ours", variant, lowering)
@@ -74,21 +101,25 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
         if options.reference:
             there = Player(contestant, options, options.reference)
             players["reference", lowering] = there
-    peer = PEERS.get(variant) if options.peer else None
-    if peer:
-        players["pytorch", peer] = Player(("pytorch", variant, peer), options)
+    if options.peers:
+        if twin:
+            players["twin", "auto"] = Player(("ours", twin, "auto"), options)
+        players["pytorch", ""] = Player(("pytorch", variant, ""), options)
     for number in range(options.rounds):
         # Alternate the order, so that no contestant is always the first of a round.
         turns = list(players.values())
         for player in turns if number % 2 == 0 else reversed(turns):
             player.play()
     rows = []
-    for (framework, name), player in players.items():
-        row = {"variant": variant, "framework": framework, "lowering": name}
-        row |= player.finish() | {"batch_size": options.batch_size}
-        row["of_pytorch"] = ratio(player, players.get(("pytorch", peer)))
+    for (framework, lowering), player in players.items():
+        row = {"variant": variant, "framework": framework, "lowering": lowering}
+        row |= player.finish()
+        row |= {name: getattr(options, name) for name in ("batch_size", "dtype")}
+        row |= {name: getattr(options, name) for name in ("rounds", "steps")}
+        row["of_pytorch"] = ratio(player, players.get(("pytorch", "")))
+        row["of_twin"] = ratio(player, players.get(("twin", "auto")))
         row["of_plain"] = ratio(player, players.get(("ours", "plain")))
-        row["of_reference"] = ratio(player, players.get(("reference", name)))
+        row["of_reference"] = ratio(player, players.get(("reference", lowering)))
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
@@ -181,6 +212,21 @@ def compete(framework: str, variant: str, name: str, options) -> None:
     print(json.dumps({"peak_memory_mb": round(memory())}))
 
 
+def configure(variant: str, options):
+    """Returns the configuration of a variant, for a step like PyTorch's."""
+    family, _, row = variant.partition(":")
+    config = importlib.import_module(f"configs.{family}").get_config(row)
+    config.augment = common.base().augment
+    config.train.update(
+        batch_size=options.batch_size, dtype=options.dtype, batch_norm_groups=1
+    )
+    return config
+
+
+def image_side(config) -> int:
+    return 32 if config.data.crop == "pad" else config.data.image_size
+
+
 def ours(variant: str, lowering: str, options):
     """Compiles our train step; returns (step, facts, memory in MiB) for `compete`."""
     import jax
@@ -190,12 +236,9 @@ def ours(variant: str, lowering: str, options):
     import train
     from runtime import devices, dispatch
 
-    family, _, row = variant.partition(":")
-    config = importlib.import_module(f"configs.{family}").get_config(row)
+    config = configure(variant, options)
     config.net.lowering = "auto" if lowering == "plain" else lowering
-    config.train.update(batch_size=options.batch_size, dtype=options.dtype)
-    rng, size = np.random.default_rng(0), options.batch_size
-    side = 32 if config.data.crop == "pad" else config.data.image_size
+    rng, size, side = np.random.default_rng(0), options.batch_size, image_side(config)
     image = rng.integers(0, 256, (size, side, side, 3), np.uint8)
     label = rng.integers(0, config.net.num_classes, size).astype(np.int32)
     names = tuple(map(str, range(config.net.num_classes)))
@@ -210,7 +253,7 @@ def ours(variant: str, lowering: str, options):
     train_step = functools.partial(train.train_step, program)
     step_fn = dispatch.make_train_step(train_step, mesh)
     compiled = step_fn.lower(state, batch).compile()
-    seconds = time.perf_counter() - start
+    seconds = round(time.perf_counter() - start, 1)
 
     def step(wait: bool) -> None:
         nonlocal state
@@ -223,41 +266,100 @@ def ours(variant: str, lowering: str, options):
         return stats.get("peak_bytes_in_use", 0) / 2**20 or resident_memory()
 
     step(wait=True)
-    kind = jax.devices()[0].device_kind
-    columns = {"compile_seconds": round(seconds, 1), "device": kind}
-    return step, columns | {"jax": jax.__version__}, memory
+    columns = {
+        "compile_seconds": "" if jax.config.jax_compilation_cache_dir else seconds,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        # The temporary buffers, among them everything saved for the backward pass.
+        "live_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20),
+    }
+    return step, columns, memory
 
 
-def pytorch(variant: str, name: str, options):
+def pytorch(variant: str, _, options):
     """Builds PyTorch's train step; returns (step, facts, memory in MiB)."""
+    import jax
     import torch
-    from pytorchcv.model_provider import get_model
+    from flax import nnx
     from torch.nn.functional import cross_entropy
 
+    import nets
+    from benchmarks import torch_nets
+
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to PyTorch
+    config = configure(variant, options)
     torch.set_num_threads(options.threads)
     cuda = torch.cuda.is_available()
-    to = functools.partial(torch.Tensor.to, device="cuda" if cuda else "cpu")
-    layout = {"memory_format": torch.channels_last}  # the faster one
-    net = get_model(name, pretrained=False).to(**layout).train()
-    net = net.cuda() if cuda else net
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=1e-4)
-    x = to(torch.randn(options.batch_size, 3, 32, 32)).to(**layout)
-    y = to(torch.randint(0, 10, (options.batch_size,)))
+    device = torch.device("cuda" if cuda else "cpu")
+    net = torch_nets.Twin(nets.create(config.net, nnx.Rngs(0))).to(device)
+    size, side = options.batch_size, image_side(config)
+    x = torch.randn(size, 3, side, side, device=device)
+    y = torch.randint(config.net.num_classes, (size,), device=device)
+    optimizer = None
+    fields = ("momentum", "nesterov", "weight_decay")
+    recipe = {field: config.optimizer[field] for field in fields}
+
+    def set_layout(name: str) -> None:
+        nonlocal x, optimizer
+        layout = {"memory_format": getattr(torch, name)}
+        x, parameters = x.contiguous(**layout), net.to(**layout).parameters()
+        # A new one, because its velocities have the layout of the parameters.
+        optimizer = torch.optim.SGD(parameters, 0.1, **recipe, fused=True)
+
+    def loss():
+        bfloat16 = options.dtype == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            return cross_entropy(net(x), y)
 
     def step(wait: bool) -> None:
         optimizer.zero_grad()
-        cross_entropy(net(x), y).backward()
+        loss().backward()
         optimizer.step()
         if wait and cuda:
             torch.cuda.synchronize()
 
+    def seconds(name: str) -> float:
+        set_layout(name)
+        step(wait=True)
+        start = time.perf_counter()
+        step(wait=True)
+        return time.perf_counter() - start
+
     def memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**20 if cuda else resident_memory()
 
+    layout = min(("contiguous_format", "channels_last"), key=seconds)
+    set_layout(layout)
     step(wait=True)
-    kind = torch.cuda.get_device_name() if cuda else "cpu"
-    facts = {"compile_seconds": "", "device": kind, "jax": ""}
+    known = [x, *net.parameters(), *net.buffers()]
+    facts = {
+        "lowering": layout,
+        "compile_seconds": "",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "jax": "",
+        "live_mib": round(saved_bytes(loss, known) / 2**20),
+    }
     return step, facts, memory
+
+
+def saved_bytes(loss, known) -> int:
+    """Returns the bytes that autograd saves to differentiate loss().
+
+    known: tensors that exist anyway and are not counted.
+    """
+    from torch.autograd.graph import saved_tensors_hooks
+
+    existing, saved = {x.untyped_storage().data_ptr() for x in known}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        graph = loss()  # keeps what is saved, so that no address occurs twice
+    del graph
+    return sum(size for pointer, size in saved.items() if pointer not in existing)
 
 
 def resident_memory() -> float:

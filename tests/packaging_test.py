@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
-PEERS = {"pytorchcv", "torch"}  # benchmarks compare with them if they are installed
+PEERS = {"torch"}  # benchmarks compare with it if it is installed
 ARXIV = ["1711.08757", "1707.02725", "1611.05552", "1711.09280", "1512.03385"]
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 
