@@ -88,12 +88,9 @@ def network(golden: Golden) -> Comparison:
         assert counts.dense_parameters == trainable
     assert counts.macs == facts["macs"]
 
-    net.eval()
     convert.load(net, tensors)
     comparison.add("eval", evaluate(net, images), arrays["logits_eval"])
 
-    net.train()
-    convert.load(net, tensors)
     sources = convert.find_sources(net, tensors)
     run, variables = forward_backward(net, loss)
     trained = by_reference(net, sources, variables, run(variables, images))
@@ -146,7 +143,6 @@ def _single_precision_noise(golden: Golden, images, loss, exact: dict) -> float:
     tolerance for all files.
     """
     net = convert.build(golden.facts)
-    net.train()
     tensors = {k: np.asarray(v, np.float32) for k, v in golden.tensors().items()}
     convert.load(net, tensors)
     sources = convert.find_sources(net, tensors)
