@@ -33,7 +33,7 @@ def use_compilation_cache() -> None:
         path = input_pipeline.cache_directory() / "jax"
         jax.config.update("jax_compilation_cache_dir", str(path))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     directory = jax.config.jax_compilation_cache_dir
     logging.info("compiled programs are cached in %s", directory)
 

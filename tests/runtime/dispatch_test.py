@@ -24,7 +24,7 @@ def settings(monkeypatch, tmp_path):
 
 def test_programs_are_stored_in_the_cache_directory(settings, tmp_path):
     dispatch.use_compilation_cache()
-    assert settings() == (str(tmp_path / "wirings" / "jax"), 0.5)
+    assert settings() == (str(tmp_path / "wirings" / "jax"), 0.0)
 
 
 def test_a_user_directory_is_used(settings):

@@ -41,7 +41,6 @@ def start(arguments, cache, command=("main.py",), **popen) -> subprocess.Popen:
     """A process of one CPU device that shares compiled programs with the others."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
     env |= popen.pop("env", {})
     line = [sys.executable, *command, *arguments]
