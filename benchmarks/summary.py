@@ -1,0 +1,127 @@
+"""The table and the figure of docs/speed.md, from the results of benchmarks.models.
+
+python -m benchmarks.summary
+
+Prints the table in Markdown and draws docs/speed.png. Reads the rows of --peers that
+were measured on the CPU.
+"""
+
+import csv
+import pathlib
+
+import benchmarks
+from benchmarks.models import NETS
+
+RATIO = "of_pytorch"
+RESULTS = "models-x86_64-2cores-jax*.csv"
+FIGURE = pathlib.Path(__file__).parents[1] / "docs/speed.png"
+# Goals for the speed relative to PyTorch: the least, and the one to aim for.
+GOALS = {
+    "cfmz:20": (1.0, 1.2),
+    "cfmz:110": (0.9, 1.2),
+    "xdensenet:40-24": (1.15, 1.3),
+    "xdensenet:40-24-2": (1.1, 1.4),
+    "xdensenet:40-48-2": (1.1, 1.4),
+    "xdensenet:40-24-groups-2": (0.9, 1.3),
+    "igcnets:plain-38-L24M2": (1.1, 1.5),
+    "igcnets:resnet-20-L24M2": (1.1, 1.5),
+    "igcnets:plain-20-L4M8": (0.9, 1.2),
+    "gunn:15": (1.1, 1.3),
+    "delugenets:146": (1.0, 1.3),
+    "xvgg:16-bn-expander": (0.9, 1.1),
+    "xmobilenet:0.5-4": (0.8, 1.0),
+    "fb_resnet:resnet-18": (0.8, 1.0),
+    "ximagenet:densenet-121": (0.8, 1.0),
+    "ximagenet:densenet-121-2": (0.8, 1.0),
+    "igcnets:imagenet-L100M2": (0.9, 1.5),
+}
+# The same relative to the regular twin: at compress 8, expanders are to be faster; two
+# grouped convolutions may take twice the time of the regular one.
+TWIN_GOALS = {
+    "xdensenet:40-24-2": (1.0, 1.0),
+    "xdensenet:40-48-2": (1.0, 1.0),
+    "xdensenet:40-100-8": (1.4, 2.0),
+    "igcnets:plain-38-L24M2": (0.5, 0.5),
+    "igcnets:resnet-20-L24M2": (0.5, 0.5),
+}
+HEADER = (
+    *("variant", "batch", "images/s: ours", "regular twin", "PyTorch"),
+    *("of PyTorch", "floor, aim", "of the twin", "floor, aim"),
+    *("MiB: ours", "PyTorch"),
+)
+
+
+def main() -> None:
+    (path,) = benchmarks.RESULTS.glob(RESULTS)
+    nets = read(path)
+    print(markdown(nets))
+    draw(nets)
+    print(f"drew {FIGURE}")
+
+
+def read(path: pathlib.Path) -> dict[str, dict[str, dict]]:
+    """Returns the rows by variant, in the order of NETS, and framework."""
+    nets = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            nets.setdefault(row["variant"], {})[row["framework"]] = row
+    return {variant: nets[variant] for variant in NETS if variant in nets}
+
+
+def markdown(nets: dict[str, dict[str, dict]]) -> str:
+    """Returns one line per variant. A ratio is bold if it meets its floor."""
+    table = [HEADER, ["---"] * len(HEADER)]
+    for variant, rows in nets.items():
+        ours, twin, pytorch = (rows.get(x, {}) for x in ("ours", "twin", "pytorch"))
+        speeds = [x.get("images_per_second", "") for x in (ours, twin, pytorch)]
+        ratios = _ratio(ours[RATIO], GOALS.get(variant))
+        ratios += _ratio(ours["of_twin"], TWIN_GOALS.get(variant))
+        memory = [ours["live_mib"], pytorch["live_mib"]]
+        table.append([variant, ours["batch_size"], *speeds, *ratios, *memory])
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def _ratio(ratio: str, goals: tuple[float, float] | None) -> list[str]:
+    if not ratio:
+        return ["", ""]
+    shown = f"{float(ratio):.2f}"
+    if goals is None:
+        return [shown, ""]
+    met = float(ratio) >= goals[0]
+    return [f"**{shown}**" if met else shown, ", ".join(map(str, goals))]
+
+
+def draw(nets: dict[str, dict[str, dict]]) -> None:
+    """Draws the speeds relative to PyTorch's to FIGURE, one group of bars per net."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.38 * len(nets) + 1.2))
+    styles = {
+        "ours": ("ours", "#1f5fa8", -0.19),
+        "twin": ("our regular twin", "#9dbfe0", 0.19),
+    }
+    for framework, (label, color, offset) in styles.items():
+        found = [
+            (i + (offset if "twin" in rows else 0), float(rows[framework][RATIO]))
+            for i, rows in enumerate(nets.values())
+            if framework in rows
+        ]
+        bars = axes.barh(*zip(*found, strict=True), 0.36, label=label, color=color)
+        background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=7, bbox=background)
+    axes.axvline(1, color="#d1495b", label="PyTorch, the same net")
+    axes.set_yticks(range(len(nets)), nets)
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.1 * axes.get_xlim()[1])
+    axes.set_xlabel("images/s, divided by PyTorch's")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    figure.tight_layout()
+    figure.savefig(FIGURE, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
