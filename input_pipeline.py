@@ -1,9 +1,11 @@
 """Batches of a split; a training batch is a function of (seed, step), nothing else.
 
 One plan per step, drawn in numpy, defines the batch. Three pipelines carry it out:
-  device   images in the memory of the accelerator, in JAX, without TensorFlow
+  device   images in the memory of the accelerator, in JAX, without TensorFlow; in
+           training, as a part of the train step (runtime/dispatch.py)
   tf.data  images in memory, on the host; the same bits
   threads  photographs on disk, on the host
+Test batches are slices of the split in its order, on the host, with every pipeline.
 """
 
 import dataclasses

@@ -92,17 +92,18 @@ def base() -> ConfigDict:
             num_classes=10,
             graph_seed=0,  # of the random graphs of expander layers
             lowering="auto",  # of every convolution: nets/layers/lowerings.py
-            # Recomputed in the backward pass to save memory: none, norm (all but the
-            # convolutions), block: nets/remat.py.
+            # The maps to recompute in the backward pass, which saves memory: none, norm
+            # (all but convolutions) or block (all within a block): nets/remat.py.
             remat="none",
             wiring=dict(  # nets/layers/wiring.py
                 kind="dense",  # or expander, grouped, interleaved
                 compress=2,  # expander: a sampling channel has in // compress partners
-                # expander: or per_output, per_input, ramanujan (not random)
+                # expander: or per_output, per_input, ramanujan (not random);
+                # nets/connectivity.py
                 sampling="smaller_side",
-                block=1,  # expander: channels of a block, between which it is drawn
+                block=1,  # expander: the graph connects blocks of this many channels
                 groups=2,  # grouped
-                # interleaved; 0 for one of them: output channels / the other
+                # interleaved; if one of them is 0, it is output channels / the other
                 primary_groups=2,
                 secondary_groups=0,
             ),
@@ -116,8 +117,9 @@ def base() -> ConfigDict:
             dir="",  # location of the files; '': $TFDS_DATA_DIR, ~/tensorflow_datasets
             download=False,  # whether to download a missing TFDS data set
             cache_dir="",  # of decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache
-            # 'auto': 'device' for images in memory, which stay on the accelerator;
-            # 'threads' for photographs. Or 'tf.data': images in memory, on the host.
+            # 'auto': 'device' for images in memory, which then stay on the accelerator,
+            # and 'threads' for photographs. 'tf.data': for images in memory, which stay
+            # on the host (input_pipeline.py).
             pipeline="auto",
             # 'pad': pads and crops images in memory. Any other value: reads photographs
             # of any size from disk and crops them (data_sources/crops.py).
@@ -174,7 +176,7 @@ def base() -> ConfigDict:
             # batch, synchronised over devices (SyncBN). 0: per device.
             batch_norm_groups=1,
             log_every_steps=100,  # progress line and TensorBoard
-            tensorboard=True,  # events for TensorBoard
+            tensorboard=True,  # whether to write events for TensorBoard
             profile_steps=(),  # (first, last): traces these steps to WORKDIR/profile
             compilation_cache=True,  # stores compiled programs in the cache directory
         )
@@ -199,8 +201,8 @@ def base() -> ConfigDict:
             # biases. 'auto': all with sgd, as in all originals; kernels with adamw.
             decay_on="auto",
             clip_norm=0.0,  # largest global norm of a gradient; 0: off
-            # Averages the gradients of this many steps for one update (docs/recipes.md:
-            # what batch norm sees).
+            # Averages the gradients of this many steps for one update. docs/recipes.md
+            # explains what this means for batch norm.
             accumulate_steps=1,
         )
     )

@@ -16,8 +16,7 @@ from convert.sources import empty
 from runtime.command_line import CONFIGS, SHARED
 from runtime.workdir import flatten
 
-# Tensors that are not trained, by the end of their names.
-# The last of each line is our name.
+# Endings of the names of tensors that are not trained; the last in each line is ours.
 MEANS = "running_mean", "moving_mean", "gmean", ".mean"
 VARIANCES = "running_var", "moving_var", "gvar", ".var"
 GRAPHS = "mask", ".edges"

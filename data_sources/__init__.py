@@ -1,4 +1,4 @@
-"""What lies on disk -> a split, in memory or on disk.
+"""Finds data sets, and loads their splits into memory or opens them on disk.
 
 config.data.name is 'digits' (embedded), the path of an .npz file, or a set in
 config.data.dir: prepared by TFDS, an archive as its authors published it, or a folder
@@ -44,8 +44,9 @@ class Source(NamedTuple):
     """How a kind of data set is read; all take its path, config.data and a split.
 
     load: returns images (N, H, W, 3), labels (N,) and class names.
-    open: returns labels, class names, functions of i: encoded image i, its name, and a
-      function () that names the version of the files; None if the images are small.
+    open: returns labels, class names, and three functions: i -> encoded image i,
+      i -> its name, () -> a name for the version of the files. None if the images are
+      small.
     """
 
     load: Callable

@@ -14,7 +14,7 @@ SAVEZ = (
     "write an .npz file with numpy.savez(file, x_train=..., y_train=..., x_test=..., "
     "y_test=...)"
 )
-SIGNATURES = {  # of files that are taken for an .npz
+SIGNATURES = {  # of files that are often mistaken for an .npz
     b"\x93NUMPY": "a single array, as numpy.save writes it",
     b"\x89HDF": "an HDF5 file",
     b"\x1f\x8b": "a gzip archive",

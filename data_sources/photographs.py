@@ -130,8 +130,8 @@ class OnDisk:
         """Yields this process's share of one pass, in order, with mask (b,) float32.
 
         With ten_crops, image is (b, 10, H, W, 3), else (b, H, W, 3). The last batch is
-        padded with zeros, whose mask is 0. With on_error='skip', so
-        are images that cannot be decoded; their number is logged at the end.
+        padded with zeros, whose mask is 0. With on_error='skip', an image that cannot
+        be decoded is zeros with mask 0, too; their number is logged at the end.
         """
         tensorflow()
         return _test_batches(self, batch_size, process_index, process_count, workers)

@@ -23,8 +23,8 @@ def tensorflow() -> ModuleType:
         import tensorflow as tf
     except ImportError as error:
         raise DataError(
-            f"TensorFlow cannot be imported ({error}). For images in memory, set "
-            "--config.data.pipeline=device, which does not need it; photographs do"
+            f"TensorFlow cannot be imported ({error}). Photographs require it: install "
+            "it. Images in memory do not: set --config.data.pipeline=device"
         ) from error
     for kind in ("GPU", "TPU"):
         # A notebook that has used TensorFlow before has chosen its devices.

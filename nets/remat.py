@@ -1,13 +1,13 @@
 """Recomputation in the backward pass, which trades time for memory.
 
-`config.net.remat` states which maps a training step keeps for the gradients:
+`config.net.remat` selects the maps that a training step keeps for the gradients:
 
-none: all that automatic differentiation asks for.
+none: all maps that automatic differentiation needs.
 norm: outputs of convolutions. Normalisation, activation, pooling and concatenation are
   computed again.
 block: outputs of blocks. Their convolutions are computed again, too. A block is a layer
-  of a dense block, DelugeNet's or GUNN's layer, a residual unit, or a convolution with
-  its normalisation in the nets without units.
+  of a dense block, of DelugeNet or of GUNN, a residual unit, or, in nets without units,
+  a convolution with its normalisation.
 
 Layers and nets name these maps by jax.ad_checkpoint.checkpoint_name. Batch statistics
 are kept at every level, so devices do not exchange them twice.

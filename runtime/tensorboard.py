@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, and the forms of images and configs that it shows."""
+"""Writes the TensorBoard events of a run, and prepares the images that they show."""
 
 import concurrent.futures
 import io
@@ -18,7 +18,7 @@ from runtime.workdir import flatten
 
 
 class TensorBoard:
-    """Writes TensorBoard events in a thread, which makes and encodes the images too.
+    """Writes TensorBoard events in a thread, which also makes and encodes the images.
 
     A run must not fail because events cannot be written.
     """
@@ -59,8 +59,8 @@ class TensorBoard:
 class EventWriter:
     """Writes an event file; has the methods of clu.metric_writers that a run calls.
 
-    TensorBoard shows the same as from clu.metric_writers.SummaryWriter, which is not
-    used because it imports TensorFlow: seconds of CPU time that no run needs otherwise.
+    In TensorBoard, the files look like those of clu.metric_writers.SummaryWriter, which
+    we do not use because it imports TensorFlow: seconds of CPU time.
     """
 
     def __init__(self, workdir: str | os.PathLike):

@@ -2,9 +2,10 @@
 
 Gathers the input blocks of each output block and multiplies them in one grouped
 convolution (1x1: a batched matrix product), so arithmetic falls with the density of the
-graph. If each input block draws, the order is reversed: one product per input block,
-then a sum over the graph. Either way, maps are copied once per block connection: the
-copy is density * (other side's channels) / block times as large as the map.
+graph. If the input blocks draw, the order is reversed: one product per input block,
+then a sum over the graph. Both orders copy a map once per block connection. The copy
+is density * channels / block times as large, where channels are those of the other
+side.
 """
 
 import jax

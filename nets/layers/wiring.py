@@ -118,7 +118,7 @@ class Wiring:
         return Linear(*shape, **dense, rngs=rngs)
 
     def partners(self, in_channels: int, out_channels: int) -> int:
-        """Returns the number of channels that each sampling channel chooses from."""
+        """Returns the number of channels from which each sampling channel draws."""
         side = connectivity.sampled_side(in_channels, out_channels, self.sampling)
         return in_channels if side == "output" else out_channels
 
