@@ -145,7 +145,7 @@ sparse::Convolution convolution(ffi::Span<const int64_t> x, ffi::Span<const int6
                                 Index padding) {
   require(x.size() == 4 && values.size() == 3 && y.size() == 4 && x[0] == y[0]);
   require(edges.dimensions().size() == 1 && edges.dimensions()[0] == values[2]);
-  require(values[0] > 0 && values[1] > 0 && padding >= 0);
+  require(values[0] > 0 && values[1] > 0 && padding >= 0 && x[3] > 0);
   require(y[1] == x[1] + 2 * padding - values[0] + 1);
   require(y[2] == x[2] + 2 * padding - values[1] + 1);
   for (Index e = 0; e < values[2]; e++) {
