@@ -217,16 +217,18 @@ def test_nan_and_infinity_travel_as_far_as_in_xla(kernels, value, groups):
 @pytest.mark.parametrize(
     ("name", "result", "arrays", "attributes"),
     [
-        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 5, 8)], (1, 1, 1, 1)),
-        ("convolve", (3, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 6, 8)], (1, 1, 1, 1)),
-        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 6, 8)], (0, 1, 1, 1)),
-        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 2, 8)], (1, 1, 1, 3)),
+        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 5, 8)], (1, 1, 1, 1, 0)),
+        ("convolve", (3, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 6, 8)], (1, 1, 1, 1, 0)),
+        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 6, 8)], (0, 1, 1, 1, 0)),
+        ("convolve", (2, 4, 4, 8), [(2, 4, 4, 6), (3, 3, 2, 8)], (1, 1, 1, 3, 0)),
+        ("convolve", (2, 4, 4, 6), [(2, 4, 4, 8), (3, 3, 5, 8)], (1, 1, 1, 1, 1)),
+        ("convolve", (2, 4, 4, 6), [(2, 4, 4, 8), (3, 3, 2, 8)], (1, 1, 1, 3, 1)),
     ],
 )
 def test_a_call_that_does_not_fit_is_an_error(
     kernels, name, result, arrays, attributes
 ):
-    names = ("stride", "padding", "dilation", "groups")
+    names = ("stride", "padding", "dilation", "groups", "turn")
     result = jax.ShapeDtypeStruct(result, jnp.float32)
     call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
     values = {k: np.int64(v) for k, v in zip(names, attributes, strict=True)}

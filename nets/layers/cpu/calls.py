@@ -108,17 +108,12 @@ def _convolve(x, kernel, _, shape):
         padding=shape.padding,
         dilation=1,
         groups=shape.groups,
+        turn=0,
     )
 
 
 def _input_gradient(dy, kernel, _, shape):
     """Convolves dy, with stride - 1 zeros between its pixels, by the turned kernel."""
-    kernel = kernel[::-1, ::-1].reshape(
-        *shape.window, shape.group_inputs, shape.groups, shape.group_outputs
-    )
-    kernel = kernel.swapaxes(2, 4).reshape(
-        *shape.window, shape.group_outputs, shape.in_channels
-    )
     return _call(
         "convolve",
         (shape.images, *shape.size, shape.in_channels),
@@ -127,6 +122,7 @@ def _input_gradient(dy, kernel, _, shape):
         padding=shape.window[0] - 1 - shape.padding,
         dilation=shape.stride,
         groups=shape.groups,
+        turn=1,
     )
 
 

@@ -104,18 +104,47 @@ void dilated(ffi::ThreadPool& pool, const dense::Convolution& shape, Index dilat
     }
 }
 
+// A kernel (window, in / groups, out) whose window is turned by half and whose inputs and
+// outputs are exchanged: (window, out / groups, in).
+Floats turned(ffi::ThreadPool& pool, const float* kernel, Index taps, Index groups,
+              Index group_inputs, Index group_outputs) {
+  const Index inputs = groups * group_inputs, outputs = groups * group_outputs;
+  Floats result(taps * group_inputs * outputs);
+  parallel(pool, taps, [&](Index tap, Index) {
+    for (Index g = 0; g < groups; g++) {
+      const float* from = kernel + tap * group_inputs * outputs + g * group_outputs;
+      float* to = result.data() + (taps - 1 - tap) * group_outputs * inputs + g * group_inputs;
+      blocks(group_inputs, [&](Index i, Index rows) {
+        blocks(group_outputs, [&](Index j, Index columns) {
+          transpose_block(from + i * outputs + j, outputs, rows, columns, columns,
+                          to + j * inputs + i, inputs);
+        });
+      });
+    }
+  });
+  return result;
+}
+
 ffi::Error Convolve(ffi::ThreadPool pool, Array x, Array kernel, Result y, int64_t stride,
-                    int64_t padding, int64_t dilation, int64_t groups) {
+                    int64_t padding, int64_t dilation, int64_t groups, int64_t turn) {
   return guarded([&] {
-    const auto shape = convolution(x.dimensions(), kernel.dimensions(), y->dimensions(),
-                                   stride, padding, groups);
+    const auto k = kernel.dimensions();
+    require(k.size() == 4 && groups > 0);
+    const int64_t exchanged[] = {k[0], k[1], k[3] / groups, k[2] * groups};
+    const auto size = turn ? ffi::Span<const int64_t>(exchanged, 4) : k;
+    const auto shape =
+        convolution(x.dimensions(), size, y->dimensions(), stride, padding, groups);
+    require(k[3] % groups == 0);
     require(dilation == 1 || (dilation > 1 && stride == 1));
     if (is_empty(shape)) return;
-    if (dilation > 1)
-      dilated(pool, shape, dilation, x.typed_data(), kernel.typed_data(), y->typed_data());
-    else
-      run_forward(pool, shape, x.typed_data(), kernel.typed_data(), y->typed_data(),
-              shape.out_size());
+    const auto run = [&](const float* weights) {
+      if (dilation > 1)
+        dilated(pool, shape, dilation, x.typed_data(), weights, y->typed_data());
+      else
+        run_forward(pool, shape, x.typed_data(), weights, y->typed_data(), shape.out_size());
+    };
+    if (!turn) return run(kernel.typed_data());
+    run(turned(pool, kernel.typed_data(), k[0] * k[1], groups, k[2], k[3] / groups).data());
   });
 }
 
@@ -190,7 +219,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve, Convolve,
                                   .Attr<int64_t>("stride")
                                   .Attr<int64_t>("padding")
                                   .Attr<int64_t>("dilation")
-                                  .Attr<int64_t>("groups"));
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("turn"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kernel_gradient, KernelGradient,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
