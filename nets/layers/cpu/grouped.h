@@ -105,13 +105,10 @@ void forward(ffi::ThreadPool& pool, const Convolution& shape, const float* x,
         const float* from = in + image * parts.image_size + i * row + c;
         float* to = y + (part.image + image) * y_size + (part.row + i) * shape.out_row + c;
         const Index lanes = std::min<Index>(kLanes, channels - c);
-        Index j = 0;
-        for (; j + kPixels <= shape.out_width; j += kPixels)
-          forward_tile<M, kPixels>(from + j * step, offsets, step, weights,
-                                   to + j * shape.out_step, shape.out_step, lanes);
-        for (; j < shape.out_width; j++)
-          forward_tile<M, 1>(from + j * step, offsets, step, weights,
-                             to + j * shape.out_step, shape.out_step, lanes);
+        in_parts<kPixels>(0, shape.out_width, [&](auto pixels, Index j) {
+          forward_tile<M, pixels>(from + j * step, offsets, step, weights,
+                                  to + j * shape.out_step, shape.out_step, lanes);
+        });
       }
   });
 }

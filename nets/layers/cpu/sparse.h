@@ -149,25 +149,6 @@ void scatter(const float* in, const std::vector<Index>& taps, const float* value
   }
 }
 
-// Calls f<size>, 1 <= size <= N.
-template <int N, typename F>
-inline void with_size(Index size, const F& f) {
-  if constexpr (N > 1)
-    if (size < N) return with_size<N - 1>(size, f);
-  f(std::integral_constant<int, N>());
-}
-
-// Calls f<size>(first) for parts of at most N that cover begin ... end - 1, of nearly
-// equal sizes.
-template <int N, typename F>
-inline void parts(Index begin, Index end, const F& f) {
-  for (Index size; begin < end; begin += size) {
-    const Index count = (end - begin + N - 1) / N;
-    size = (end - begin + count - 1) / count;
-    with_size<N>(size, [&](auto n) { f(n, begin); });
-  }
-}
-
 // Larger windows: adds N vectors of positions of each input (near) to its outputs.
 template <int N>
 void scatter_tile(const float* in, Index pitch, const Graph& graph, const float* values,
@@ -178,7 +159,7 @@ void scatter_tile(const float* in, Index pitch, const Graph& graph, const float*
   for (Index b = 0; b < graph.blocks(); b++)
     for (Index c = 0; c < graph.near_channels; c++) {
       const auto [begin, end] = graph.edges(b, c);
-      parts<kOutputs>(begin, end, [&](auto g, Index e) {
+      in_parts<kOutputs>(begin, end, [&](auto g, Index e) {
         scatter<N, g>(in + c * pitch, taps, values + e * count,
                       &graph.far[static_cast<size_t>(e)], out, pitch);
       });
@@ -222,7 +203,7 @@ inline void forward(ffi::ThreadPool& pool, const Convolution& shape, const float
     to_planes(x + image * shape.map.height * shape.map.width * channels, shape.map, first,
               rows + shape.window_height - 1, columns, strip, in, pitch);
     const Index positions = (rows - 1) * columns + shape.out_width;
-    parts<kTile>(0, (positions + kLanes - 1) / kLanes, [&](auto n, Index vector) {
+    in_parts<kTile>(0, (positions + kLanes - 1) / kLanes, [&](auto n, Index vector) {
       const Index i = vector * kLanes;
       if (gathers)
         gather_tile<n>(in + i, pitch, graph, packed.data(), out + i);
@@ -329,15 +310,15 @@ inline void values_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
       const Index positions = (rows - 1) * columns + shape.out_width;
       const Index vectors = (positions + kLanes - 1) / kLanes;
       if (pointwise) {
-        parts<kGradientTile>(0, vectors, [&](auto n, Index vector) {
+        in_parts<kGradientTile>(0, vectors, [&](auto n, Index vector) {
           product_tile<n>(in + vector * kLanes, gradient + vector * kLanes, pitch, graph, total);
         });
         continue;
       }
       for (Index c = 0; c < channels; c++) {
         const auto [begin, end] = graph.edges(0, c);
-        parts<kLanes / kTaps>(begin, end, [&](auto g, Index e) {
-          parts<kTaps>(0, shape.taps(), [&](auto t, Index tap) {
+        in_parts<kLanes / kTaps>(begin, end, [&](auto g, Index e) {
+          in_parts<kTaps>(0, shape.taps(), [&](auto t, Index tap) {
             products<t, g>(in + c * pitch, &offsets[static_cast<size_t>(tap)], gradient,
                            &graph.far[static_cast<size_t>(e)], pitch, vectors,
                            total + e * shape.taps() + tap, shape.taps());

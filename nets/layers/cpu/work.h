@@ -73,6 +73,25 @@ class Floats {
 inline Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
 inline Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
+// Calls f<size>, 1 <= size <= N.
+template <int N, typename F>
+inline void with_size(Index size, const F& f) {
+  if constexpr (N > 1)
+    if (size < N) return with_size<N - 1>(size, f);
+  f(std::integral_constant<int, N>());
+}
+
+// Calls f<size>(first) for parts of at most N that cover begin ... end - 1, of nearly
+// equal sizes.
+template <int N, typename F>
+inline void in_parts(Index begin, Index end, const F& f) {
+  for (Index size; begin < end; begin += size) {
+    const Index count = (end - begin + N - 1) / N;
+    size = (end - begin + count - 1) / count;
+    with_size<N>(size, [&](auto n) { f(n, begin); });
+  }
+}
+
 inline void zero(float* to, Index count) {
   if (count > 0) std::memset(to, 0, sizeof(float) * static_cast<size_t>(count));
 }
