@@ -59,7 +59,8 @@ def correlate(
     """Returns Spearman's rho, with average ranks for ties, and its interval.
 
     groups: number of groups whose means were subtracted; costs a degree of freedom for
-      each but the first. The interval has no width if rho is 1 or -1.
+      each but the first. The formula has no interval for a rho of 1 or -1, which is
+      returned as both of its ends.
     Raises ValueError for fewer than MIN_RUNS values, too many groups, or if all gaps or
     all errors are equal.
     """
@@ -169,7 +170,8 @@ def _line(name: str, gaps, errors, groups: int = 1) -> str:
         rho, low, high = correlate(gaps, errors, groups)
     except ValueError as error:
         return f"| {name} | {len(gaps)} | {error} |"
-    return f"| {name} | {len(gaps)} | {rho:+.2f} [{low:+.2f}, {high:+.2f}] |"
+    interval = f"[{low:+.2f}, {high:+.2f}]" if abs(rho) < 1 else "(no interval)"
+    return f"| {name} | {len(gaps)} | {rho:+.2f} {interval} |"
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ python -m analysis.study configs/studies/sampling.py --workdir=/tmp/sampling
 The backbone is IGCNets' plain net, because sampling per input is impossible in a
 DenseNet, whose layers have more partners to draw than output channels. Each seed draws
 its own graphs, except for Ramanujan graphs, which are not random. Both widths have
-Ramanujan graphs in all layers; per_input and smaller_side keep fewer connections where
-the net widens, and are therefore wider. compress=4 rather than X-Nets' 2, because
+Ramanujan graphs in all layers. per_input keeps fewer connections where the net widens,
+and is therefore wider; smaller_side draws the same graphs, because no layer of this net
+has more inputs than outputs. compress=4 rather than X-Nets' 2, because
 sparser graphs differ more in their spectral gaps.
 
 python -m analysis.spectral_gap /tmp/sampling-small
@@ -25,8 +26,7 @@ def get_config(form: str = "full"):
 
     study = dict(
         claim="Sampling: at equal parameters, graphs that are sampled per output, per "
-        "input, on the smaller side or in blocks, and Ramanujan graphs, differ in "
-        "error.",
+        "input or in blocks, and Ramanujan graphs, differ in error.",
         backbones=dict(
             plain=dict(
                 config="configs/igcnets.py:plain-20-W16,cifar10",
@@ -37,7 +37,6 @@ def get_config(form: str = "full"):
         wirings=dict(
             per_output=expander(sampling="per_output"),
             per_input=expander(sampling="per_input"),
-            smaller_side=expander(sampling="smaller_side"),
             block=expander(sampling="per_output", block=2),
             ramanujan=expander(sampling="ramanujan"),
         ),
