@@ -7,7 +7,6 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 
-import numpy as np
 import scipy.stats
 
 from runtime.reporting import summarize
@@ -206,11 +205,16 @@ def figure(rows: Sequence[Row], title: str = ""):
     backbones = list(dict.fromkeys(row.backbone for row in rows))
     for axes, (price, heading) in zip(panels, PANELS.items(), strict=True):
         known = [row for row in rows if row.finished and getattr(row, price)]
-        largest = max((getattr(row, price) for row in known), default=0)
-        for (backbone, _, wiring), runs in group(known).items():
+        groups = group(known)
+        medians = {
+            key: statistics.median(getattr(row, price) for row in runs)
+            for key, runs in groups.items()
+        }
+        largest = max(medians.values(), default=0)
+        for key, runs in groups.items():
+            backbone, _, wiring = key
             index = wirings.index(wiring)
-            x = np.median([getattr(row, price) for row in runs])
-            x += SHIFT * largest * (index - (len(wirings) - 1) / 2)
+            x = medians[key] + SHIFT * largest * (index - (len(wirings) - 1) / 2)
             errors = [row.final_error for row in runs]
             spread = statistics.stdev(errors) if len(errors) > 1 else None
             color = f"C{index % 10}"

@@ -114,13 +114,16 @@ def test_the_figure_shows_every_price_and_the_published_error():
 
 
 def test_the_figure_separates_nets_of_equal_price_and_starts_at_zero():
-    figure = study_results.figure([*ROWS, make_row("unfinished", 0)], "A claim.")
+    disturbed = make_row("dense", 3, 12.0, 11.0, seconds_per_step=9.0)
+    rows = [*ROWS, disturbed, make_row("unfinished", 0)]
+    figure = study_results.figure(rows, "A claim.")
+    assert figure.axes[-1].get_xlim()[1] < 1  # the median is 0.5 seconds
     assert figure.get_suptitle() == "A claim."
     for axes in figure.axes:
         assert axes.get_xlim()[0] == 0
         bars = axes.containers
         assert [bar.get_label() for bar in bars] == [
-            *("net dense, 3 seeds", "net sparse, 3 seeds")
+            *("net dense, 4 seeds", "net sparse, 3 seeds")
         ]
         dense, sparse = (bar.lines[0].get_xdata()[0] for bar in bars)
         assert dense < sparse < 1.1 * dense
