@@ -15,7 +15,8 @@ def schedule(config: ConfigDict, num_examples: int, offset: int = 0) -> optax.Sc
 
     config: the whole configuration, which has passed runtime.checks.check_config;
     num_examples: the number of training images; offset: of the run's Clock.
-    Raises ValueError if the schedule does not fit into the steps of the run.
+    Raises ValueError if the schedule is unknown or does not fit into the steps of the
+    run.
     """
     recipe, clock = config.optimizer, Clock.of(config, num_examples)
     if recipe.accumulate_steps > clock.total:
@@ -32,7 +33,8 @@ def schedule(config: ConfigDict, num_examples: int, offset: int = 0) -> optax.Sc
             "least 0 and end before the run"
         )
     drops = [clock.step_of(epoch) for epoch in recipe.drop_epochs]
-    rate = SCHEDULES[recipe.schedule](recipe, total, warmup, drops)
+    make = _look_up(SCHEDULES, "schedule", recipe.schedule)
+    rate = make(recipe, total, warmup, drops)
     if warmup:  # optax has it for cosine only
         plain = rate
         rate = lambda step: plain(step) * jnp.minimum(step / warmup, 1.0)
@@ -133,17 +135,41 @@ def create(config: Mapping, rate: optax.Schedule) -> optax.GradientTransformatio
 
     rate: the learning rate as a function of the step. With accumulate_steps > 1, an
     update has the rate of the last of its steps, and the steps before it return zeros.
+    Raises ValueError for an unknown name.
     """
     every = config["accumulate_steps"]
     # The optimizer within MultiSteps counts updates.
     of_update = rate if every == 1 else lambda n: rate(every * n + every - 1)
-    optimizer = OPTIMIZERS[config["name"]](config, of_update)
+    optimizer = _look_up(OPTIMIZERS, "name", config["name"])(config, of_update)
     if config["clip_norm"]:
-        clip = optax.clip_by_global_norm(config["clip_norm"])
-        optimizer = optax.chain(clip, optimizer)
+        optimizer = _clip(optimizer, config["clip_norm"])
     if every > 1:
         return optax.MultiSteps(optimizer, every).gradient_transformation()
     return optimizer
+
+
+def _clip(
+    optimizer: optax.GradientTransformation, norm: float
+) -> optax.GradientTransformation:
+    """Clips gradients before an optimizer; the state is that of the optimizer.
+
+    optax.chain would nest the state, so that a run could not resume with clipping
+    switched on or off.
+    """
+    clip = optax.clip_by_global_norm(norm)
+
+    def update(grads, state, params=None):
+        grads, _ = clip.update(grads, optax.EmptyState())
+        return optimizer.update(grads, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _look_up(table: Mapping[str, Callable], field: str, name: str) -> Callable:
+    if name not in table:
+        choices = ", ".join(table)
+        raise ValueError(f"unknown optimizer.{field} {name!r}: choose from {choices}")
+    return table[name]
 
 
 def _sgd(recipe: Mapping, rate: optax.Schedule) -> optax.GradientTransformation:

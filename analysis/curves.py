@@ -115,6 +115,11 @@ def _check_metrics(path: pathlib.Path) -> None:
 
 def _workdirs(path: pathlib.Path) -> list[pathlib.Path]:
     path = path.resolve()
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file: choose a workdir, or name the net of a metrics.csv by "
+            "FAMILY:VARIANT,DATA=FILE"
+        )
     seeds = sorted(path.glob("seed*/config.json"))
     if (path / "config.json").exists() or not seeds:
         return [path]

@@ -28,7 +28,7 @@ from convert.sources import to_reference
 from input_pipeline import Facts
 from nets import cost
 from runtime.checkpoints import Checkpoints
-from runtime.checks import check_fields
+from runtime.checks import check_fields, has_effect
 from runtime.command_line import CONFIGS, SHARED
 from runtime.workdir import (
     CONFIG_JSON,
@@ -102,6 +102,7 @@ def export(
         content = writer.write(tensors(run.net, names), normalization)
     text = describe(run, path.name, names)
     draft = path.with_name(f".{path.name}.draft")
+    is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(content)
@@ -112,6 +113,9 @@ def export(
     finally:
         with contextlib.suppress(OSError):  # it was renamed, or its directory is none
             draft.unlink()
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.parent.rmdir()
     return [path, card]
 
 
@@ -196,7 +200,7 @@ def _facts(run: Run) -> dict[str, str]:
     wiring = net.pop("wiring")
     kind = wiring["kind"]
     counts = cost.total(cost.of(config.net, facts.image_shape))
-    fields = {k: v for k, v in net.items() if k not in ("name", "lowering")}
+    fields = {k: v for k, v in net.items() if k not in ("name", "lowering", "remat")}
     off = flatten(common.base())
     recipe = {
         k: v
@@ -204,6 +208,7 @@ def _facts(run: Run) -> dict[str, str]:
         if (k.startswith("augment.") and v != off.get(k))
         or (k.startswith(("optimizer.", "train.")) and k not in NO_RECIPE and v)
     }
+    recipe = {k: v for k, v in recipe.items() if has_effect(config, k)}
     recipe |= {f"data.{k}": config.data[k] for k in ("crop", "pad", "border", "flip")}
     origin = _origin(run)
     return {

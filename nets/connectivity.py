@@ -56,7 +56,7 @@ def num_edges(
         raise ValueError(
             f"expander degree must be in 1..{partners}, got {degree}: each {side} "
             f"channel of {in_channels} -> {out_channels} draws from {partners} "
-            "partners; change the compression or the widths"
+            "partners; choose another net.wiring.compress or other widths"
         )
     if sampling == "ramanujan":
         sizes = (in_channels, out_channels, degree)
@@ -70,7 +70,7 @@ def _check_block(in_channels: int, out_channels: int, degree: int, block: int) -
     if in_channels % block or out_channels % block:
         raise ValueError(
             f"blocks of {block} channels do not divide an expander of {in_channels} -> "
-            f"{out_channels} channels: block must divide "
+            f"{out_channels} channels: net.wiring.block must divide "
             f"{math.gcd(in_channels, out_channels)}"
         )
     if degree % block:

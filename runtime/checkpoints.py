@@ -128,7 +128,8 @@ class Checkpoints:
                 if good
                 else "there is no checkpoint yet"
             )
-            + "; try a lower --config.optimizer.learning_rate"
+            + "; try a lower --config.optimizer.learning_rate, or "
+            "--config.optimizer.clip_norm=1.0"
         )
 
     def save(self, step: int, state: Any, row: dict[str, float] | None = None) -> None:

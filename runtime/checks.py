@@ -16,7 +16,7 @@ from runtime.clock import Clock
 from runtime.profile import profile_range
 from runtime.workdir import flatten
 
-# Fields that some nets have; nets.create checks their others.
+# Fields that only some nets have. nets.create checks the other fields of a net.
 NET_TYPES = {"net.depth": int, "net.dropout": float}
 # The types of the defaults in configs/common.py, which a test compares. All floats must
 # be finite.
@@ -28,8 +28,7 @@ _FIELDS = {
     "checkpoint.keep data.image_size data.pad eval.batch_size net.graph_seed "
     "net.num_classes net.wiring.block net.wiring.compress net.wiring.groups "
     "net.wiring.primary_groups net.wiring.secondary_groups optimizer.accumulate_steps "
-    "seed seeds "
-    "train.batch_norm_groups train.batch_size train.log_every_steps "
+    "seed seeds train.batch_norm_groups train.batch_size train.log_every_steps "
     "train.steps_per_dispatch",
     float: "augment.cutmix augment.cutmix_probability augment.jitter augment.lighting "
     "augment.mixup augment.randaugment_magnitude augment.ricap eval.every_epochs "
@@ -96,6 +95,7 @@ RULES = {
     "net.graph_seed": seed,
     "net.depth": at_most(10_000),
     "net.dropout": share,
+    "net.wiring.kind": one_of("dense", "expander", "grouped", "interleaved"),
     "train.batch_size": positive,
     "train.last_batch": one_of("fill", "partial"),
     "train.label_smoothing": share,
@@ -205,14 +205,19 @@ def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
     0, False and () count as unset.
     """
     values = flatten(config)
-    needs = {x: NEEDS[x] for x in changed if x in NEEDS and values[x]}
     _refuse(
         [
-            f"{field}={values[field]!r} has no effect: it requires {need.remedy}"
-            for field, need in needs.items()
-            if not need.holds(config)
+            f"{field}={values[field]!r} has no effect: it requires "
+            f"{NEEDS[field].remedy}"
+            for field in changed
+            if values[field] and not has_effect(config, field)
         ]
     )
+
+
+def has_effect(config: ConfigDict, field: str) -> bool:
+    """Returns whether the condition of a field in NEEDS holds, if it has one."""
+    return field not in NEEDS or bool(NEEDS[field].holds(config))
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -229,7 +234,7 @@ def check_values(config: ConfigDict) -> None:
     problems = [*_value_problems(config)]
     _run(problems, input_pipeline.check, config.data)
     _run(problems, check_augment, config.augment)
-    _run(problems, cost.build, config.net)
+    _build_net(problems, config)
     _refuse(problems)
 
 
@@ -244,10 +249,9 @@ def check_config(
     ValueError that lists all problems.
     """
     check_fields(config)
-    problems, net = [*_value_problems(config)], None
+    problems = [*_value_problems(config)]
     data_set = _run(problems, input_pipeline.find, config.data)
-    if not any(problem.startswith("net.") for problem in problems):
-        net = _run(problems, cost.build, config.net)
+    net = _build_net(problems, config)
     _run(problems, check_augment, config.augment)
     _run(problems, profile_range, config)
     if config.eval.views == "tencrop" and input_pipeline.in_memory(config.data):
@@ -414,6 +418,13 @@ def _class_problems(config: ConfigDict, class_names: tuple) -> Iterator[str]:
             f"{config.data.name!r} has {len(class_names)}: "
             f"set --config.net.num_classes={len(class_names)}"
         )
+
+
+def _build_net(problems: list[str], config: ConfigDict) -> nnx.Module | None:
+    """Returns the abstract net, or None if its fields have problems."""
+    if any(problem.startswith("net.") for problem in problems):
+        return None
+    return _run(problems, cost.build, config.net)
 
 
 def _run(problems: list[str], check: Callable, *arguments) -> Any:

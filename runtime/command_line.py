@@ -33,7 +33,9 @@ def parse(argv: Sequence[str]) -> list[str]:
         if unused:
             raise ValueError(f"unexpected argument {unused[0]!r}")
         if "workdir" in flags.FLAGS and flags.FLAGS.workdir is None:
-            raise ValueError(f"--workdir is missing; {argv[0]} --help lists the flags")
+            raise ValueError(
+                f"--workdir is missing; {_program(argv)} --help lists the flags"
+            )
         if not help_wanted:
             after = flatten(flags.FLAGS.config)
             changed = [field for field in after if after[field] != before.get(field)]
@@ -57,16 +59,27 @@ def _with_config(argv: Sequence[str]) -> Sequence[str]:
     """Adds --config=WORKDIR/config.json if --config is missing and the file exists."""
     if _value(argv, "config") is not None:
         return argv
-    workdir = pathlib.Path(os.path.expanduser(_value(argv, "workdir") or "."))
+    given, remedy = _value(argv, "workdir"), f"{_program(argv)} --help lists the flags"
+    if given is None and "workdir" not in flags.FLAGS:
+        raise ValueError(f"--config is missing; {remedy}")
+    workdir = pathlib.Path(os.path.expanduser(given or "."))
     path = workdir / CONFIG_JSON
     if not path.is_file():
         seeds = sorted(str(x.parent) for x in workdir.glob(f"seed*/{CONFIG_JSON}"))
         hint = f" (--workdir may be one of {', '.join(seeds)})" if seeds else ""
         raise ValueError(
             f"--config is missing, and {path} of an earlier run does not exist{hint}; "
-            f"{argv[0]} --help lists the flags"
+            f"{remedy}"
         )
     return [argv[0], f"--config={path}", *argv[1:]]
+
+
+def _program(argv: Sequence[str]) -> str:
+    """Returns the command as typed; python -m puts an absolute path into argv[0]."""
+    path, root = pathlib.Path(argv[0]), CONFIGS.parent
+    if path.parent == root or not path.is_relative_to(root):
+        return argv[0]
+    return f"python -m {'.'.join(path.relative_to(root).with_suffix('').parts)}"
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:

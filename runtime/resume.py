@@ -49,7 +49,7 @@ class Run:
 
     def check_optimizer(self, config: ConfigDict) -> None:
         """Raises ValueError if `config` has an optimizer with another kind of state."""
-        for field in ("name", "accumulate_steps"):
+        for field in ("name", "accumulate_steps", "rate_in_velocity"):
             old, new = self.config.optimizer[field], config.optimizer[field]
             if old != new:
                 raise ValueError(

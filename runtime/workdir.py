@@ -32,6 +32,8 @@ ADDED = {
     "net.remat": "none",
     "net.wiring.block": 1,
 }
+# The same for fields that only one net has.
+ADDED_TO_NETS = {"delugenet": {"net.cross_layer": True}}
 # Keys of config.json that are not fields of the configuration.
 _OWN_KEYS = ("format", "data_set", "step_offset")
 PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
@@ -106,7 +108,9 @@ def load_config_json(path: pathlib.Path) -> ConfigDict:
     """Loads a configuration; lists become tuples, as in configs/."""
     fields = _read_json(path)
     config = ConfigDict({k: v for k, v in fields.items() if k not in _OWN_KEYS})
-    return ConfigDict(traverse_util.unflatten_dict(ADDED | flatten(config), sep="."))
+    flat = flatten(config)
+    added = ADDED | ADDED_TO_NETS.get(flat.get("net.name"), {})
+    return ConfigDict(traverse_util.unflatten_dict(added | flat, sep="."))
 
 
 def load_facts(workdir: str | os.PathLike) -> input_pipeline.Facts:

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import optimizers
-from configs import cfmz, xdensenet
+from configs import cfmz, common, xdensenet
 
 
 def run(optimizer, gradients, start=1.0):
@@ -213,6 +213,26 @@ def test_a_clipped_gradient_has_the_largest_norm():
     assert_equal(
         trajectory(fields | {"clip_norm": 5.0}, [2.0]), trajectory(fields, [2.0])
     )
+
+
+def test_an_unknown_name_is_refused_with_the_choices():
+    config = common.base()
+    config.optimizer.update(name="x", schedule="y")
+    with pytest.raises(ValueError, match="name 'x': choose from sgd, adamw"):
+        optimizers.create(config.optimizer, lambda _: 0.1)
+    with pytest.raises(ValueError, match="schedule 'y': choose from steps, cosine"):
+        optimizers.schedule(config, 9999)
+
+
+def test_clipping_can_be_switched_on_in_a_run():
+    """The state has the same paths, by which checkpoints are restored."""
+    config, clipped = (common.base().optimizer for _ in range(2))
+    clipped.clip_norm = 1.0
+    plain, other = (
+        jax.eval_shape(optimizers.create(x, lambda _: 0.1).init, PARAMS)
+        for x in (config, clipped)
+    )
+    assert jax.tree.structure(plain) == jax.tree.structure(other)
 
 
 @pytest.mark.parametrize(

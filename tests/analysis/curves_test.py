@@ -164,3 +164,9 @@ def test_a_metrics_file_is_read_as_the_run_of_a_config(tmp_path):
 def test_a_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/config.json does not exist"):
         curves.read([tmp_path])
+
+
+def test_a_file_without_the_name_of_its_net_is_named(tmp_path):
+    file = save(tmp_path, [0.5]) / "metrics.csv"
+    with pytest.raises(ValueError, match=f"{file} is a file: .*DATA=FILE"):
+        curves.read([file])

@@ -1,6 +1,7 @@
 """Exports: weights equal to the bit, a program that runs without us, and the card."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -260,6 +261,7 @@ def test_the_card_is_made_from_the_workdir(tmp_path, workdir):
     ):
         assert fact in card
     assert str(workdir) not in card
+    assert "beta1" not in card  # a field of AdamW, which this run does not use
 
 
 def test_the_command_of_the_card_is_the_configuration(workdir):
@@ -315,6 +317,16 @@ def test_a_failed_write_leaves_nothing(tmp_path, workdir):
     with pytest.raises(SystemExit, match=r"error: .*net\.npz cannot be written: Is a"):
         command_line.main([str(workdir), f"--to={tmp_path / 'net.npz'}"])
     assert [*tmp_path.iterdir()] == [draft]
+
+
+def test_a_failed_write_leaves_no_new_folder(tmp_path, workdir, monkeypatch):
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export, "write_text", fail)  # of the model card
+    with pytest.raises(export.ExportError, match=r"net\.npz cannot be written: No sp"):
+        export.export(workdir, tmp_path / "new" / "net.npz")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

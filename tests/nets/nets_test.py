@@ -252,7 +252,7 @@ def test_configure_sets_every_module(name):
         (dict(wiring=dict(compress=0)), "got compress=0"),
         (
             dict(wiring=dict(kind="expander", block=5)),
-            r"blocks of 5 .* 48 -> 96 channels: block must divide 48",
+            r"blocks of 5 .* 48 -> 96 channels: net.wiring.block must divide 48",
         ),
         (
             dict(wiring=dict(kind="expander", sampling="x")),

@@ -12,6 +12,7 @@ import evaluate
 import input_pipeline
 import optimizers
 from configs import common
+from nets.layers.wiring import KINDS
 from runtime import checks
 from runtime.devices import make_mesh
 from runtime.workdir import flatten
@@ -126,7 +127,7 @@ REFUSED = {
         {"net.wiring.kind": "grouped", "net.wiring.groups": 3},
         "3 16",
     ),
-    "wiring": ("xdensenet", {"net.wiring.kind": "expandr"}, "'expandr' expander"),
+    "wiring": ("xdensenet", {"net.wiring.kind": "expandr"}, "expander 'expandr'"),
     "lowering": ("xdensenet", {"net.lowering": "fast"}, "'fast' auto"),
     "remat": ("xdensenet", {"net.remat": "blok"}, "'blok' none norm block"),
     "net": ("xdensenet", {"net.name": "densnet"}, "'densnet' 'densenet'"),
@@ -301,6 +302,7 @@ def test_a_field_without_effect_is_rejected(field):
 def test_a_misspelt_choice_takes_no_effect_from_others():
     """check_config names the misspelt schedule; drop_epochs may belong to it."""
     fields = {"optimizer.schedule": "stps", "optimizer.drop_epochs": (5.0,)}
+    fields |= {"net.wiring.kind": "expandr", "net.wiring.compress": 4}
     checks.check_effects(configured("xdensenet", fields), fields)
 
 
@@ -316,9 +318,10 @@ def test_fields_of_a_recipe_may_lose_their_effect():
     [
         ("optimizer.schedule", optimizers.SCHEDULES),
         ("optimizer.name", optimizers.OPTIMIZERS),
+        ("net.wiring.kind", KINDS),
     ],
 )
-def test_choices_are_those_of_the_optimizers(field, table):
+def test_choices_are_those_of_the_code(field, table):
     for name in table:
         assert checks.RULES[field](name) == ""
     assert checks.RULES[field]("other") != ""

@@ -123,3 +123,9 @@ def test_without_config_the_runs_of_a_workdir_are_named(tmp_path):
     path.write_text("{}")
     with pytest.raises(SystemExit, match=words(f"--config {path.parent} --help")):
         command_line.parse(["main.py", f"--workdir={tmp_path}"])
+
+
+def test_a_module_is_named_as_it_was_started():
+    path = command_line.CONFIGS.parent / "analysis" / "connectivity.py"
+    with pytest.raises(SystemExit, match=r"missing.* python -m analysis\.connectivity"):
+        command_line.parse([str(path)])

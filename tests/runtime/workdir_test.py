@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common, igcnets, xdensenet
+from configs import common, delugenets, igcnets, xdensenet
 from input_pipeline import Facts
 from runtime import workdir
 from runtime.workdir import WorkdirError, as_csv, read_rows
@@ -50,6 +50,17 @@ def test_fields_that_an_older_run_lacks_have_its_values(tmp_path):
     path.write_text(json.dumps(fields))
     assert workdir.load_config(tmp_path) == config()
     assert workdir.changes(config(), tmp_path) == []
+
+
+def test_fields_of_one_net_that_an_older_run_lacks_have_its_values(tmp_path):
+    config = delugenets.get_config()
+    workdir.save_config(tmp_path, config, FACTS)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for field in workdir.ADDED_TO_NETS["delugenet"]:
+        del fields["net"][field.removeprefix("net.")]
+    path.write_text(json.dumps(fields))
+    assert workdir.changes(config, tmp_path) == []
 
 
 @pytest.mark.parametrize("load", [workdir.load_config, workdir.load_facts])
