@@ -1,9 +1,15 @@
 """Benchmarks. Each writes tables to results/, named after the machine."""
 
 import csv
+import importlib
 import os
 import pathlib
+import pkgutil
 import platform
+
+from ml_collections import ConfigDict
+
+import configs
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -13,6 +19,23 @@ def machine(device_kind: str, cores: int | None = None) -> str:
     if device_kind.lower() == "cpu":
         return f"{platform.machine()}-{cores or os.cpu_count()}cores"
     return device_kind.lower().replace(" ", "-")
+
+
+def get_config(variant: str) -> ConfigDict:
+    """Returns the config of FAMILY:VARIANT; raises ValueError with the choices."""
+    family, _, row = variant.partition(":")
+    modules = [module.name for module in pkgutil.iter_modules(configs.__path__)]
+    families = [name for name in modules if hasattr(_module(name), "VARIANTS")]
+    if family not in families:
+        raise ValueError(
+            f"unknown family {family!r} in {variant!r}: choose from "
+            f"{', '.join(families)}"
+        )
+    return _module(family).get_config(row)
+
+
+def _module(family: str):
+    return importlib.import_module(f"configs.{family}")
 
 
 def write(name: str, rows: list[dict]) -> None:

@@ -20,7 +20,6 @@ measured in parts. With JAX_COMPILATION_CACHE_DIR set, a second run compiles not
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import json
 import os
@@ -81,6 +80,11 @@ def main() -> None:
         sys.exit("error: --peers requires PyTorch: pip install torch==2.13.0")
     if options.reference and not (options.reference / "benchmarks/models.py").is_file():
         sys.exit(f"error: --reference={options.reference} is not a checkout")
+    try:
+        for variant in options.variants:
+            benchmarks.get_config(variant)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     kind = "models" if options.peers else "models-lowerings"
     kind = "models-reference" if options.reference else kind
     for variant in options.variants:
@@ -214,8 +218,7 @@ def compete(framework: str, variant: str, name: str, options) -> None:
 
 def configure(variant: str, options):
     """Returns the configuration of a variant, for a step like PyTorch's."""
-    family, _, row = variant.partition(":")
-    config = importlib.import_module(f"configs.{family}").get_config(row)
+    config = benchmarks.get_config(variant)
     config.augment = common.base().augment
     config.train.update(
         batch_size=options.batch_size, dtype=options.dtype, batch_norm_groups=1

@@ -177,8 +177,7 @@ class Timed:
 
 def waits(variant: str) -> dict:
     """Trains a variant for a few steps; returns the share of time spent waiting."""
-    family, _, row = variant.partition(":")
-    config = importlib.import_module(f"configs.{family}").get_config(row)
+    config = benchmarks.get_config(variant)
     config.train.batch_size = SMALL_BATCH
     examples = small_examples()
     mesh, timed = devices.make_mesh(), []

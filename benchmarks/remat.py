@@ -7,7 +7,6 @@ that the compiled program allocates for them and for everything else.
 """
 
 import argparse
-import importlib
 import math
 import statistics
 import time
@@ -40,8 +39,7 @@ def main() -> None:
 
 def measure(variant: str, rounds: int) -> list[dict]:
     """Measures and prints all levels of a variant; returns a row for each."""
-    family, _, row = variant.partition(":")
-    config = importlib.import_module(f"configs.{family}").get_config(row).net
+    config = benchmarks.get_config(variant).net
     images = VARIANTS.get(variant, 64)
     net = nets.create(config, nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((images, 32, 32, 3), np.float32)

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import importlib
+import sys
 
 import pytest
 
@@ -84,3 +85,21 @@ def test_measuring_a_net_again_replaces_its_rows(tmp_path, monkeypatch):
     with (tmp_path / "x.csv").open(newline="") as file:
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
     assert rows == [("b", "3", ""), ("a", "4", "5")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("nope:1", "unknown family 'nope' in 'nope:1': choose from cfmz, delugenets"),
+        ("common:20", "unknown family 'common'"),
+        ("cfmz:21", "'21'"),
+    ],
+)
+def test_unknown_variants_are_errors_before_any_process_starts(
+    variant, message, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["models", "--variants", "gunn:15", variant])
+    with pytest.raises(SystemExit, match="error: ") as stop:
+        models.main()
+    assert message in str(stop.value)
+    assert not TURNS

@@ -326,6 +326,13 @@ def load_logged(caplog) -> list[str]:
     return [record.message for record in caplog.records]
 
 
+def test_a_compiler_may_have_arguments(compiler, monkeypatch):
+    compiler("exit 1")
+    path = os.environ["CXX"]
+    monkeypatch.setenv("CXX", f"{path} g++")
+    assert build.find_compiler() == [path, "g++"]
+
+
 def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
@@ -468,7 +475,7 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(kernels, tmp_pa
     # The C++ runtime, too, because the sanitizer looks for its functions at the start.
     runtimes = []
     for name in ("libasan.so", "libstdc++.so"):
-        command = [build.find_compiler(), f"-print-file-name={name}"]
+        command = [*build.find_compiler(), f"-print-file-name={name}"]
         find = subprocess.run(command, capture_output=True, text=True, check=True)
         runtimes.append(find.stdout.strip())
     if not all(map(os.path.isabs, runtimes)):

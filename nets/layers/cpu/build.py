@@ -3,7 +3,8 @@
 The library is in $XDG_CACHE_HOME/wirings or ~/.cache/wirings, under a name that changes
 with the sources, the compiler, the processor and jaxlib. Without a C++ compiler, or if
 the build fails, `load` returns None and the lowerings in plain JAX are used.
-$CXX selects the compiler; CXX=none turns the kernels off.
+$CXX selects the compiler, with arguments if need be ("ccache g++"); CXX=none turns the
+kernels off.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -64,7 +66,7 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
     the compiler fails.
     """
     compiler = find_compiler()
-    command = [compiler, *FLAGS, *flags]
+    command = [*compiler, *FLAGS, *flags]
     # The compiler's own macros name its version and the processor's instructions.
     macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     files = [*sorted(SOURCES.glob("*.h")), SOURCES / "kernels.cc"]
@@ -84,7 +86,8 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
         headers = f"-isystem{jax.ffi.include_dir()}"  # no warnings from there
         _run([*command, headers, str(SOURCES / "kernels.cc"), "-o", str(output)])
         if not output.is_file():
-            raise OSError(f"{compiler} wrote no library: is it a C++ compiler?")
+            name = shlex.join(compiler)
+            raise OSError(f"{name} wrote no library: is it a C++ compiler?")
         with output.open("ab") as file:
             file.write(_digest(output.read_bytes()))
         os.replace(output, library)
@@ -93,13 +96,14 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
     return library
 
 
-def find_compiler() -> str:
-    """Returns the path of the C++ compiler; raises OSError if there is none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    for name in names:
+def find_compiler() -> list[str]:
+    """Returns the command of the C++ compiler; raises OSError if there is none."""
+    commands = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    for command in commands:
+        name, *arguments = shlex.split(command)
         if path := shutil.which(name):
-            return path
-    raise OSError(f"no C++ compiler found ({', '.join(names)})")
+            return [path, *arguments]
+    raise OSError(f"no C++ compiler found ({', '.join(commands)})")
 
 
 def register(library: pathlib.Path) -> str:
@@ -130,7 +134,8 @@ def _digest(content: bytes) -> bytes:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    options = dict(check=True, capture_output=True, text=True, errors="replace")
+    return subprocess.run(command, **options).stdout
 
 
 def _folder() -> pathlib.Path:
