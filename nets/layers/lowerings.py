@@ -26,7 +26,7 @@ CHUNK_ROWS = 2048
 PIECE_ROWS, PIECES = 8192, 4
 # For `block_dense`, few blocks for the same reason.
 BLOCK_CHANNELS, BLOCKS = 64, 4
-# For `cpp`. Convolutions of small maps with more channels are faster as XLA's products.
+# For `cpp`. Small maps with more channels in a group are faster as XLA's products.
 CPP_CHANNELS, CPP_PIXELS = 256, 64
 
 
@@ -140,9 +140,7 @@ def choose(shape: Shape, platform: str, cpp: bool = False) -> str:
     if shape.groups > 1:
         if LOWERINGS["taps"].exists(shape):
             return "taps"
-        if shape.pointwise and shape.group_inputs >= 32:
-            return "einsum"
-        return "block_dense"
+        return "dot" if shape.pointwise else "block_dense"
     if shape.pointwise:
         return "dot"
     if shape.stride > 1:  # `gathered` does not pay for the few channels of a stem
@@ -153,12 +151,11 @@ def choose(shape: Shape, platform: str, cpp: bool = False) -> str:
 
 
 def _faster_in_cpp(shape: Shape) -> bool:
-    if shape.pointwise or not LOWERINGS["cpp"].exists(shape):
+    if shape.pointwise and shape.groups == 1:  # a single matrix product
         return False
-    if shape.groups > 1 and shape.group_inputs == shape.group_outputs <= 8:
-        return True
-    few_channels = max(shape.in_channels, shape.out_channels) <= CPP_CHANNELS
-    return few_channels or math.prod(shape.out_size) >= CPP_PIXELS
+    few_channels = max(shape.group_inputs, shape.group_outputs) <= CPP_CHANNELS
+    fast = few_channels or math.prod(shape.out_size) >= CPP_PIXELS
+    return fast and LOWERINGS["cpp"].exists(shape)
 
 
 def applicable(shape: Shape) -> list[str]:
@@ -179,15 +176,17 @@ def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
 
 
 def dot(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """1x1: one matrix product over pixels, after subsampling by the stride."""
+    """1x1: a matrix product over pixels for each group, after subsampling."""
     x = x[:, :: shape.stride, :: shape.stride]
     # Flattened, since XLA:CPU transposes an (N, H, W, in) map for the kernel gradient.
-    y = x.reshape(-1, shape.in_channels) @ kernel[0, 0]
-    return y.reshape(*x.shape[:-1], -1)
+    groups = jnp.split(x.reshape(-1, shape.in_channels), shape.groups, axis=-1)
+    kernels = jnp.split(kernel[0, 0], shape.groups, axis=-1)
+    y = [x @ kernel for x, kernel in zip(groups, kernels, strict=True)]
+    return jnp.concatenate(y, axis=-1).reshape(*x.shape[:-1], shape.out_channels)
 
 
 def einsum(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
-    """1x1 in groups: one matrix product over pixels per group."""
+    """1x1 in groups: one batched matrix product, for accelerators; `dot` on CPU."""
     x = x[:, :: shape.stride, :: shape.stride]
     y = jnp.einsum(
         "pgi,igo->pgo",
@@ -416,7 +415,7 @@ LOWERINGS = {
     "cpp": Lowering(
         calls.convolution, lambda shape: shape.window[0] == shape.window[1]
     ),
-    "dot": Lowering(dot, lambda shape: shape.groups == 1 and shape.pointwise),
+    "dot": Lowering(dot, lambda shape: shape.pointwise),
     "gathered": Lowering(gathered, lambda shape: shape.groups == 1),
     "separated": Lowering(separated, _stride_1),
     "shifted": Lowering(shifted, _stride_1),

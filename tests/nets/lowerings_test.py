@@ -133,7 +133,21 @@ def test_bfloat16_is_close_and_has_its_dtype(case, lowering):
 
 def test_auto_on_cpu_selects_every_lowering_for_some_shape():
     chosen = {choose(shape_of(case), "cpu") for case in CASES}
-    assert chosen == set(LOWERINGS) - {"cpp"}
+    assert chosen == set(LOWERINGS) - {"cpp", "einsum"}  # einsum is for accelerators
+
+
+@pytest.mark.parametrize(
+    ("case", "chosen"),
+    [
+        ("1x1", "dot"),
+        ("1x1 grouped", "cpp"),
+        ("1x1 wide groups", "cpp"),
+        ("3x3", "cpp"),
+        ("3x3 several blocks", "cpp"),
+    ],
+)
+def test_auto_with_kernels_leaves_one_matrix_product_to_xla(case, chosen):
+    assert choose(shape_of(case), "cpu", cpp=True) == chosen
 
 
 @pytest.mark.parametrize("case", ["3x3", "3x3 narrows", "3x3 strided", "3x3 pairs"])
