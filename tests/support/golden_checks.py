@@ -88,9 +88,13 @@ def network(golden: Golden) -> Comparison:
         assert counts.dense_parameters == trainable
     assert counts.macs == facts["macs"]
 
+    # Loaded for each mode, because DelugeNet's import depends on it.
+    net.eval()
     convert.load(net, tensors)
     comparison.add("eval", evaluate(net, images), arrays["logits_eval"])
 
+    net.train()
+    convert.load(net, tensors)
     sources = convert.find_sources(net, tensors)
     run, variables = forward_backward(net, loss)
     trained = by_reference(net, sources, variables, run(variables, images))
