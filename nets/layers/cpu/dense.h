@@ -112,6 +112,19 @@ struct Part {
   }
 };
 
+// Calls body(part, its padded rows) for all parts, in parallel.
+template <class Body>
+void for_each_part(ffi::ThreadPool& pool, const Convolution& shape, const Parts& parts,
+                   const float* x, const Body& body) {
+  Floats scratch(parts.size() * slots(pool, parts.count));
+  parallel(pool, parts.count, [&](Index item, Index slot) {
+    const Part part(shape, parts, item);
+    float* in = scratch.data() + slot * parts.size();
+    part.pad(shape, parts, x, in);
+    body(part, in);
+  });
+}
+
 struct Window {
   const Index* offsets;
   Index runs, length;
@@ -229,11 +242,7 @@ inline void forward(ffi::ThreadPool& pool, const Convolution& shape, const float
   const Window window = {offsets.data(), static_cast<Index>(offsets.size()), shape.run_length()};
   const Index step = shape.stride * shape.map.channels, row = step * shape.columns();
   const Parts parts(shape);
-  Floats scratch(parts.size() * slots(pool, parts.count));
-  parallel(pool, parts.count, [&](Index item, Index slot) {
-    const Part part(shape, parts, item);
-    float* in = scratch.data() + slot * parts.size();
-    part.pad(shape, parts, x, in);
+  for_each_part(pool, shape, parts, x, [&](const Part& part, const float* in) {
     for (const Panel& panel : list) {
       const int q = static_cast<int>(panel.vectors);
       const Index last = std::min<Index>(kLanes, outputs - panel.first - (q - 1) * kLanes);

@@ -93,11 +93,7 @@ void forward(ffi::ThreadPool& pool, const Convolution& shape, const float* x,
     }
   const Index step = shape.stride * channels, row = step * shape.columns();
   const Parts parts(shape);
-  Floats scratch(parts.size() * slots(pool, parts.count));
-  parallel(pool, parts.count, [&](Index item, Index slot) {
-    const Part part(shape, parts, item);
-    float* in = scratch.data() + slot * parts.size();
-    part.pad(shape, parts, x, in);
+  for_each_part(pool, shape, parts, x, [&](const Part& part, const float* in) {
     for (Index r = 0; r < part.images * part.rows; r++)
       for (Index c = 0; c < channels; c += kLanes) {
         const Index image = r / part.rows, i = r % part.rows;
