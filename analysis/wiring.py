@@ -59,6 +59,16 @@ def _finish(axes: Axes, title: str) -> None:
     axes.axis("off")
 
 
+def _equal(shape: tuple[int, int], wiring: str) -> int:
+    inputs, outputs = shape
+    if inputs != outputs:
+        raise ValueError(
+            f"{wiring} keep the number of channels, got {inputs} -> {outputs}: choose "
+            "equal --in_channels and --out_channels"
+        )
+    return inputs
+
+
 def draw_graph(
     title: str, connect: Callable[..., np.ndarray]
 ) -> Callable[[Axes, tuple[int, int], int, int], None]:
@@ -101,16 +111,13 @@ def draw_interleaved(axes: Axes, shape: tuple[int, int], degree: int, seed: int)
     count = f"{primary.sum()} + {secondary.sum()} connections"
     paths = primary.astype(int) @ secondary
     spread = " to ".join(map(str, sorted({paths.min(), paths.max()})))
-    _finish(axes, f"interleaved\n{count}, {spread} path from each input to each output")
+    paths = f"{spread} path{'' if spread == '1' else 's'}"
+    _finish(axes, f"interleaved\n{count}, {paths} from each input to each output")
 
 
 def draw_gradual(axes: Axes, shape: tuple[int, int], degree: int, seed: int) -> None:
     """Draws the updates of segments of `degree` channels, one after another."""
-    channels = shape[0]
-    if shape[0] != shape[1]:
-        raise ValueError(
-            "gradual updates keep the number of channels, got {} -> {}".format(*shape)
-        )
+    channels = _equal(shape, "gradual updates")
     steps = channels // degree
     heights = np.linspace(1, 0, steps + 1)
     segment = np.arange(channels) // degree
@@ -128,7 +135,7 @@ def draw_gradual(axes: Axes, shape: tuple[int, int], degree: int, seed: int) -> 
 
 def draw_cross_layer(axes: Axes, shape: tuple[int, int], degree: int, seed: int):
     """Draws the connections from earlier layers to the input of the next layer."""
-    channels = shape[0]
+    channels = _equal(shape, "cross-layer connections")
     heights = np.linspace(1, 0, SOURCES + 1)
     x = np.linspace(0, 1, channels)
     t = np.linspace(0, 1, 30)

@@ -91,9 +91,10 @@ def test_impossible_flags_are_rejected(flag, message, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_wirings_that_the_sizes_rule_out_are_errors(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["gradual", "cross_layer"])
+def test_wirings_that_the_sizes_rule_out_are_errors(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["wiring", "--wirings", "gradual", "--out_channels=8"]
+    command = ["wiring", "--wirings", name, "--out_channels=8"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="keep the number of channels, got 16 -> 8"):
         wiring.main()

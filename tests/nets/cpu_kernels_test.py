@@ -333,6 +333,14 @@ def test_a_compiler_may_have_arguments(compiler, monkeypatch):
     assert build.find_compiler() == [path, "g++"]
 
 
+def test_a_command_with_an_open_quotation_mark_is_no_compiler(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "g++ '")
+    build.reset()
+    messages = load_logged(caplog)
+    build.reset()
+    assert messages == [f"{NONE}No closing quotation"]
+
+
 def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")

@@ -30,6 +30,9 @@ FLAGS = (
     # No function that takes vectors is called from outside, so their ABI is free.
     *("-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
 )
+# Of the build: ValueError for a $CXX with an open quotation mark, AttributeError for a
+# library without our functions.
+FAILURES = OSError, subprocess.SubprocessError, AttributeError, ValueError
 _lock, _loaded = threading.Lock(), {}
 
 
@@ -43,7 +46,7 @@ def load(flags: tuple[str, ...] = ()) -> str | None:
         if "prefix" not in _loaded:
             try:
                 _loaded["prefix"] = register(build(flags))
-            except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            except FAILURES as error:
                 reason = getattr(error, "stderr", None) or str(error)
                 logging.info(
                     "no C++ kernels, convolutions are slower on CPU: %s",
@@ -62,8 +65,8 @@ def reset() -> None:
 def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
     """Returns the library, compiled now unless it is in the cache.
 
-    flags: added to FLAGS. Raises OSError without a compiler, and SubprocessError if
-    the compiler fails.
+    flags: added to FLAGS. Raises OSError without a compiler, ValueError if $CXX is no
+    command, and SubprocessError if the compiler fails.
     """
     compiler = find_compiler()
     command = [*compiler, *FLAGS, *flags]
@@ -97,8 +100,12 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
 
 
 def find_compiler() -> list[str]:
-    """Returns the command of the C++ compiler; raises OSError if there is none."""
-    commands = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    """Returns the command of the C++ compiler.
+
+    Raises OSError if there is none, and ValueError if $CXX is no command.
+    """
+    chosen = os.environ.get("CXX", "").strip()
+    commands = [chosen] if chosen else COMPILERS
     for command in commands:
         name, *arguments = shlex.split(command)
         if path := shutil.which(name):
