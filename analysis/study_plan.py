@@ -289,12 +289,8 @@ def published_error(config_file: str, config: ConfigDict) -> float | None:
 def _normalize(net: dict) -> dict:
     """Drops the fields of other wirings, which have no effect."""
     config = ConfigDict({"net": net})
-    idle = [
-        field
-        for field, need in checks.NEEDS.items()
-        if field.startswith("net.") and not need.holds(config)
-    ]
-    return {name: x for name, x in flatten(config).items() if name not in idle}
+    fields = flatten(config).items()
+    return {name: x for name, x in fields if checks.has_effect(config, name)}
 
 
 def make_runs(

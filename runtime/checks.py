@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -44,8 +44,13 @@ _FIELDS = {
     "data.recipe.mean data.recipe.std data.std optimizer.drop_epochs "
     "train.profile_steps",
 }
-TYPES = {x: kind for kind, fields in _FIELDS.items() for x in fields.split()}
-TYPES |= NET_TYPES
+
+
+def _by_field(table: dict) -> dict:
+    return {x: key for key, fields in table.items() for x in fields.split()}
+
+
+TYPES = _by_field(_FIELDS) | NET_TYPES
 
 
 def positive(value: float) -> str:
@@ -60,8 +65,8 @@ def share(value: float) -> str:
     return "" if 0 <= value < 1 else "must be in [0, 1)"
 
 
-def at_most(most: int) -> Callable[[int], str]:
-    return lambda value: "" if value <= most else f"must be at most {most:,}"
+def depth(value: int) -> str:
+    return "" if value <= 10_000 else "must be at most 10,000"
 
 
 def seed(value: int) -> str:
@@ -76,125 +81,69 @@ def epochs(value: tuple) -> str:
     return ""
 
 
-def one_of(*choices: str) -> Callable[[str], str]:
-    def rule(value):
-        if value in choices:
-            return ""
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"must be one of {', '.join(choices)}{hint}"
-
-    return rule
-
-
-# field -> a function that returns what is wrong with a value, or "". Further rules are
-# in nets.create, input_pipeline.find and augment.check.
-RULES = {
-    "seed": seed,
-    "seeds": positive,
-    "net.graph_seed": seed,
-    "net.depth": at_most(10_000),
-    "net.dropout": share,
-    "net.wiring.kind": one_of("dense", "expander", "grouped", "interleaved"),
-    "train.batch_size": positive,
-    "train.last_batch": one_of("fill", "partial"),
-    "train.label_smoothing": share,
-    "train.ema": share,
-    "train.epochs": positive,
-    "train.steps_per_dispatch": positive,
-    "train.dtype": one_of("float32", "bfloat16"),
-    "train.batch_norm_groups": not_negative,
-    "train.log_every_steps": positive,
-    "optimizer.name": one_of("sgd", "adamw"),
-    "optimizer.learning_rate": not_negative,
-    "optimizer.schedule": one_of("steps", "cosine", "one_cycle"),
-    "optimizer.warmup_epochs": not_negative,
-    "optimizer.drop_epochs": epochs,
-    "optimizer.drop_factor": not_negative,
-    "optimizer.min_learning_rate": not_negative,
-    "optimizer.momentum": not_negative,
-    "optimizer.beta1": share,
-    "optimizer.beta2": share,
-    "optimizer.epsilon": positive,
-    "optimizer.weight_decay": not_negative,
-    "optimizer.decay_on": one_of("auto", "all", "kernels"),
-    "optimizer.clip_norm": not_negative,
-    "optimizer.accumulate_steps": positive,
-    "eval.batch_size": positive,
-    "eval.every_epochs": positive,
-    "eval.views": one_of("center", "flip", "tencrop"),
-    "checkpoint.keep": positive,
-    "checkpoint.every_steps": not_negative,
+# Functions that return what is wrong with a value, or "". Further rules are in
+# nets.create, input_pipeline.find and augment.check.
+RULES = _by_field(
+    {
+        seed: "seed net.graph_seed",
+        depth: "net.depth",
+        epochs: "optimizer.drop_epochs",
+        positive: "checkpoint.keep eval.batch_size eval.every_epochs "
+        "optimizer.accumulate_steps optimizer.epsilon seeds train.batch_size "
+        "train.epochs train.log_every_steps train.steps_per_dispatch",
+        not_negative: "checkpoint.every_steps optimizer.clip_norm "
+        "optimizer.drop_factor optimizer.learning_rate optimizer.min_learning_rate "
+        "optimizer.momentum optimizer.warmup_epochs optimizer.weight_decay "
+        "train.batch_norm_groups",
+        share: "net.dropout optimizer.beta1 optimizer.beta2 train.ema "
+        "train.label_smoothing",
+    }
+)
+CHOICES = {
+    "net.wiring.kind": ("dense", "expander", "grouped", "interleaved"),
+    "net.wiring.sampling": ("smaller_side", "per_output", "per_input", "ramanujan"),
+    "train.last_batch": ("fill", "partial"),
+    "train.dtype": ("float32", "bfloat16"),
+    "optimizer.name": ("sgd", "adamw"),
+    "optimizer.schedule": ("steps", "cosine", "one_cycle"),
+    "optimizer.decay_on": ("auto", "all", "kernels"),
+    "eval.views": ("center", "flip", "tencrop"),
 }
 
-
-class Need(NamedTuple):
-    """A condition under which a field has an effect."""
-
-    holds: Callable[[ConfigDict], bool]
-    remedy: str
-
-
-def value_of(field: str, *values: str) -> Need:
-    def holds(config):
-        value = flatten(config)[field]
-        return value in values or bool(_problem(field, value))  # reported by itself
-
-    return Need(holds, f"--config.{field}={' or '.join(values)}")
-
-
-def switched_on(field: str) -> Need:
-    return Need(lambda config: bool(flatten(config)[field]), f"--config.{field}")
-
-
-EXPANDER = value_of("net.wiring.kind", "expander")
-RANDOM_GRAPH = Need(
-    lambda config: EXPANDER.holds(config) and config.net.wiring.sampling != "ramanujan",
-    "--config.net.wiring.kind=expander and a random net.wiring.sampling",
-)
-INTERLEAVED = value_of("net.wiring.kind", "interleaved")
-SGD, ADAMW = value_of("optimizer.name", "sgd"), value_of("optimizer.name", "adamw")
-VELOCITY = Need(
-    lambda config: SGD.holds(config) and config.optimizer.momentum,
-    "--config.optimizer.name=sgd and optimizer.momentum",
-)
-PHOTOGRAPHS = Need(
-    lambda config: not input_pipeline.in_memory(config.data),
-    "photographs: --config.data.crop=random_resized, or any crop except pad",
-)
+EXPANDER = {"net.wiring.kind": ("expander",)}
+RANDOM = {"net.wiring.sampling": ("smaller_side", "per_output", "per_input")}
+INTERLEAVED = {"net.wiring.kind": ("interleaved",)}
+SGD, ADAMW = {"optimizer.name": ("sgd",)}, {"optimizer.name": ("adamw",)}
+STEPS = {"optimizer.schedule": ("steps",)}
+IN_MEMORY = {"data.crop": ("pad",)}
+PHOTOGRAPHS = {"data.crop": input_pipeline.CHOICES["crop"][1:]}
+# What a field requires to have an effect: other fields and their values, or () for any
+# but 0, False and ().
 NEEDS = {
-    "net.graph_seed": RANDOM_GRAPH,
+    "net.graph_seed": EXPANDER | RANDOM,
     "net.wiring.compress": EXPANDER,
     "net.wiring.sampling": EXPANDER,
     "net.wiring.block": EXPANDER,
-    "net.wiring.groups": value_of("net.wiring.kind", "grouped"),
+    "net.wiring.groups": {"net.wiring.kind": ("grouped",)},
     "net.wiring.primary_groups": INTERLEAVED,
     "net.wiring.secondary_groups": INTERLEAVED,
-    "data.pad": value_of("data.crop", "pad"),
-    "data.border": Need(
-        lambda config: input_pipeline.in_memory(config.data) and config.data.pad > 0,
-        "--config.data.crop=pad and a positive data.pad",
-    ),
+    "data.pad": IN_MEMORY,
+    "data.border": IN_MEMORY | {"data.pad": ()},
     "data.image_size": PHOTOGRAPHS,
     "data.photograph_mean": PHOTOGRAPHS,
     "data.photograph_std": PHOTOGRAPHS,
-    "augment.randaugment_magnitude": switched_on("augment.randaugment_ops"),
-    "augment.cutmix_probability": switched_on("augment.cutmix"),
-    "optimizer.warmup_epochs": value_of("optimizer.schedule", "steps", "cosine"),
-    "optimizer.drop_epochs": value_of("optimizer.schedule", "steps"),
-    "optimizer.drop_factor": Need(
-        lambda config: (
-            config.optimizer.schedule == "steps" and config.optimizer.drop_epochs
-        ),
-        "--config.optimizer.schedule=steps and optimizer.drop_epochs",
-    ),
+    "augment.randaugment_magnitude": {"augment.randaugment_ops": ()},
+    "augment.cutmix_probability": {"augment.cutmix": ()},
+    "optimizer.warmup_epochs": {"optimizer.schedule": ("steps", "cosine")},
+    "optimizer.drop_epochs": STEPS,
+    "optimizer.drop_factor": STEPS | {"optimizer.drop_epochs": ()},
     "optimizer.momentum": SGD,
-    "optimizer.nesterov": VELOCITY,
-    "optimizer.rate_in_velocity": VELOCITY,
+    "optimizer.nesterov": SGD | {"optimizer.momentum": ()},
+    "optimizer.rate_in_velocity": SGD | {"optimizer.momentum": ()},
     "optimizer.beta1": ADAMW,
     "optimizer.beta2": ADAMW,
     "optimizer.epsilon": ADAMW,
-    "optimizer.decay_on": switched_on("optimizer.weight_decay"),
+    "optimizer.decay_on": {"optimizer.weight_decay": ()},
 }
 
 
@@ -204,34 +153,54 @@ def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
     changed: the fields that the user has set. Those of a recipe may lose their effect.
     0, False and () count as unset.
     """
-    values = flatten(config)
-    _refuse(
-        [
-            f"{field}={values[field]!r} has no effect: it requires "
-            f"{NEEDS[field].remedy}"
-            for field in changed
-            if values[field] and not has_effect(config, field)
-        ]
-    )
+    values, problems = flatten(config), []
+    for field in changed:
+        if values[field] and not has_effect(config, field):
+            flags = [
+                f"--config.{x}" + (f"={' or '.join(wanted)}" if wanted else "")
+                for x, wanted in NEEDS[field].items()
+            ]
+            problems.append(
+                f"{field}={values[field]!r} has no effect: it requires "
+                f"{' and '.join(flags)}"
+            )
+    _refuse(problems)
 
 
 def has_effect(config: ConfigDict, field: str) -> bool:
-    """Returns whether the condition of a field in NEEDS holds, if it has one."""
-    return field not in NEEDS or bool(NEEDS[field].holds(config))
+    """Returns whether a field has what it requires. So does any misspelt choice."""
+    values, choices = flatten(config), {"data.crop": input_pipeline.CHOICES["crop"]}
+    choices |= CHOICES
+    return all(
+        values[x] in wanted or values[x] not in choices[x] if wanted else values[x]
+        for x, wanted in NEEDS.get(field, {}).items()
+    )
 
 
 def check_fields(config: ConfigDict) -> None:
     """Raises ValueError for unknown and missing fields, and values of another type."""
-    _refuse([*_schema_problems(config)])
+    values, problems = flatten(config), []
+    for field, value in values.items():
+        kind = TYPES.get(field)
+        if kind and not _is_a(kind, value):
+            problems.append(
+                f"{field} must be of type {kind.__name__}, got {value!r} of type "
+                f"{type(value).__name__}"
+            )
+        elif not kind and not field.startswith("net."):  # nets.create knows those
+            problems.append(f"there is no field {field}{hint(field, TYPES)}")
+    if missing := sorted(TYPES.keys() - NET_TYPES.keys() - values.keys()):
+        problems.append(
+            f"fields are missing: {', '.join(missing)}; begin with get_config() of a "
+            "file in configs/"
+        )
+    _refuse(problems)
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks fields, values and the net, but not the data set.
-
-    Raises ValueError that lists all problems.
-    """
+    """Checks fields, values and the net; raises ValueError that lists all problems."""
     check_fields(config)
-    problems = [*_value_problems(config)]
+    problems = list(_value_problems(config))
     _run(problems, input_pipeline.check, config.data)
     _run(problems, check_augment, config.augment)
     _build_net(problems, config)
@@ -241,15 +210,13 @@ def check_values(config: ConfigDict) -> None:
 def check_config(
     config: ConfigDict, mesh: Mesh, *, training: bool = True
 ) -> tuple[nnx.Module, input_pipeline.DataSet]:
-    """Checks everything that needs no data.
-
-    Returns the abstract net, and the data set that was found.
+    """Checks everything that needs no data; returns the abstract net and the data set.
 
     training: whether conflicts that affect training only are errors too. Raises
     ValueError that lists all problems.
     """
     check_fields(config)
-    problems = [*_value_problems(config)]
+    problems = list(_value_problems(config))
     data_set = _run(problems, input_pipeline.find, config.data)
     net = _build_net(problems, config)
     _run(problems, check_augment, config.augment)
@@ -260,7 +227,7 @@ def check_config(
             "data.crop='pad' evaluates whole images: set --config.eval.views=flip"
         )
     if training:
-        problems += [*_conflicts(config, mesh), *_schedule_problems(config)]
+        problems += _conflicts(config, mesh)
     _refuse(problems)
     return net, data_set
 
@@ -271,11 +238,14 @@ def check_data(
     facts: input_pipeline.Facts,
     test: input_pipeline.Split,
 ) -> None:
-    """Checks a configuration for training against its data.
-
-    Raises ValueError that lists all problems.
-    """
-    problems = [*_class_problems(config, facts.class_names)]
+    """Checks a configuration against its data, as check_config does."""
+    problems, classes = [], len(facts.class_names)
+    if config.net.num_classes != classes:
+        problems.append(
+            f"the net has {config.net.num_classes} classes, data set "
+            f"{config.data.name!r} has {classes}: set "
+            f"--config.net.num_classes={classes}"
+        )
     if config.train.batch_size > facts.num_train:
         problems.append(
             f"train.batch_size={config.train.batch_size} is larger than the "
@@ -288,8 +258,8 @@ def check_data(
                 f"images, which {mesh.size} devices cannot share: set "
                 "--config.train.last_batch=fill, or another train.batch_size"
             )
-            continue
-        _run(problems, check_augment, config.augment, size // mesh.size)
+        else:
+            _run(problems, check_augment, config.augment, size // mesh.size)
     if test.image_shape != facts.image_shape:
         problems.append(
             f"the test images of {config.data.name} are {test.image_shape}, the "
@@ -299,24 +269,6 @@ def check_data(
     clock = _run(problems, Clock.of, config, facts.num_train)
     _run(problems, profile_range, config, clock and clock.total)
     _refuse(problems)
-
-
-def _schema_problems(config: ConfigDict) -> Iterator[str]:
-    values = flatten(config)
-    for field, value in values.items():
-        kind = TYPES.get(field)
-        if kind and not _is_a(kind, value):
-            yield (
-                f"{field} must be of type {kind.__name__}, got {value!r} of type "
-                f"{type(value).__name__}"
-            )
-        elif not kind and not field.startswith("net."):  # nets.create knows those
-            yield f"there is no field {field}{hint(field, TYPES)}"
-    if missing := sorted(TYPES.keys() - NET_TYPES.keys() - values.keys()):
-        yield (
-            f"fields are missing: {', '.join(missing)}; begin with get_config() of a "
-            "file in configs/"
-        )
 
 
 def hint(field: str, known: Iterable[str], prefix: str = "") -> str:
@@ -361,6 +313,10 @@ def _problem(field: str, value: Any) -> str:
         count = isinstance(number, int) and not rule
         if field.startswith("net.") and count and abs(number) > 1_000_000:
             return "must be at most 1,000,000"
+    if value not in (choices := CHOICES.get(field, (value,))):
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"must be one of {', '.join(choices)}{hint}"
     return rule(value) if rule else ""
 
 
@@ -389,10 +345,6 @@ def _conflicts(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
             f"train.steps_per_dispatch={steps} requires --config.data.pipeline=device: "
             "the other pipelines deliver one batch at a time"
         )
-
-
-def _schedule_problems(config: ConfigDict) -> Iterator[str]:
-    """Yields what optimizers.schedule cannot follow, whatever the data set."""
     recipe, epochs = config.optimizer, config.train.epochs
     if recipe.schedule == "one_cycle" and recipe.warmup_epochs:
         yield (
@@ -408,15 +360,6 @@ def _schedule_problems(config: ConfigDict) -> Iterator[str]:
         yield (
             "optimizer.rate_in_velocity and optimizer.nesterov exclude each other (no "
             "original has both): set --config.optimizer.nesterov=False"
-        )
-
-
-def _class_problems(config: ConfigDict, class_names: tuple) -> Iterator[str]:
-    if config.net.num_classes != len(class_names):
-        yield (
-            f"the net has {config.net.num_classes} classes, data set "
-            f"{config.data.name!r} has {len(class_names)}: "
-            f"set --config.net.num_classes={len(class_names)}"
         )
 
 
