@@ -9,6 +9,7 @@ a NaN, refuse to replace a step, and a kill during a deletion leaves half a chec
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pathlib
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -68,11 +69,13 @@ class Checkpoints:
 
     def __exit__(self, kind, error, trace):
         try:
-            self.close()
+            self.wait()
         except CheckpointError as failed:
             if error is None:
                 raise
             logging.error("%s", failed)  # must not replace the first error
+        finally:
+            self._orbax.close()
 
     def steps(self) -> list[int]:
         """Returns the committed steps, ascending, including damaged ones."""
@@ -88,18 +91,6 @@ class Checkpoints:
         with contextlib.suppress(_DamageError):
             return self._table(step)["row"]
         return {}
-
-    def template(self, which: str | int) -> dict[str, np.ndarray]:
-        """Returns empty arrays with a checkpoint's paths, dtypes and shapes."""
-        reasons = ""
-        for step in self._candidates(which):
-            try:
-                table = self._table(step)["arrays"]
-            except _DamageError as damage:
-                reasons += f"\n  {step}: {damage}"
-                continue
-            return {path: _empty(form) for path, (form, _) in table.items()}
-        raise self._unreadable(reasons)
 
     def check_room(self, state: Any) -> None:
         """Raises CheckpointError if there is no room for a checkpoint of `state`."""
@@ -176,16 +167,6 @@ class Checkpoints:
         # Afterwards, all processes see the same directories.
         multihost_utils.sync_global_devices("checkpoints: pruned")
 
-    def close(self) -> None:
-        """Waits for the background write and releases orbax's threads.
-
-        Raises CheckpointError if the write failed.
-        """
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
-
     def restore(
         self, template: Any, which: str | int = "last", *, partial: bool = False
     ) -> tuple[Any, int]:
@@ -198,24 +179,50 @@ class Checkpoints:
         the next best) instead. Raises CheckpointError if none is readable, or if a
         readable one does not fit the template.
         """
+        wanted = by_path(template)
+
+        def select(stored, path):
+            if partial:
+                stored = {name: stored[name] for name in stored if name in wanted}
+            _check_fit(stored, wanted, path)
+            return stored
+
+        arrays, step = self._read_first(which, select)
+        leaves = [_place(arrays[path], leaf) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves), step
+
+    def load(
+        self, which: str | int, kinds: Collection[str]
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """Loads the arrays by path whose paths begin with one of `kinds`, and the step.
+
+        Otherwise like restore().
+        """
+
+        def select(stored, _):
+            return {x: stored[x] for x in stored if x.partition("/")[0] in kinds}
+
+        return self._read_first(which, select)
+
+    def _read_first(
+        self, which: str | int, select: Callable[[dict, pathlib.Path], dict]
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """Reads the first candidate that is not damaged, and returns its step.
+
+        select: returns the entries to read, of those in the table of a checkpoint.
+        """
         self.wait()
-        wanted, reasons = by_path(template), ""
+        reasons = ""
         for step in self._candidates(which):
+            path = self._path(step)
             try:
-                arrays = self._read(step, wanted, partial)
+                stored = _agree(functools.partial(self._table, step))["arrays"]
+                return self._read(path, select(stored, path)), step
             except _DamageError as damage:
-                logging.warning(
-                    "checkpoint %s is damaged: %s", self._path(step), damage
-                )
+                logging.warning("checkpoint %s is damaged: %s", path, damage)
                 reasons += f"\n  {step}: {damage}"
                 self._damaged.add(step)
-                continue
-            leaves = [_place(arrays[path], leaf) for path, leaf in wanted.items()]
-            return jax.tree.unflatten(jax.tree.structure(template), leaves), step
-        raise self._unreadable(reasons)
-
-    def _unreadable(self, reasons: str) -> CheckpointError:
-        return CheckpointError(
+        raise CheckpointError(
             f"no readable checkpoint in {self.directory}; damaged:{reasons}\n"
             "Nothing was deleted. Restore the files from a copy, or use another "
             "--workdir."
@@ -234,14 +241,8 @@ class Checkpoints:
             )
         return orders[str(which)]
 
-    def _read(
-        self, step: int, wanted: dict[str, Any], partial: bool
-    ) -> dict[str, np.ndarray]:
-        """Reads the wanted arrays of a step and verifies their digests."""
-        stored = _agree(lambda: self._table(step))["arrays"]
-        if partial:
-            stored = {path: stored[path] for path in stored if path in wanted}
-        _check_fit(stored, wanted, self._path(step))
+    def _read(self, path: pathlib.Path, stored: dict) -> dict[str, np.ndarray]:
+        """Reads arrays of a checkpoint and verifies their digests."""
         as_numpy = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
         restore = ocp.args.PyTreeRestore(
             dict.fromkeys(stored, 0), restore_args=as_numpy, partial_restore=True
@@ -250,7 +251,7 @@ class Checkpoints:
 
         def read():
             try:
-                arrays = self._orbax.restore(self._path(step), args=items)["arrays"]
+                arrays = self._orbax.restore(path, args=items)["arrays"]
                 wrong = [p for p in stored if _digest(arrays[p]) != stored[p]]
             except Exception as error:
                 raise _DamageError(_summarize(error)) from error
@@ -366,12 +367,6 @@ def _host_copy(tree: Any) -> dict[str, np.ndarray]:
 def _describe(array: Any) -> str:
     """Returns dtype and shape as in the table and in messages: float32[3,3,16,64]."""
     return f"{array.dtype}{list(array.shape)}".replace(" ", "")
-
-
-def _empty(form: str) -> np.ndarray:
-    """Returns an empty array with the dtype and shape of a _describe."""
-    dtype, _, shape = form.rstrip("]").partition("[")
-    return np.empty([int(n) for n in shape.split(",") if n], dtype)
 
 
 def _digest(array: np.ndarray) -> list:

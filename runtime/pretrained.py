@@ -13,8 +13,6 @@ from absl import logging
 from runtime.checkpoints import Checkpoints, by_path
 from runtime.workdir import CONFIG_JSON
 
-KINDS = ("params", "stats", "wiring")  # of the variables of a net
-
 
 def initialize(variables: dict, source: str) -> dict:
     """Returns the variables of a net with those of another run.
@@ -74,18 +72,10 @@ def load_weights(source: str) -> dict[str, np.ndarray]:
             f"a run: it has no {CONFIG_JSON}"
         )
     with Checkpoints(pathlib.Path(folder)) as checkpoints:
-        template = checkpoints.template(which)
-        kinds = (*KINDS, "ema")
-        template = {k: v for k, v in template.items() if k.split("/")[0] in kinds}
-        arrays, step = checkpoints.restore(template, which, partial=True)
+        arrays, step = checkpoints.load(which, ("params", "stats", "wiring", "ema"))
     logging.info("initial weights from step %d in %s", step, folder)
-    averages = {
-        path.removeprefix("ema/"): array
-        for path, array in arrays.items()
-        if path.startswith("ema/")
-    }
-    weights = {path: x for path, x in arrays.items() if not path.startswith("ema/")}
-    return weights | averages
+    averages = {x: arrays.pop(x) for x in [*arrays] if x.startswith("ema/")}
+    return arrays | {x.removeprefix("ema/"): y for x, y in averages.items()}
 
 
 def _convert(file: str, workdir: str) -> str:
