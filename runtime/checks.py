@@ -13,7 +13,6 @@ import input_pipeline
 from augment.check import check as check_augment
 from nets import cost
 from runtime.clock import Clock
-from runtime.profile import profile_range
 from runtime.workdir import flatten
 
 # Fields that only some nets have. nets.create checks the other fields of a net.
@@ -81,6 +80,13 @@ def epochs(value: tuple) -> str:
     return ""
 
 
+def profile(value: tuple) -> str:
+    whole = all(isinstance(step, int) for step in value)
+    if not value or (len(value) == 2 and whole and 0 < value[0] < value[1]):
+        return ""
+    return "must be (first, last) with 0 < first < last, such as (20, 30)"
+
+
 # Functions that return what is wrong with a value, or "". Further rules are in
 # nets.create, input_pipeline.find and augment.check.
 RULES = _by_field(
@@ -88,6 +94,7 @@ RULES = _by_field(
         seed: "seed net.graph_seed",
         depth: "net.depth",
         epochs: "optimizer.drop_epochs",
+        profile: "train.profile_steps",
         positive: "checkpoint.keep eval.batch_size eval.every_epochs "
         "optimizer.accumulate_steps optimizer.epsilon seeds train.batch_size "
         "train.epochs train.log_every_steps train.steps_per_dispatch",
@@ -168,9 +175,9 @@ def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
 
 
 def has_effect(config: ConfigDict, field: str) -> bool:
-    """Returns whether a field has what it requires. So does any misspelt choice."""
-    values, choices = flatten(config), {"data.crop": input_pipeline.CHOICES["crop"]}
-    choices |= CHOICES
+    """Returns whether a field has what it requires, or a misspelt value instead."""
+    values = flatten(config)
+    choices = CHOICES | {"data.crop": input_pipeline.CHOICES["crop"]}
     return all(
         values[x] in wanted or values[x] not in choices[x] if wanted else values[x]
         for x, wanted in NEEDS.get(field, {}).items()
@@ -199,11 +206,7 @@ def check_fields(config: ConfigDict) -> None:
 
 def check_values(config: ConfigDict) -> None:
     """Checks fields, values and the net; raises ValueError that lists all problems."""
-    check_fields(config)
-    problems = list(_value_problems(config))
-    _run(problems, input_pipeline.check, config.data)
-    _run(problems, check_augment, config.augment)
-    _build_net(problems, config)
+    problems, *_ = _check_sections(config, input_pipeline.check)
     _refuse(problems)
 
 
@@ -215,12 +218,7 @@ def check_config(
     training: whether conflicts that affect training only are errors too. Raises
     ValueError that lists all problems.
     """
-    check_fields(config)
-    problems = list(_value_problems(config))
-    data_set = _run(problems, input_pipeline.find, config.data)
-    net = _build_net(problems, config)
-    _run(problems, check_augment, config.augment)
-    _run(problems, profile_range, config)
+    problems, net, data_set = _check_sections(config, input_pipeline.find)
     if config.eval.views == "tencrop" and input_pipeline.in_memory(config.data):
         problems.append(
             "eval.views='tencrop' requires crops that are smaller than the image, but "
@@ -238,7 +236,7 @@ def check_data(
     facts: input_pipeline.Facts,
     test: input_pipeline.Split,
 ) -> None:
-    """Checks a configuration against its data, as check_config does."""
+    """Checks a configuration against its data; raises ValueError like check_config."""
     problems, classes = [], len(facts.class_names)
     if config.net.num_classes != classes:
         problems.append(
@@ -267,7 +265,12 @@ def check_data(
             "--config.data.crop=random_resized"
         )
     clock = _run(problems, Clock.of, config, facts.num_train)
-    _run(problems, profile_range, config, clock and clock.total)
+    steps = config.train.profile_steps
+    if clock and steps and steps[1] > clock.total:
+        problems.append(
+            f"train.profile_steps={steps} must end by the last step of the run, "
+            f"{clock.total}"
+        )
     _refuse(problems)
 
 
@@ -298,10 +301,19 @@ def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _value_problems(config: ConfigDict) -> Iterator[str]:
-    for field, value in flatten(config).items():
-        if problem := _problem(field, value):
-            yield f"{field} {problem}, got {value!r}"
+def _check_sections(config: ConfigDict, check_data: Callable) -> tuple:
+    """Returns the problems, the abstract net, and what check_data(config.data) does."""
+    check_fields(config)
+    problems = [
+        f"{field} {problem}, got {value!r}"
+        for field, value in flatten(config).items()
+        if (problem := _problem(field, value))
+    ]
+    data = _run(problems, check_data, config.data)
+    wrong = any(problem.startswith("net.") for problem in problems)
+    net = None if wrong else _run(problems, cost.build, config.net)
+    _run(problems, check_augment, config.augment)
+    return problems, net, data
 
 
 def _problem(field: str, value: Any) -> str:
@@ -361,13 +373,6 @@ def _conflicts(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
             "optimizer.rate_in_velocity and optimizer.nesterov exclude each other (no "
             "original has both): set --config.optimizer.nesterov=False"
         )
-
-
-def _build_net(problems: list[str], config: ConfigDict) -> nnx.Module | None:
-    """Returns the abstract net, or None if its fields have problems."""
-    if any(problem.startswith("net.") for problem in problems):
-        return None
-    return _run(problems, cost.build, config.net)
 
 
 def _run(problems: list[str], check: Callable, *arguments) -> Any:

@@ -43,18 +43,14 @@ class Clock:
       the current batch size and data; 0 unless these changed when the run was resumed.
     """
 
+    config: ConfigDict
     steps_per_epoch: float
     smaller_last: bool
-    batch_size: int
     total: int
-    steps_per_dispatch: int
-    log_every: int
-    eval_every_epochs: float
-    save_every: int
     offset: int = 0
 
     @classmethod
-    def of(cls, config: ConfigDict, num_examples: int) -> "Clock":
+    def of(cls, config: ConfigDict, num_examples: int, offset: int = 0) -> "Clock":
         """Returns the clock of a run on `num_examples` training images.
 
         Raises ValueError if the run has no steps, or more than an int32 can count.
@@ -70,16 +66,8 @@ class Clock:
             raise ValueError(
                 f"train.epochs={config.train.epochs} is less than one step"
             )
-        return cls(
-            steps_per_epoch=per_epoch,
-            smaller_last=partial and num_examples % batch_size > 0,
-            batch_size=batch_size,
-            total=total,
-            steps_per_dispatch=config.train.steps_per_dispatch,
-            log_every=config.train.log_every_steps,
-            eval_every_epochs=config.eval.every_epochs,
-            save_every=config.checkpoint.every_steps,
-        )
+        smaller_last = partial and num_examples % batch_size > 0
+        return cls(config, per_epoch, smaller_last, total + offset, offset)
 
     def resume(self, old: "Clock", step: int) -> "Clock":
         """Returns this clock, shifted so that `step` keeps the epoch of `old`."""
@@ -116,7 +104,7 @@ class Clock:
 
     def _dispatch(self, step: int, stop: int) -> int:
         """Returns how many steps one dispatch runs: a smaller batch goes alone."""
-        most = min(self.steps_per_dispatch, stop - step)
+        most = min(self.config.train.steps_per_dispatch, stop - step)
         if not self.smaller_last:
             return most
         done = (step - self.offset) % self.steps_per_epoch
@@ -125,7 +113,7 @@ class Clock:
 
     def _next_eval(self, step: int) -> int:
         """Returns the first step after `step` that ends an evaluation interval."""
-        every = self.eval_every_epochs
+        every = self.config.eval.every_epochs
         interval = int(self.epoch(step) / every)
         while (stop := self.step_of(interval * every)) <= step:
             interval += 1
@@ -133,5 +121,5 @@ class Clock:
 
     def _next_save(self, step: int) -> int:
         """Returns the first step after `step` that ends a checkpoint interval."""
-        every = self.save_every or self.total
+        every = self.config.checkpoint.every_steps or self.total
         return min((step // every + 1) * every, self.total)

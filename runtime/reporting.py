@@ -21,7 +21,6 @@ import input_pipeline
 import metrics
 from nets import cost
 from runtime.clock import Clock
-from runtime.profile import Profile
 from runtime.tensorboard import TensorBoard, draw_confusion, tile, to_hparams
 from runtime.workdir import as_csv, read_rows, write_json, write_text
 
@@ -80,7 +79,8 @@ class Reporter:
             self._line = self._row = self._fetch(step, totals)
         self._latest = step, totals
         self._flush()
-        if step // self._clock.log_every > self._line.step // self._clock.log_every:
+        every = self._clock.config.train.log_every_steps
+        if step // every > self._line.step // every:
             self._pending = step, totals
         if self._profile:
             self._profile.advance(step, totals)
@@ -120,15 +120,19 @@ class Reporter:
         self.rows = [*(x for x in self.rows if x["step"] < step), row]
         write_text(self._workdir / "metrics.csv", as_csv(self.rows))
         write_json(self._workdir / "best.json", metrics.best(self.rows))
-        speed = self._measure_speed(row)
+        speed = {  # of the training since the last row
+            "step": step,
+            "epoch": row["epoch"],
+            "seconds": round(self._end.seconds - self._row.seconds, 3),
+            "images_per_second": round(_compute_rate(self._row, self._end), 1),
+            "peak_memory_mb": _measure_peak_memory(),
+        }
         self._speeds = [*(x for x in self._speeds if x["step"] < step), speed]
         write_text(self._workdir / "speed.csv", as_csv(self._speeds))
+        tests = [f"{k} {v:.4f}" for k, v in row.items() if k.startswith("test_")]
         logging.info(
-            "step %d/%d  epoch %.2f  %s",
-            step,
-            self._clock.total,
-            row["epoch"],
-            "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("test_")),
+            f"step {step}/{self._clock.total}  epoch {row['epoch']:.2f}  "
+            f"{'  '.join(tests)}"
         )
         self._write("scalars", step, row)
         self._write("scalars", step, {"peak_memory_mb": speed["peak_memory_mb"]})
@@ -159,15 +163,13 @@ class Reporter:
         rate = _compute_rate(self._line, mark)
         sums = {k: v - self._line.totals.get(k, 0.0) for k, v in mark.totals.items()}
         means = metrics.means(sums, "train")
-        remaining = (self._clock.total - mark.step) * self._clock.batch_size / rate
+        batch_size = self._clock.config.train.batch_size
+        remaining = (self._clock.total - mark.step) * batch_size / rate
         logging.info(
-            "step %d/%d  epoch %.2f  loss %.4f  %.0f images/s  ETA %s",
-            mark.step,
-            self._clock.total,
-            self._clock.epoch(mark.step),
-            means["train_loss"],
-            rate,
-            datetime.timedelta(seconds=round(remaining)),
+            f"step {mark.step}/{self._clock.total}  "
+            f"epoch {self._clock.epoch(mark.step):.2f}  "
+            f"loss {means['train_loss']:.4f}  {rate:.0f} images/s  "
+            f"ETA {datetime.timedelta(seconds=round(remaining))}"
         )
         self._write("scalars", mark.step, means | {"images_per_second": rate})
         self._line = mark
@@ -177,19 +179,40 @@ class Reporter:
         self.finite = math.isfinite(totals.get("loss", 0.0))
         return _Mark(step, totals, self._now() - self._paused_seconds)
 
-    def _measure_speed(self, row: dict[str, float]) -> dict[str, float]:
-        """Returns the row of speed.csv for the training since the last row."""
-        return {
-            "step": row["step"],
-            "epoch": row["epoch"],
-            "seconds": round(self._end.seconds - self._row.seconds, 3),
-            "images_per_second": round(_compute_rate(self._row, self._end), 1),
-            "peak_memory_mb": _measure_peak_memory(),
-        }
-
     def _write(self, kind: str, *arguments) -> None:
         if self._events:
             self._events.write(kind, *arguments)
+
+
+class Profile:
+    """Traces config.train.profile_steps, for TensorBoard and Perfetto.
+
+    Starts and stops at the first dispatches that end at these steps or later.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: ConfigDict, step: int):
+        steps = config.train.profile_steps
+        self._range = steps if steps and step < steps[1] else None
+        self._folder, self._running = workdir / "profile", False
+
+    def advance(self, step: int, totals: dict) -> None:
+        """Starts or stops the trace after the dispatch that ends at `step`."""
+        if self._range is None or step < self._range[0]:
+            return
+        if not self._running:
+            jax.block_until_ready(totals)  # earlier steps are not part of the trace
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif step >= self._range[1]:
+            jax.block_until_ready(totals)
+            self.stop()
+
+    def stop(self) -> None:
+        """Writes the trace if one is running."""
+        if self._running:
+            jax.profiler.stop_trace()
+            logging.info("profile written to %s", self._folder)
+        self._range, self._running = None, False
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -300,56 +323,36 @@ def _measure_peak_memory() -> float:
 def log_run(
     config: ConfigDict, facts: input_pipeline.Facts, net: nnx.Module, mesh: Mesh
 ) -> None:
-    """Logs net, data and devices of a run, and each layer with --verbosity=1.
-
-    net: may be abstract.
-    """
+    """Logs net (abstract or not), data and devices; layers with --verbosity=1."""
     layers = cost.layers(net, (1, *facts.image_shape))
-    for layer in layers:
-        logging.vlog(
-            1,
-            "layer    %-32s %-14s %10s parameters, %13s multiply-adds",
-            layer.path,
-            layer.kind,
-            f"{layer.parameters:,}",
-            f"{layer.macs:,}",
-        )
+    for x in layers:
+        counts = f"{x.parameters:10,} parameters, {x.macs:13,} multiply-adds"
+        logging.vlog(1, f"layer    {x.path:<32} {x.kind:<14} {counts}")
     total = cost.total(layers)
     logging.info(
-        "net      %s %s: %s parameters (dense twin %s), %s multiply-adds per image",
-        config.net.name,
-        config.variant,
-        f"{total.parameters:,}",
-        f"{total.dense_parameters:,}",
-        f"{total.macs:,}",
+        f"net      {config.net.name} {config.variant}: {total.parameters:,} parameters "
+        f"(dense twin {total.dense_parameters:,}), {total.macs:,} multiply-adds per "
+        "image"
     )
     logging.info(
-        "data     %s: %s training images %s, %d classes, pipeline %s",
-        config.data.name,
-        f"{facts.num_train:,}",
-        "x".join(map(str, facts.image_shape)),
-        len(facts.class_names),
-        input_pipeline.pipeline(config.data),
+        f"data     {config.data.name}: {facts.num_train:,} training images "
+        f"{'x'.join(map(str, facts.image_shape))}, {facts.num_classes} classes, "
+        f"pipeline {input_pipeline.pipeline(config.data)}"
     )
     recipe = config.data.recipe.name
     if recipe and not input_pipeline.is_of_recipe(config.data):
         logging.warning(
-            "the recipe (flip, crop, border, schedule) is for %s; to use the recipe of "
-            "another data set, pass --config=FILE:%s,SET",
-            recipe,
-            config.variant,
+            f"the recipe (flip, crop, border, schedule) is for {recipe}; to use the "
+            f"recipe of another data set, pass --config=FILE:{config.variant},SET"
         )
-    if jax.default_backend() == "cpu" and config.train.steps_per_dispatch > 1:
+    steps = config.train.steps_per_dispatch
+    if jax.default_backend() == "cpu" and steps > 1:
         logging.warning(
-            "train.steps_per_dispatch=%d: XLA:CPU runs a loop of steps on one thread, "
-            "about 10 times slower; use 1 on CPUs",
-            config.train.steps_per_dispatch,
+            f"train.steps_per_dispatch={steps}: XLA:CPU runs a loop of steps on one "
+            "thread, about 10 times slower; use 1 on CPUs"
         )
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
     logging.info(
-        "devices  %d x %s, processes %d, %s",
-        mesh.size,
-        "/".join(kinds),
-        jax.process_count(),
-        config.train.dtype,
+        f"devices  {mesh.size} x {'/'.join(kinds)}, processes {jax.process_count()}, "
+        f"{config.train.dtype}"
     )

@@ -83,9 +83,6 @@ class EventWriter:
 
         self._write(summary=hparams_pb(hparams))
 
-    def close(self) -> None:
-        """Does nothing, because every event is in the file once it is written."""
-
     def _write(self, **fields) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter

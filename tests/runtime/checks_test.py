@@ -114,6 +114,14 @@ REFUSED = {
         {"train.steps_per_dispatch": 4, "data.pipeline": "tf.data"},
         "train.steps_per_dispatch=4 data.pipeline=device",
     ),
+    **{
+        f"profile {steps}": (
+            "xdensenet",
+            {"train.profile_steps": steps},
+            f"train.profile_steps first < last {steps}",
+        )
+        for steps in [(20,), (1, 2, 3), (0, 5), (5, 5), (30, 20), (1.5, 2), ("a", "b")]
+    },
     "group": (
         "xdensenet",
         {"train.batch_norm_groups": 5},
@@ -364,6 +372,10 @@ def digits():
             "leaves 29 of 1437 images, which 8 devices last_batch=fill",
         ),
         ({"augment.hls": ("a", 1, 2)}, "hls 'a' number"),
+        (
+            {"train.epochs": 1.0, "train.profile_steps": (20, 46)},
+            "train.profile_steps=(20, 46) last step of the run, 45",
+        ),
         ({"augment.mixup": 1.0, "train.batch_size": 8}, "mixup 1 images"),
     ],
 )

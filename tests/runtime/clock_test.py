@@ -138,7 +138,7 @@ def test_chunks_cover_the_rest_of_the_run_without_gaps(fields):
     for start in range(times.total):
         step = start
         for chunk in times.chunks(start):
-            assert 1 <= chunk.steps <= times.steps_per_dispatch
+            assert 1 <= chunk.steps <= times.config.train.steps_per_dispatch
             step += chunk.steps
             assert chunk.end == step
         assert step == times.total

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +13,8 @@ from PIL import Image
 
 from configs import xdensenet
 from data_sources import tfrecords
-from runtime import profile, reporting, tensorboard
+from runtime import reporting, tensorboard
 from runtime.clock import Clock
-from runtime.profile import profile_range
 from runtime.reporting import Reporter, write_confusion
 from runtime.workdir import read_rows
 
@@ -298,7 +298,8 @@ def test_tensorboard_shows_the_same_as_from_clu(tmp_path):
         writer.write_scalars(4, {"loss": 1.5})
         image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
         writer.write_images(3, {"sheet": image, "confusion": image[..., :1]})
-        writer.close()
+        if hasattr(writer, "close"):  # ours has written every event
+            writer.close()
         shown.append(shown_by_tensorboard(folder))
     assert shown[0] == shown[1]
     assert shown[0]["scalars"]["loss"] == [(3, np.float32(1.7)), (4, 1.5)]
@@ -378,31 +379,10 @@ def test_a_failing_writer_does_not_end_the_run(tmp_path, lines, monkeypatch):
     assert lines() == ["no more TensorBoard events are written: disk full"]
 
 
-@pytest.mark.parametrize(
-    "steps", [(20,), (1, 2, 3), (0, 5), (5, 5), (30, 20), (1.5, 2), ("a", "b")]
-)
-def test_impossible_profile_steps_are_rejected(steps):
-    config = CONFIG.copy_and_resolve_references()
-    config.train.profile_steps = steps
-    with pytest.raises(ValueError, match=r"train.profile_steps=.* first < last"):
-        profile_range(config)
-
-
-def test_profile_steps_must_be_part_of_the_run():
-    config = CONFIG.copy_and_resolve_references()
-    assert profile_range(config, 10) is None
-    config.train.profile_steps = (20, 30)
-    assert profile_range(config) == profile_range(config, 30) == (20, 30)
-    with pytest.raises(ValueError, match="last step of the run, 29"):
-        profile_range(config, 29)
-
-
 def test_profile_covers_the_requested_steps(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(profile.jax.profiler, "start_trace", calls.append)
-    monkeypatch.setattr(
-        profile.jax.profiler, "stop_trace", lambda: calls.append("stop")
-    )
+    monkeypatch.setattr(jax.profiler, "start_trace", calls.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     writer = reporter(tmp_path, profile_steps=(20, 30))
     for step in range(8, 80, 8):
         writer.trained(step, totals(step))
