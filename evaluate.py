@@ -15,7 +15,7 @@ import augment
 import input_pipeline
 import metrics
 import nets
-from runtime.devices import REPLICATED, SHARDED, place, shard
+from runtime.devices import REPLICATED, SHARDED, on_mesh, place, shard
 
 # Of config.eval.views: how many views of an image are averaged.
 VIEWS = {"center": 1, "flip": 2, "tencrop": 10}
@@ -44,20 +44,6 @@ def make_evaluator(
     batch_size = min(math.ceil(config.eval.batch_size / VIEWS[views]), len(split))
     batch_size = padded_batch_size(batch_size, mesh.size)
     logging.info("compiling the evaluation step")
-    _try_batch(eval_step, variables, batch_size, image_shape, mesh, num_classes)
-
-    def evaluator(variables):
-        batches = input_pipeline.batches(
-            config, "test", examples=split, batch_size=batch_size
-        )
-        return evaluate(eval_step, variables, batches, mesh, num_classes)
-
-    return evaluator
-
-
-def _try_batch(
-    eval_step, variables, batch_size, image_shape, mesh, num_classes
-) -> None:
     count = batch_size // jax.process_count()
     batch = {
         "image": np.zeros((count, *image_shape), np.uint8),
@@ -74,6 +60,14 @@ def _try_batch(
             f"a test batch of {batch_size} images does not fit: choose a smaller "
             "--config.eval.batch_size"
         ) from error
+
+    def evaluator(variables):
+        batches = input_pipeline.batches(
+            config, "test", examples=split, batch_size=batch_size
+        )
+        return evaluate(eval_step, variables, batches, mesh, num_classes)
+
+    return evaluator
 
 
 def make_eval_step(
@@ -98,16 +92,7 @@ def make_eval_step(
         sums = metrics.sums(logits, batch["label"], batch["mask"], confusion=True)
         return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, "data"))
 
-    return jax.jit(
-        jax.shard_map(
-            eval_step,
-            mesh=mesh,
-            in_specs=(REPLICATED, REPLICATED, SHARDED),
-            out_specs=REPLICATED,
-            check_vma=False,
-        ),
-        donate_argnums=1,
-    )
+    return on_mesh(eval_step, mesh, (REPLICATED, REPLICATED, SHARDED), donate=1)
 
 
 def evaluate(

@@ -82,15 +82,11 @@ class TrainState:
 class Program:
     """The fixed part of a run, derived once from its configuration."""
 
+    config: ConfigDict
     definition: nets.Definition
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
     normalization: dict
-    augmentation: dict
-    label_smoothing: float
-    ema: float
-    num_classes: int
-    seed: int
 
 
 def create_train_state(
@@ -106,7 +102,7 @@ def create_train_state(
         step=jnp.zeros((), jnp.int32),
         **variables,
         opt_state=init(variables["params"]),
-        ema=_averaged(variables) if config.train.ema else {},
+        ema=_averages(config, variables),
         totals=metrics.zeros(config.net.num_classes),
         bad_step=jnp.full((), -1, jnp.int32),
     )
@@ -121,24 +117,15 @@ def _create_program(
 ) -> Program:
     """Returns the program of a run. offset: delays the schedule by so many steps."""
     rate = optimizers.schedule(config, facts.num_train, offset)
-    return Program(
-        definition=definition,
-        optimizer=optimizers.create(config.optimizer, rate),
-        rate=rate,
-        normalization=_normalization(config, facts),
-        augmentation=config.augment.to_dict(),
-        label_smoothing=config.train.label_smoothing,
-        ema=config.train.ema,
-        num_classes=config.net.num_classes,
-        seed=config.seed,
-    )
+    optimizer = optimizers.create(config.optimizer, rate)
+    normalization = _normalization(config, facts)
+    return Program(config, definition, optimizer, rate, normalization)
 
 
-def _initialize(config: ConfigDict, state: TrainState) -> TrainState:
-    """Returns the state with the weights of config.init_from."""
-    variables = pretrained.initialize(state.variables(), config.init_from)
-    ema = _averaged(variables) if config.train.ema else {}
-    return dataclasses.replace(state, **variables, ema=ema)
+def _averages(config: ConfigDict, variables: dict) -> dict:
+    """Returns the first moving averages: copies, because the originals are donated."""
+    kinds = ("params", "stats") if config.train.ema else ()
+    return {kind: jax.tree.map(jnp.copy, variables[kind]) for kind in kinds}
 
 
 def _normalization(config: ConfigDict, facts: input_pipeline.Facts) -> dict:
@@ -153,16 +140,16 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     the mesh axis 'data' and returns the same state on all devices; running statistics
     that differ between devices are averaged.
     """
-    device = jax.lax.axis_index("data")
-    keys = jax.random.fold_in(jax.random.key(program.seed), STEPS)
+    config, device = program.config, jax.lax.axis_index("data")
+    keys = jax.random.fold_in(jax.random.key(config.seed), STEPS)
     step_key = jax.random.fold_in(keys, state.step)
     key = jax.random.fold_in(step_key, device)
     x, targets = augment.augment(
         batch["image"],
         batch["label"],
-        options=program.augmentation,
+        options=config.augment,
         normalization=program.normalization,
-        num_classes=program.num_classes,
+        num_classes=config.net.num_classes,
         key=jax.random.fold_in(step_key, AUGMENTATION),
         first_row=device * len(batch["label"]),
     )
@@ -170,7 +157,7 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     def loss_fn(params):
         variables = state.variables() | {"params": params}
         logits, stats = program.definition.apply(variables, x, train=True, key=key)
-        smoothing = program.label_smoothing
+        smoothing = config.train.label_smoothing
         sums = metrics.sums(logits, targets, label_smoothing=smoothing)
         return sums["loss"] / sums["examples"], (stats, sums)
 
@@ -181,10 +168,10 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if program.ema:
+    if config.train.ema:
         # Faster at the start, as in TensorFlow's ExponentialMovingAverage.
-        decay = jnp.minimum(program.ema, (1 + state.step) / (10 + state.step))
-        new = _averaged({"params": params, "stats": stats})
+        decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
+        new = {"params": params, "stats": stats}
         ema = optax.incremental_update(new, ema, 1 - decay)
     # The weights are checked too, because an update can overflow after a finite loss.
     # Checks the accumulated loss, as reporter.finite does.
@@ -201,11 +188,6 @@ def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
         totals=totals,
         bad_step=jnp.where(bad, state.step, state.bad_step),
     )
-
-
-def _averaged(variables: dict) -> dict:
-    """Copies the variables that are averaged, because the originals are donated."""
-    return {k: jax.tree.map(jnp.copy, variables[k]) for k in ("params", "stats")}
 
 
 def train_and_evaluate(
@@ -230,7 +212,7 @@ def train_and_evaluate(
     net, data_set = checks.check_config(config, mesh)
     old = resume.find(workdir)
     if old:
-        old.check_optimizer(config)
+        old.check(config)
     train_split, test_split, facts, changes = resume.load_data(data_set, config, old)
     checks.check_data(config, mesh, facts, test_split)
     clock = Clock.of(config, facts.num_train)
@@ -244,7 +226,9 @@ def train_and_evaluate(
         if checkpoints.steps():
             state, step = checkpoints.restore(state, "last")
         if config.init_from and not step:
-            state = place(_initialize(config, state), mesh)
+            new = pretrained.initialize(state.variables(), config.init_from)
+            state = dataclasses.replace(state, **new, ema=_averages(config, new))
+            state = place(state, mesh)
         if old:
             clock = clock.resume(old.clock, step)
             definition = program.definition
@@ -274,8 +258,7 @@ def train_and_evaluate(
             state.eval_variables(),
         )
         if step == 0:
-            sheet = lambda: _augmented_images(config, program, train_split, facts)
-            reporter.sheet(sheet)
+            reporter.sheet(lambda: _augmented_images(program, train_split))
 
         def evaluated_row(step: int, state: TrainState, totals: dict) -> dict:
             if not reporter.rows:
@@ -313,23 +296,22 @@ def train_and_evaluate(
 
 
 def _augmented_images(
-    config: ConfigDict,
-    program: Program,
-    train_split: input_pipeline.Split,
-    facts: input_pipeline.Facts,
+    program: Program, train_split: input_pipeline.Split
 ) -> np.ndarray:
     """Returns up to 64 images of the first batch, as trained on, (N, H, W, 3) uint8."""
-    batch = input_pipeline.preview(config, train_split, facts.mean, count=64)
+    config, normalization = program.config, program.normalization
+    mean, std = normalization["mean"], normalization["std"]
+    batch = input_pipeline.preview(config, train_split, mean, count=64)
     x, _ = augment.augment(
         batch["image"],
         batch["label"],
-        options=program.augmentation,
-        normalization=program.normalization | {"dtype": jnp.float32},
-        num_classes=program.num_classes,
-        key=jax.random.key(program.seed),
+        options=config.augment,
+        normalization=normalization | {"dtype": jnp.float32},
+        num_classes=config.net.num_classes,
+        key=jax.random.key(config.seed),
         first_row=0,
     )
-    return augment.denormalize(x, facts.mean, facts.std)
+    return augment.denormalize(x, mean, std)
 
 
 def evaluate_checkpoint(
@@ -350,9 +332,8 @@ def evaluate_checkpoint(
     _, data_set = checks.check_config(config, mesh, training=False)
     test, names = data_set.load("test"), facts.class_names
     test = input_pipeline.map_classes(test, names, config.data.name)
-    definition, variables, step = _load(
-        config, workdir, config.eval.checkpoint, lambda x: place(x, mesh)
-    )
+    definition, variables, step = _load(config, workdir, config.eval.checkpoint)
+    variables = place(variables, mesh)
     for change in resume.evaluation_warnings(config, workdir, facts, test):
         logging.warning(change)
     normalization = _normalization(config, facts)
@@ -399,16 +380,12 @@ def restore(
 
 
 def _load(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    which: str | int,
-    place: Callable[[dict], dict] = lambda variables: variables,
+    config: ConfigDict, workdir: pathlib.Path, which: str | int
 ) -> tuple[nets.Definition, dict, int]:
     """Returns the net of a checkpoint, its variables for evaluation, and its step."""
     definition, variables = nets.split(nets.create(config.net, nnx.Rngs(config.seed)))
-    ema = _averaged(variables) if config.train.ema else {}
+    template = variables | {"ema": _averages(config, variables)}
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        template = place(variables | {"ema": ema})
         variables, step = checkpoints.restore(template, which, partial=True)
     averages = variables.pop("ema")
     return definition, variables | averages, step

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from runtime.checks import check_effects, check_fields, hint
-from runtime.workdir import CONFIG_JSON, flatten, load_config_json
+from runtime.workdir import CONFIG_JSON, flatten, load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -28,7 +28,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         if not help_wanted:
             argv = _with_config(argv)
-            before = flatten(_check(argv))
+            config = load_config_file(_value(argv, "config"))
+            check_fields(config)
+            for arg in argv:
+                if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
+                    check_path(config, match[1])
+            before = flatten(config)
         unused = flags.FLAGS(argv)[1:]
         if unused:
             raise ValueError(f"unexpected argument {unused[0]!r}")
@@ -50,9 +55,6 @@ class ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         return load_config_file(argument).lock()
-
-    def flag_type(self) -> str:
-        return "config file"
 
 
 def _with_config(argv: Sequence[str]) -> Sequence[str]:
@@ -91,19 +93,6 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _check(argv: Sequence[str]) -> ConfigDict:
-    """Returns the configuration without overrides.
-
-    Raises ValueError for a config file or an override path that cannot work.
-    """
-    config = load_config_file(_value(argv, "config"))
-    check_fields(config)
-    for arg in argv:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
-            check_path(config, match[1])
-    return config
-
-
 def load_config_file(value: str) -> ConfigDict:
     """Returns get_config(ARGUMENT) of a 'FILE.py' or 'FILE.py:ARGUMENT'.
 
@@ -122,7 +111,7 @@ def load_config_file(value: str) -> ConfigDict:
             + hint
         )
     if path.endswith(".json") and not colon:
-        return load_config_json(pathlib.Path(path))
+        return load_config(path)
     if not path.endswith(".py"):
         raise ValueError(
             f"--config={path} is not a Python file; it must end in .py and define "

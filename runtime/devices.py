@@ -1,6 +1,6 @@
 """The device mesh, and how arrays are placed on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -62,3 +62,15 @@ def place(tree, mesh: Mesh, spec: PartitionSpec = REPLICATED):
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
     return jax.tree.map(put, tree)
+
+
+def on_mesh(step: Callable, mesh: Mesh, in_specs: tuple, donate: int) -> Callable:
+    """Returns `step` compiled to run on every device; its results are replicated.
+
+    in_specs: how each argument is split. donate: the number of the donated argument.
+    """
+    # check_vma: the custom gradients of the lowerings do not carry its annotations.
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False
+    )
+    return jax.jit(mapped, donate_argnums=donate)

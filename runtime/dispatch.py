@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import input_pipeline
-from runtime.devices import REPLICATED, SHARDED, STACKED, place, shard
+from runtime.devices import REPLICATED, SHARDED, STACKED, on_mesh, place, shard
 
 # Dispatches that may wait while one is computed. They keep the devices busy, but each
 # holds a batch in memory and delays the reaction to SIGTERM.
@@ -50,7 +49,7 @@ def make_train_step(train_step: Callable, mesh: Mesh) -> Callable:
         state = train_step(state, batch)
         return state, state.totals, state.bad_step
 
-    return _mapped(step, mesh, (REPLICATED, SHARDED))
+    return on_mesh(step, mesh, (REPLICATED, SHARDED), donate=0)
 
 
 def make_device_steps(train_step: Callable, mesh: Mesh) -> Callable:
@@ -72,15 +71,8 @@ def make_device_steps(train_step: Callable, mesh: Mesh) -> Callable:
             state = jax.lax.fori_loop(0, count, body, state)
         return state, state.totals, state.bad_step
 
-    return _mapped(steps, mesh, (REPLICATED, REPLICATED, STACKED, REPLICATED))
-
-
-def _mapped(step: Callable, mesh: Mesh, in_specs: tuple) -> Callable:
-    # check_vma: the custom gradients of the lowerings do not carry its annotations.
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False
-    )
-    return jax.jit(mapped, donate_argnums=0)
+    in_specs = (REPLICATED, REPLICATED, STACKED, REPLICATED)
+    return on_mesh(steps, mesh, in_specs, donate=0)
 
 
 def make_advance(
@@ -128,26 +120,23 @@ def _device_path(config, train_step, mesh, split, facts, state, step):
     steps = make_device_steps(train_step, mesh)
     sizes = input_pipeline.batch_sizes(config, len(split))
 
-    def length(size):  # of the stack of plans: a smaller batch is dispatched alone
-        return config.train.steps_per_dispatch if size == sizes[0] else 1
+    def stack(chunk):  # repeats the last plan: one shape, one program
+        size = len(chunk[0].index)
+        # A smaller batch is dispatched alone.
+        length = config.train.steps_per_dispatch if size == sizes[0] else 1
+        chunk = chunk + chunk[-1:] * (length - len(chunk))
+        return place(jax.tree.map(lambda *x: np.stack(x), *chunk), mesh, STACKED)
 
     def compile_for(size):
-        def stacked(x):
-            shape = (length(size), size, *x.shape[1:])
-            sharding = NamedSharding(mesh, STACKED)
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
-
-        plan = jax.tree.map(stacked, input_pipeline.plan(config, len(split), 0))
-        return steps.lower(state, data, plan, 1).compile()
+        plan = input_pipeline.plan(config, len(split), 0)
+        plan = jax.tree.map(lambda x: x[:size], plan)
+        return steps.lower(state, data, stack([plan]), 1).compile()
 
     program = _programs(compile_for, sizes)
 
     def advance(state, count):
         chunk = list(itertools.islice(plans, count))
-        size = len(chunk[0].index)
-        chunk += chunk[-1:] * (length(size) - count)  # one shape, one program
-        stacked = jax.tree.map(lambda *x: np.stack(x), *chunk)
-        return program(size)(state, data, place(stacked, mesh, STACKED), count)
+        return program(len(chunk[0].index))(state, data, stack(chunk), count)
 
     return advance
 
@@ -160,12 +149,9 @@ def _host_path(config, train_step, mesh, split, facts, state, step):
         return itertools.chain([next(batches)], batches)
 
     def compile_for(size):
-        def array(shape, dtype):
-            sharding = NamedSharding(mesh, SHARDED)
-            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
-
-        image = array(split.image_shape, jnp.uint8)
-        batch = {"image": image, "label": array((), jnp.int32)}
+        rows = size // jax.process_count()
+        image = np.zeros((rows, *split.image_shape), np.uint8)
+        batch = shard({"image": image, "label": np.zeros(rows, np.int32)}, mesh)
         return make_train_step(train_step, mesh).lower(state, batch).compile()
 
     # TensorFlow is imported and the first batch made while the step compiles.
@@ -184,14 +170,8 @@ def _host_path(config, train_step, mesh, split, facts, state, step):
 
 def _programs(compile_for: Callable, sizes: list[int]) -> Callable:
     """Returns size -> program: the first compiled now, the others in a thread."""
-    programs = {sizes[0]: compile_for(sizes[0])}
-    thread = concurrent.futures.ThreadPoolExecutor(1)
-    later = {size: thread.submit(compile_for, size) for size in sizes[1:]}
+    first, *others = sizes
+    program, thread = compile_for(first), concurrent.futures.ThreadPoolExecutor(1)
+    later = {size: thread.submit(compile_for, size) for size in others}
     thread.shutdown(wait=False)
-
-    def program(size):
-        if size not in programs:
-            programs[size] = later[size].result()
-        return programs[size]
-
-    return program
+    return lambda size: program if size == first else later[size].result()

@@ -25,63 +25,38 @@ from runtime.workdir import (
     read_rows,
 )
 
+FIXED = (
+    *("optimizer.name", "optimizer.accumulate_steps", "optimizer.rate_in_velocity"),
+    *("data.mean", "data.std"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The run stored in a workdir, with the settings that it last ran with.
-
-    last_step: its newest checkpoint; evaluated: whether that one was evaluated.
-    """
+    """The run stored in a workdir, with the settings that it last ran with."""
 
     workdir: pathlib.Path
     config: ConfigDict
     facts: Facts
     clock: Clock
-    last_step: int
-    evaluated: bool
+    complete: bool  # the last step of its configuration is saved and evaluated
 
-    @property
-    def complete(self) -> bool:
-        """Whether the last step of its configuration is saved and evaluated."""
-        rows, total = read_rows(self.workdir / "metrics.csv"), self.clock.total
-        ended = self.last_step == total and self.evaluated
-        return ended and bool(rows) and rows[-1]["step"] == total
-
-    def check_optimizer(self, config: ConfigDict) -> None:
-        """Raises ValueError if `config` has an optimizer with another kind of state."""
-        for field in ("name", "accumulate_steps", "rate_in_velocity"):
-            old, new = self.config.optimizer[field], config.optimizer[field]
-            if old != new:
+    def check(self, config: ConfigDict) -> None:
+        """Raises ValueError if `config` has another kind of state or normalisation."""
+        old, new = flatten(self.config), flatten(config)
+        for field in FIXED:
+            if old[field] != new[field]:
                 raise ValueError(
-                    f"optimizer.{field} cannot change within a run: {self.workdir} was "
-                    f"started with {old}, not {new}; use another --workdir "
+                    f"{field} cannot change within a run: {self.workdir} was started "
+                    f"with {old[field]}, not {new[field]}; use another --workdir "
                     f"(--config.init_from={self.workdir} starts from these weights)"
                 )
 
-    def describe_changes(self, config: ConfigDict, facts: Facts) -> list[str]:
-        """Describes each changed field and each changed split, one line each."""
-        return changes(config, self.workdir) + data_changes(self.facts, facts)
-
-    def keep_normalization(self, config: ConfigDict, facts: Facts) -> Facts:
-        """Returns the facts with the normalisation of this run.
-
-        Raises ValueError if `config` sets another one.
-        """
-        for field in ("mean", "std"):
-            old, new = self.config.data[field], config.data[field]
-            if old != new:
-                raise ValueError(
-                    f"data.{field} cannot change within a run: {self.workdir} was "
-                    f"started with {old}, not {new}; use another --workdir"
-                )
-        return dataclasses.replace(facts, mean=self.facts.mean, std=self.facts.std)
-
 
 def find(workdir: pathlib.Path) -> Run | None:
-    """Returns the run in a workdir, or None if it has no checkpoint.
+    """Returns the run in a workdir, or None if it has no checkpoint or config.json.
 
-    Also returns None if config.json is missing; the checkpoints are then resumed
-    without a comparison.
+    Checkpoints without a config.json are resumed without a comparison.
     """
     with Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
@@ -89,9 +64,11 @@ def find(workdir: pathlib.Path) -> Run | None:
     if not steps or not (workdir / CONFIG_JSON).exists():
         return None
     config, facts = load_config(workdir), load_facts(workdir)
-    clock, offset = Clock.of(config, facts.num_train), load_step_offset(workdir)
-    clock = dataclasses.replace(clock, offset=offset, total=clock.total + offset)
-    return Run(workdir, config, facts, clock, steps[-1], evaluated)
+    clock = Clock.of(config, facts.num_train, load_step_offset(workdir))
+    ended = steps[-1] == clock.total and evaluated
+    rows = read_rows(workdir / "metrics.csv") if ended else []
+    complete = bool(rows) and rows[-1]["step"] == clock.total
+    return Run(workdir, config, facts, clock, complete)
 
 
 def check_agreement(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -128,17 +105,15 @@ def load_data(
     facts = input_pipeline.facts(config.data, train, test)
     if not old:
         return train, test, facts, []
-    changes = old.describe_changes(config, facts)
-    return train, test, old.keep_normalization(config, facts), changes
+    changed = changes(config, old.workdir) + data_changes(old.facts, facts)
+    facts = dataclasses.replace(facts, mean=old.facts.mean, std=old.facts.std)
+    return train, test, facts, changed
 
 
 def evaluation_warnings(
     config: ConfigDict, workdir: pathlib.Path, facts: Facts, test: Split
 ) -> list[str]:
-    """Describes how an evaluation differs from those of the run, whose facts these are.
-
-    test: the split to evaluate.
-    """
+    """Describes how an evaluation of `test` differs from those of the run."""
     changed = evaluation_changes(config, workdir)
     if test.image_shape != facts.image_shape:
         changed.append(

@@ -41,8 +41,7 @@ PATHS = ("data.dir", "data.cache_dir")  # may differ from machine to machine
 # the net and its graphs from the run.
 TRAINING_ONLY = (
     *(*PATHS, "data.download", "data.pipeline", "data.flip", "data.pad"),
-    *("data.border", "net.lowering", "net.dropout", "net.graph_seed"),
-    "net.remat",
+    *("data.border", "net.lowering", "net.remat", "net.dropout", "net.graph_seed"),
     *("data.mean", "data.std"),  # the normalisation is in config.json
 )
 
@@ -90,22 +89,14 @@ def save_config(
     facts: input_pipeline.Facts,
     step_offset: int = 0,
 ) -> None:
-    """Writes config.json: the fields of `config` and the facts about its data set.
-
-    step_offset: of the run's Clock.
-    """
+    """Writes config.json: fields, facts about the data set, and the Clock's offset."""
     own = {"data_set": dataclasses.asdict(facts), "step_offset": step_offset}
     own["format"] = FORMAT
     write_json(pathlib.Path(workdir) / CONFIG_JSON, config.to_dict() | own)
 
 
-def load_config(workdir: str | os.PathLike) -> ConfigDict:
-    """Loads the configuration of a run from its config.json."""
-    return load_config_json(pathlib.Path(workdir) / CONFIG_JSON)
-
-
-def load_config_json(path: pathlib.Path) -> ConfigDict:
-    """Loads a configuration; lists become tuples, as in configs/."""
+def load_config(path: str | os.PathLike) -> ConfigDict:
+    """Loads the configuration in a workdir or a config.json; lists become tuples."""
     fields = _read_json(path)
     config = ConfigDict({k: v for k, v in fields.items() if k not in _OWN_KEYS})
     flat = flatten(config)
@@ -115,16 +106,17 @@ def load_config_json(path: pathlib.Path) -> ConfigDict:
 
 def load_facts(workdir: str | os.PathLike) -> input_pipeline.Facts:
     """Loads the facts about the data set of a run from config.json."""
-    fields = _read_json(pathlib.Path(workdir) / CONFIG_JSON)
-    return input_pipeline.Facts(**fields["data_set"])
+    return input_pipeline.Facts(**_read_json(workdir)["data_set"])
 
 
 def load_step_offset(workdir: str | os.PathLike) -> int:
     """Loads the offset of a run's Clock from config.json."""
-    return _read_json(pathlib.Path(workdir) / CONFIG_JSON)["step_offset"]
+    return _read_json(workdir)["step_offset"]
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: str | os.PathLike) -> dict[str, Any]:
+    path = pathlib.Path(path)
+    path = path if path.is_file() else path / CONFIG_JSON
     try:
         fields = _to_tuples(json.loads(path.read_text()))
         written = fields.get("format", 1)
@@ -172,10 +164,7 @@ def evaluation_changes(config: ConfigDict, workdir: str | os.PathLike) -> list[s
 
 
 def take_net(config: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
-    """Returns the configuration with the net of a run, to evaluate its checkpoints.
-
-    Warns of fields that this changes.
-    """
+    """Returns the configuration with the net of a run; warns of fields it changes."""
     run, fields = load_config(workdir), config.to_dict()
     ignored = [
         f"{field}={old} (not {new})"

@@ -9,7 +9,6 @@ import pytest
 import train
 from input_pipeline import Facts
 from runtime import resume
-from runtime.clock import Clock
 from runtime.workdir import load_facts, read_rows, save_config
 from tests.support.stepping import configured, save_images
 from tests.support.words import words
@@ -67,12 +66,14 @@ def test_a_rate_follows_the_share_that_is_done(npz, finished, tmp_path):
         assert (row["learning_rate"] == 0.001) == (row["epoch"] - 0.32 >= 1.5)
 
 
-def test_a_training_set_that_grew_is_named(npz, finished, tmp_path, caplog):
+def test_a_training_set_that_grew_is_named_and_normalised_as_before(
+    npz, finished, tmp_path, caplog
+):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     with np.load(npz) as file:
         arrays = dict(file)
-    for name in ("x_train", "y_train"):
-        arrays[name] = np.concatenate([arrays[name]] * 2)
+    arrays["x_train"] = np.concatenate([arrays["x_train"], arrays["x_train"] // 2])
+    arrays["y_train"] = np.concatenate([arrays["y_train"]] * 2)
     np.savez(npz.with_name("grown.npz"), **arrays)
     config = configured(npz.with_name("grown.npz"), train__epochs=2.0)
     old = load_facts(tmp_path)
@@ -133,11 +134,3 @@ def test_changed_data_is_described(fields, message):
     found = resume.data_changes(FACTS, dataclasses.replace(FACTS, **fields))
     assert len(found) == len(message)
     assert all(line.startswith(x) for line, x in zip(found, message, strict=True))
-
-
-def test_a_resumed_run_retains_its_normalisation(tmp_path):
-    config = configured("small.npz")
-    run = resume.Run(tmp_path, config, FACTS, Clock.of(config, 100), 7, True)
-    grown = dataclasses.replace(FACTS, mean=(0.0,) * 3, std=(9.0,) * 3, num_train=120)
-    facts = run.keep_normalization(config, grown)
-    assert facts == dataclasses.replace(FACTS, num_train=120)
