@@ -32,13 +32,7 @@ from data_sources import (
 )
 from data_sources.cache import directory as cache_directory
 
-__all__ = [
-    "DataError",
-    "DataSet",
-    "cache_directory",
-    "in_memory",
-    "is_of_recipe",
-]
+__all__ = ["DataError", "DataSet", "cache_directory", "in_memory", "is_of_recipe"]
 
 Split = InMemory | OnDisk
 IN_MEMORY, ON_DISK = ("device", "tf.data"), ("threads",)  # the defaults first
@@ -134,10 +128,8 @@ def check(data: ConfigDict) -> None:
 
 def _problem(field: str, value: tuple) -> str:
     """Returns what is wrong with a mean or std that is not empty, or ""."""
-    numbers, std = (
-        all(isinstance(x, (int, float)) for x in value),
-        field.endswith("std"),
-    )
+    numbers = all(isinstance(x, (int, float)) for x in value)
+    std = field.endswith("std")
     if not numbers or len(value) != 3 or (std and min(value) <= 0):
         kind = "3 positive numbers" if std else "3 numbers"
         return f"must be {kind}, one per channel, or (), got {value}"
@@ -190,11 +182,10 @@ class Facts:
 
 
 def facts(data: ConfigDict, train_split: Split, *others: Split) -> Facts:
-    """Returns the facts about a data set, with the normalisation to use.
+    """Returns the facts about a data set, and the digests of all given splits.
 
-    others: further splits, for their digests.
-    That is data.mean and data.std, else the recipe's for its own data set, else
-    ImageNet's for photographs and the exact statistics of images in memory.
+    The normalisation is data.mean and data.std, else the recipe's for its own data set,
+    else ImageNet's for photographs and the exact statistics of images in memory.
     """
     mean, std = tuple(data.mean), tuple(data.std)
     if not (mean and std):
@@ -215,11 +206,7 @@ def facts(data: ConfigDict, train_split: Split, *others: Split) -> Facts:
     )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["index", "offset", "flip", "draws"],
-    meta_fields=["pad"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The random choices that define one training batch; a pytree.
@@ -234,7 +221,7 @@ class Plan:
     offset: np.ndarray | None
     flip: np.ndarray
     draws: np.ndarray | None
-    pad: int
+    pad: int = dataclasses.field(metadata={"static": True})
 
 
 def plan(config: ConfigDict, num_examples: int, step: int) -> Plan:

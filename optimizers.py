@@ -13,10 +13,8 @@ from runtime.clock import Clock
 def schedule(config: ConfigDict, num_examples: int, offset: int = 0) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    config: the whole configuration, which has passed runtime.checks.check_config;
-    num_examples: the number of training images; offset: of the run's Clock.
-    Raises ValueError if the schedule is unknown or does not fit into the steps of the
-    run.
+    config: has passed runtime.checks.check_config; offset: of the run's Clock. Raises
+    ValueError if the schedule is unknown or does not fit into the steps of the run.
     """
     recipe, clock = config.optimizer, Clock.of(config, num_examples)
     if recipe.accumulate_steps > clock.total:
@@ -26,7 +24,7 @@ def schedule(config: ConfigDict, num_examples: int, offset: int = 0) -> optax.Sc
             "would never be updated"
         )
     total, warmup = clock.total, clock.step_of(recipe.warmup_epochs)
-    if not 0 <= warmup < max(total, 1):
+    if not 0 <= warmup < total:
         raise ValueError(
             f"optimizer.warmup_epochs={recipe.warmup_epochs:g} takes {warmup} of the "
             f"{total} steps of train.epochs={config.train.epochs:g}: it must be at "
@@ -120,10 +118,10 @@ def sgd(
 
 
 def kernels(params: dict) -> dict:
-    """Returns a tree of booleans: True for kernels, False for everything else.
+    """Returns a tree of booleans: True for kernels.
 
-    Everything else: biases, batch norm, and DelugeNet's cross-layer weights, whose norm
-    has no effect.
+    Not for biases, batch norm, and DelugeNet's cross-layer weights, whose norm has no
+    effect.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params

@@ -42,7 +42,6 @@ def augment(
       label: (b,) int.
       options: config.augment, validated by check.py.
       normalization: the mean, std and dtype of `normalize`.
-      num_classes: the number of classes.
       key: the key of the step, the same on all devices.
       first_row: the row of image[0] in the whole batch.
     """

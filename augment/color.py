@@ -39,11 +39,8 @@ def draw_jitter(key: jax.Array, strength: float) -> tuple[jax.Array, jax.Array]:
     change, not by position in the order.
     """
     first, second = jax.random.split(key)
-    low, high = 1 - strength, 1 + strength
-    return (
-        jax.random.permutation(first, 3),
-        jax.random.uniform(second, (3,), minval=low, maxval=high),
-    )
+    alpha = jax.random.uniform(second, (3,), minval=1 - strength, maxval=1 + strength)
+    return jax.random.permutation(first, 3), alpha
 
 
 def blend(image: jax.Array, order: jax.Array, alpha: jax.Array) -> jax.Array:

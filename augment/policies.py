@@ -76,10 +76,7 @@ def autoaugment(keys: jax.Array, images: jax.Array, mean: Sequence[float]) -> ja
     """
     size = images.shape[1:3]
     operations = [
-        (
-            name,
-            _magnitude(name, level / 10, sign, size, bits=4, factor=0.1 + 0.18 * level),
-        )
+        _operation(name, level / 10, sign, size, bits=4, factor=0.1 + 0.18 * level)
         for pair in CIFAR10
         for name, _, level in pair
         for sign in (-1, 1)
@@ -115,12 +112,7 @@ def randaugment(
     """
     size, strength = images.shape[1:3], magnitude / MAX_MAGNITUDE
     operations = [
-        (
-            name,
-            _magnitude(
-                name, strength, sign, size, bits=8, factor=1 + sign * 0.9 * strength
-            ),
-        )
+        _operation(name, strength, sign, size, bits=8, factor=1 + 0.9 * sign * strength)
         for name in RANDAUGMENT
         for sign in (-1, 1)
     ]
@@ -133,7 +125,7 @@ def randaugment(
     return apply(operations, jax.vmap(draw)(keys), images, mean)
 
 
-def _magnitude(
+def _operation(
     name: str,
     strength: float,
     sign: int,
@@ -141,8 +133,8 @@ def _magnitude(
     *,
     bits: int,
     factor: float,
-) -> float:
-    """Returns the magnitude of an operation for `apply`.
+) -> tuple[str, float]:
+    """Returns an operation for `apply`: its name and magnitude.
 
     strength: 0 to 1; size: (H, W) of the images; bits: what posterize leaves at
     strength 0; factor: the magnitude of enhancements.
@@ -150,15 +142,15 @@ def _magnitude(
     if name in _GEOMETRIC:
         full = sign * strength * _GEOMETRIC[name]
         if name.startswith("shear"):
-            return full
+            return name, full
         if name.startswith("translate"):
             full *= size[name == "translate_x"]
-        return int(round(full, 6))  # whole degrees and pixels
+        return name, int(round(full, 6))  # whole degrees and pixels
     if name == "solarize":
-        return 256 - int(256 * strength)
+        return name, 256 - int(256 * strength)
     if name == "posterize":
-        return bits - int(4 * strength)
-    return factor
+        return name, bits - int(4 * strength)
+    return name, factor
 
 
 def apply(
@@ -224,19 +216,11 @@ def _affine(image, matrix, fill):
 # The other operations: (image, magnitude) -> image, (H, W, 3) uint8.
 
 
-def _identity(image, magnitude):
-    return image
-
-
 def _autocontrast(image, magnitude):
     wide = image.astype(jnp.int32)
     low, high = wide.min(axis=(0, 1)), wide.max(axis=(0, 1))
     stretched = 255 * (wide - low) // jnp.maximum(high - low, 1)
     return jnp.where(high > low, stretched, wide).astype(jnp.uint8)
-
-
-def _invert(image, magnitude):
-    return 255 - image
 
 
 def _equalize(image, magnitude):
@@ -251,10 +235,6 @@ def _equalize(image, magnitude):
     return table[channels, image]
 
 
-def _solarize(image, magnitude):
-    return jnp.where(image < magnitude, image, 255 - image)
-
-
 def _posterize(image, magnitude):
     lost = 8 - magnitude.astype(jnp.int32)
     return (image.astype(jnp.int32) >> lost << lost).astype(jnp.uint8)
@@ -264,14 +244,6 @@ def _contrast(image, magnitude):
     grey = _luminance(image)
     mean = (2 * grey.sum() + grey.size) // (2 * grey.size)
     return _extrapolate(mean, image, magnitude)
-
-
-def _color(image, magnitude):
-    return _extrapolate(_luminance(image)[..., None], image, magnitude)
-
-
-def _brightness(image, magnitude):
-    return _extrapolate(0, image, magnitude)
 
 
 def _sharpness(image, magnitude):
@@ -287,7 +259,7 @@ def _sharpness(image, magnitude):
 
 def _luminance(image):
     weighted = image.astype(jnp.int32) * np.array([19595, 38470, 7471], np.int32)
-    return (weighted.sum(axis=-1) + 0x8000) >> 16
+    return (weighted.sum(axis=-1, keepdims=True) + 0x8000) >> 16
 
 
 def _extrapolate(plain, image, factor):
@@ -298,16 +270,15 @@ def _extrapolate(plain, image, factor):
 
 
 OPERATIONS = {
-    "identity": _identity,
-    **dict.fromkeys(_GEOMETRIC, _identity),
+    **dict.fromkeys(("identity", *_GEOMETRIC), lambda image, _: image),
     "autocontrast": _autocontrast,
-    "invert": _invert,
+    "invert": lambda image, _: 255 - image,
     "equalize": _equalize,
-    "solarize": _solarize,
+    "solarize": lambda image, limit: jnp.where(image < limit, image, 255 - image),
     "posterize": _posterize,
     "contrast": _contrast,
-    "color": _color,
-    "brightness": _brightness,
+    "color": lambda image, factor: _extrapolate(_luminance(image), image, factor),
+    "brightness": lambda image, factor: _extrapolate(0, image, factor),
     "sharpness": _sharpness,
 }
 _BRANCHES = list(dict.fromkeys(OPERATIONS.values()))

@@ -56,8 +56,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
-        if keep < 1:
-            raise CheckpointError(f"checkpoint.keep must be at least 1, got {keep}")
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         self._keep = keep
         self._damaged: set[int] = set()  # found by restore(); do not count as retained
@@ -84,10 +82,7 @@ class Checkpoints:
         return sorted({int(match[1]) for match in found if match})
 
     def row(self, step: int) -> dict[str, float]:
-        """Returns the metrics of a step; empty if it was saved before its evaluation.
-
-        Empty as well if the checkpoint cannot be read.
-        """
+        """Returns the metrics of a step; empty if not evaluated or not readable."""
         with contextlib.suppress(_DamageError):
             return self._table(step)["row"]
         return {}
@@ -104,22 +99,16 @@ class Checkpoints:
             ) from error
 
     def check_finite(self, bad_step: jax.Array) -> None:
-        """Raises FloatingPointError if a step was not finite; call before save().
-
-        bad_step: of train.TrainState.
-        """
+        """Raises FloatingPointError for a TrainState.bad_step; call before save()."""
         if (bad := int(bad_step)) < 0:
             return
         self.wait()
-        good = self.steps()
+        last = "there is no checkpoint yet"
+        if good := self.steps():
+            last = f"the last good checkpoint is step {good[-1]} in {self.directory}"
         raise FloatingPointError(
-            f"the loss of step {bad}, or the weights after it, are not finite; "
-            + (
-                f"the last good checkpoint is step {good[-1]} in {self.directory}"
-                if good
-                else "there is no checkpoint yet"
-            )
-            + "; try a lower --config.optimizer.learning_rate, or "
+            f"the loss of step {bad}, or the weights after it, are not finite; {last}; "
+            "try a lower --config.optimizer.learning_rate, or "
             "--config.optimizer.clip_norm=1.0"
         )
 
@@ -194,10 +183,7 @@ class Checkpoints:
     def load(
         self, which: str | int, kinds: Collection[str]
     ) -> tuple[dict[str, np.ndarray], int]:
-        """Loads the arrays by path whose paths begin with one of `kinds`, and the step.
-
-        Otherwise like restore().
-        """
+        """Restores the arrays of `kinds`, such as params: ({path: array}, step)."""
 
         def select(stored, _):
             return {x: stored[x] for x in stored if x.partition("/")[0] in kinds}
@@ -207,9 +193,9 @@ class Checkpoints:
     def _read_first(
         self, which: str | int, select: Callable[[dict, pathlib.Path], dict]
     ) -> tuple[dict[str, np.ndarray], int]:
-        """Reads the first candidate that is not damaged, and returns its step.
+        """Reads the first candidate that is not damaged: (arrays, step).
 
-        select: returns the entries to read, of those in the table of a checkpoint.
+        select: (table of a checkpoint, its path) -> the entries of the arrays to read.
         """
         self.wait()
         reasons = ""

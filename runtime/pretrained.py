@@ -75,7 +75,7 @@ def load_weights(source: str) -> dict[str, np.ndarray]:
         arrays, step = checkpoints.load(which, ("params", "stats", "wiring", "ema"))
     logging.info("initial weights from step %d in %s", step, folder)
     averages = {x: arrays.pop(x) for x in [*arrays] if x.startswith("ema/")}
-    return arrays | {x.removeprefix("ema/"): y for x, y in averages.items()}
+    return arrays | {x.removeprefix("ema/"): averages[x] for x in averages}
 
 
 def _convert(file: str, workdir: str) -> str:
