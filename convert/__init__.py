@@ -34,9 +34,7 @@ __all__ = [
     "build",
     "find",
     "find_sources",
-    "fit",
     "load",
-    "original_sources",
     "own",
 ]
 
@@ -60,7 +58,7 @@ def find(system: str, net: str) -> Reference:
     """Returns the reference network `system`/`net`; raises UnknownReference."""
     if reference := FAMILIES.get(system, {}).get(net):
         return reference
-    known = [f"{family}/{name}" for family, nets in FAMILIES.items() for name in nets]
+    known = [f"{family}/{name}" for family in FAMILIES for name in FAMILIES[family]]
     nearest = difflib.get_close_matches(f"{system}/{net}", known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UnknownReference(
@@ -95,69 +93,42 @@ def build(reference: Mapping) -> nnx.Module:
 def load(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Sets all variables of a net from tensors with the names of its original, or ours.
 
-    Raises Mismatch, which lists missing and unexpected tensors and wrong shapes.
+    Names may also be positions, as in files of neon and Torch7. Raises Mismatch, which
+    lists missing and unexpected tensors and wrong shapes.
     """
-    assign(net, find_sources(net, tensors), tensors)
+    positions = all(name[:1].isdigit() for name in tensors)
+    ordered = [x for x in _originals(net) if x[0].order] if positions else []
+    if ordered:
+        reference, sources = ordered[0]
+        tensors = by_position(sources, reference, tensors)
+    else:
+        sources = find_sources(net, tensors)
+    assign(net, sources, tensors)
 
 
-def fit(net: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
-    """Sets all variables of a net from the tensors of a weight file.
-
-    Like `load`, but also accepts tensors that are named by position, as those of neon
-    and Torch7 are. Raises Mismatch.
-    """
-    orders = [x for x in _references(net) if x.order]
-    if not orders or not all(name[:1].isdigit() for name in tensors):
-        load(net, tensors)
-        return
-    mismatches = []
-    for reference in orders:
-        try:
-            sources = reference.sources(net)
-            assign(net, sources, by_position(net, reference, tensors))
-            return
-        except (LookupError, Mismatch) as error:
-            mismatches.append(error)
-    raise Mismatch(str(mismatches[0]))
-
-
-def find_sources(net: nnx.Module, names: Collection[str]) -> dict[Path, Source]:
+def find_sources(net: nnx.Module, names: Collection[str] = ()) -> dict[Path, Source]:
     """Returns the source of each variable of a net, given the names of the tensors.
 
     Some nets have several original namings. Chooses the one, or ours, that has most of
-    the given names.
+    the given names; without names, the first of the originals.
     """
 
     def shared(sources):
         return len(tensor_shapes(sources).keys() & set(names))
 
     ours = own(net)
-    candidates = [*_original_sources(net), *([ours] if shared(ours) else [])]
+    candidates = [sources for _, sources in _originals(net)]
+    candidates += [ours] if shared(ours) else []
     if not candidates:
-        raise _unknown(net)
+        raise UnknownReference(
+            f"cannot convert this {type(net).__name__}: no reference has its layers"
+        )
     return max(candidates, key=shared)
 
 
-def original_sources(net: nnx.Module) -> dict[Path, Source]:
-    """Returns the source of each variable of a net, with the names of its original."""
-    for sources in _original_sources(net):
-        return sources
-    raise _unknown(net)
-
-
-def _original_sources(net: nnx.Module) -> Iterator[dict[Path, Source]]:
-    for reference in _references(net):
+def _originals(net: nnx.Module) -> Iterator[tuple[Reference, dict[Path, Source]]]:
+    for reference in (x for family in FAMILIES.values() for x in family.values()):
         # A reference may not name all layers that its class can have.
         with contextlib.suppress(LookupError):
-            yield reference.sources(net)
-
-
-def _unknown(net: nnx.Module) -> UnknownReference:
-    return UnknownReference(
-        f"cannot convert this {type(net).__name__}: no reference has its layers"
-    )
-
-
-def _references(net: nnx.Module) -> list[Reference]:
-    references = [x for family in FAMILIES.values() for x in family.values()]
-    return [reference for reference in references if type(net) is reference.net]
+            if type(net) is reference.net:
+                yield reference, reference.sources(net)

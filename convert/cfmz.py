@@ -2,8 +2,8 @@
 
 neon stores convolution weights as (in * kh * kw, out), the golden files as OIHW. Its
 images are blue, green, red, and neon 1.2.1 swaps the means of red and blue. Our net
-takes red, green, blue, so `layout` reorders the weights of a file and `swap_means` the
-means.
+takes red, green, blue, so `layout` reorders the weights of a file, and convert.workdirs
+the means.
 """
 
 import math
@@ -26,22 +26,16 @@ LEAVES = {
 
 def name(path: Path, layer: nnx.Module) -> str:
     """Returns the tensor name of a variable. Raises LookupError for an unknown path."""
-    return f"{_layer(path[:-1])}.{LEAVES[path[-1]]}"
-
-
-def _layer(path: Path) -> str:
-    match path:
-        case ("stem",):
-            return "stem.conv"
-        case ("stem_norm",):
-            return "stem.bn"
+    outer = {"stem": "stem.conv", "stem_norm": "stem.bn"}
+    outer |= {"classifier": "fc", "classifier_norm": "fc_bn"}
+    match path[:-1]:
         case ("stages", stage, block, part):
-            return f"stage{stage + 1}.{block}.{part.replace('norm', 'bn')}"
-        case ("classifier",):
-            return "fc"
-        case ("classifier_norm",):
-            return "fc_bn"
-    raise LookupError(f"unknown cfmz layer {path}")
+            where = f"stage{stage + 1}.{block}.{part.replace('norm', 'bn')}"
+        case (part,) if part in outer:
+            where = outer[part]
+        case _:
+            raise LookupError(f"unknown cfmz layer {path[:-1]}")
+    return f"{where}.{LEAVES[path[-1]]}"
 
 
 def order(layer: str) -> tuple:
@@ -61,11 +55,6 @@ def layout(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return tensor
     kernel = np.moveaxis(tensor.reshape(*shape[1:], shape[0]), -1, 0)
     return kernel[:, ::-1] if shape[1] == 3 else kernel
-
-
-def swap_means(mean: tuple[float, ...]) -> tuple[float, ...]:
-    """Swaps the means of red and blue."""
-    return mean[::-1]
 
 
 REFERENCES = {

@@ -44,38 +44,35 @@ class Reader(NamedTuple):
 
 def sources_of(net: DelugeNet) -> dict[Path, Source]:
     """Returns the source of each variable; eval mode folds differing statistics."""
-    folded = net.norm.use_running_average
-    return by_layer(net, lambda path, _: name(net, path)) | cross_layers(
-        readers(net), folded
-    )
+    layers = by_layer(net, lambda path, _: name(net, path))
+    return layers | cross_layers(readers(net), folded=net.norm.use_running_average)
 
 
 def name(net: DelugeNet, path: Path) -> str:
     """Returns the tensor name of a variable. Raises LookupError for an unknown path."""
+    # If a block has no transition, its opening is layer 1.
+    opening_is_layer = [isinstance(x.opening, CompositeLayer) for x in net.blocks]
     match path[:-1]:
         case ("blocks", block, "norms", source):
             # A placeholder: cross_layers defines the sources of these statistics.
             where = f"block{block + 1}.source{source + 1}"
         case ("blocks", block, "layers", layer, part):
-            # If a block has no transition, its opening is layer 1.
-            opening = net.blocks[block].opening
-            number = layer + 1 + isinstance(opening, CompositeLayer)
-            where = f"block{block + 1}.layer{number}.{_bn(part)}"
+            number = layer + 1 + opening_is_layer[block]
+            where = f"block{block + 1}.layer{number}.{part}"
         case ("blocks", block, "opening", part):
-            opening = net.blocks[block].opening
-            unit = "layer1" if isinstance(opening, CompositeLayer) else "trans"
-            where = f"block{block + 1}.{unit}.{_bn(part)}"
+            unit = "layer1" if opening_is_layer[block] else "trans"
+            where = f"block{block + 1}.{unit}.{part}"
         case ("stem",):
             where = "stem.conv"
         case ("stem_norm",):
             where = "stem.bn"
         case ("cross" | "norm" as part,):
-            where = f"head.{_bn(part)}"
+            where = f"head.{part}"
         case ("classifier",):
             where = "head.fc"
         case _:
             raise LookupError(f"unknown DelugeNet layer {path}")
-    return f"{where}.{TORCH_LEAVES[path[-1]]}"
+    return f"{where.replace('norm', 'bn')}.{TORCH_LEAVES[path[-1]]}"
 
 
 def readers(net: DelugeNet) -> list[Reader]:
@@ -186,10 +183,6 @@ def order(layer: str) -> tuple:
     block, unit = where.split(".")
     index = 0 if unit == "trans" else int(unit.removeprefix("layer"))
     return (1, int(block.removeprefix("block")), index, PARTS.index(part))
-
-
-def _bn(part: str) -> str:
-    return part.replace("norm", "bn")
 
 
 def _section(config: Mapping) -> dict:

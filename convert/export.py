@@ -1,7 +1,6 @@
 """Exports a trained net as weights or as a portable program, with a model card."""
 
 import contextlib
-import importlib
 import json
 import os
 import pathlib
@@ -23,13 +22,13 @@ import metrics
 import nets
 import train
 from configs import common
+from convert import identify
 from convert.containers import Normalization, npz, safetensors
 from convert.sources import to_reference
 from input_pipeline import Facts
 from nets import cost
 from runtime.checkpoints import Checkpoints
-from runtime.checks import check_fields, has_effect
-from runtime.command_line import CONFIGS, SHARED
+from runtime.checks import NEEDS, check_fields, has_effect
 from runtime.workdir import (
     CONFIG_JSON,
     PATHS,
@@ -44,13 +43,6 @@ SUFFIXES = {
     ".npz": "weights",
     ".safetensors": "weights",
     ".jax": "program (StableHLO, by jax.export)",
-}
-# Fields that each kind of wiring uses.
-WIRING = {
-    "dense": (),
-    "expander": ("compress", "sampling", "block"),
-    "grouped": ("groups",),
-    "interleaved": ("primary_groups", "secondary_groups"),
 }
 PLATFORMS = ("cpu", "cuda", "tpu")
 MARK = "<!-- Written by python -m convert. -->"  # first line of a model card
@@ -111,10 +103,9 @@ def export(
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        with contextlib.suppress(OSError):  # it was renamed, or its directory is none
-            draft.unlink()
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # its directory is none, or is not empty
+            draft.unlink(missing_ok=True)
+            if is_new:
                 path.parent.rmdir()
     return [path, card]
 
@@ -150,7 +141,7 @@ def tensors(net: nnx.Module, names: str = "ours") -> dict[str, np.ndarray]:
     Expanders have dense weights and masks in the original layouts.
     """
     try:
-        sources = convert.own(net) if names == "ours" else convert.original_sources(net)
+        sources = convert.own(net) if names == "ours" else convert.find_sources(net)
     except convert.UnknownReference as error:
         raise ExportError(f"this net has no original names: {error}") from error
     variables = dict(nnx.to_flat_state(nnx.state(net)))
@@ -182,15 +173,13 @@ def program(net: nnx.Module, config: ConfigDict, facts: Facts) -> bytes:
 def describe(run: Run, name: str, names: str = "ours") -> str:
     """Returns the model card of an exported file, as Markdown; all from the workdir."""
     config, facts = run.config, run.facts
-    rows = _facts(run)
-    use = _use(name, names, facts)
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    table = "\n".join(f"| {key} | {value} |" for key, value in _facts(run).items())
     classes = ", ".join(facts.class_names) if any(facts.class_names) else "unknown"
     return (
         f"{MARK}\n# {config.net.name} for {config.data.name}\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"## Training\n\n```\n{command(config)}\n```\n\n"
-        f"## Use\n\n{use}\n\n## Classes\n\n{classes}\n"
+        f"## Use\n\n{_use(name, names, facts)}\n\n## Classes\n\n{classes}\n"
     )
 
 
@@ -198,7 +187,8 @@ def _facts(run: Run) -> dict[str, str]:
     config, facts = run.config, run.facts
     net = config.net.to_dict()
     wiring = net.pop("wiring")
-    kind = wiring["kind"]
+    used = [x.removeprefix("net.wiring.") for x in NEEDS if has_effect(config, x)]
+    used = [f"{x}={wiring[x]}" for x in used if x in wiring]
     counts = cost.total(cost.of(config.net, facts.image_shape))
     fields = {k: v for k, v in net.items() if k not in ("name", "lowering", "remat")}
     off = flatten(common.base())
@@ -213,7 +203,7 @@ def _facts(run: Run) -> dict[str, str]:
     origin = _origin(run)
     return {
         "net": f"{config.net.name}: {_listed(fields)}",
-        "wiring": " ".join([kind, *(f"{k}={wiring[k]}" for k in WIRING[kind])]),
+        "wiring": " ".join([wiring["kind"], *used]),
         "parameters": f"{counts.parameters:,} (dense: {counts.dense_parameters:,})",
         "multiply-adds": f"{counts.macs:,} per image (dense: {counts.dense_macs:,})",
         "data": f"{config.data.name}: {facts.num_train:,} training images of "
@@ -267,10 +257,9 @@ def _numbers(values: tuple[float, ...]) -> str:
 def command(config: ConfigDict) -> str:
     """Returns a command that trains a configuration: a variant, and what differs."""
     known = [
-        (f"configs/{path.name}:{config.variant},{data},{config.recipe}", base)
-        for path in sorted(CONFIGS.glob("*.py"))
-        if path.stem not in SHARED
-        for data, base in _bases(path.stem, config)
+        (name, flatten(get_config()))
+        for name, _, get_config in identify.variants(config.recipe)
+        if name.partition(":")[2].startswith(f"{config.variant},")
     ]
     fields = {k: v for k, v in flatten(config).items() if k not in PATHS}
     choices = [
@@ -280,14 +269,6 @@ def command(config: ConfigDict) -> str:
     name, changed = min(choices, key=lambda x: len(x[1]), default=(CONFIG_JSON, []))
     overrides = [shlex.quote(f"--config.{k}={fields[k]}") for k in changed]
     return " ".join(["python main.py", f"--config={name}", *overrides, "--workdir=W"])
-
-
-def _bases(family: str, config: ConfigDict):
-    module = importlib.import_module(f"configs.{family}")
-    if config.variant in module.VARIANTS:
-        for data in module.VARIANTS[config.variant].parameters:
-            found = module.get_config(f"{config.variant},{data},{config.recipe}")
-            yield data, flatten(found)
 
 
 def _use(name: str, names: str, facts: Facts) -> str:
@@ -301,15 +282,12 @@ def _use(name: str, names: str, facts: Facts) -> str:
             f"logits = program.call(images)  # (N, {height}, {width}, 3) uint8\n"
             "```"
         )
-    loader = (
-        f'numpy.load("{name}")'
-        if name.endswith(".npz")
-        else f'safetensors.numpy.load_file("{name}")'
-    )
+    is_npz = name.endswith(".npz")
+    loader = "numpy.load" if is_npz else "safetensors.numpy.load_file"
     layouts = {
         "ours": "paths of variables of the net in Wirings; kernels are (kh, kw, in, "
         "out), expanders store the connections in `edges` only",
         "original": "those of the original code, with its layouts; expanders are dense "
         "and have a mask",
     }
-    return f"`{loader}`. Names: {layouts[names]}."
+    return f'`{loader}("{name}")`. Names: {layouts[names]}.'

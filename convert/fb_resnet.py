@@ -1,7 +1,5 @@
 """Tensor names of fb.resnet.torch. Lua modules have no names, so these are ours."""
 
-from collections.abc import Mapping
-
 from flax import nnx
 
 from convert.sources import TORCH_LEAVES, Path, Reference, by_layer
@@ -17,15 +15,15 @@ def resnet(path: Path, layer: nnx.Module) -> str:
     """Returns the tensor name of a variable. Raises LookupError for an unknown path."""
     match path[:-1]:
         case ("stages", stage, block, "shortcut", part):
-            where = f"layer{stage + 1}.{block}.shortcut.{_bn(part)}"
+            where = f"layer{stage + 1}.{block}.shortcut.{part}"
         case ("stages", stage, block, part):
-            where = f"layer{stage + 1}.{block}.{_bn(part)}"
+            where = f"layer{stage + 1}.{block}.{part}"
         case (part,):
             names = {"stem": "conv1", "stem_norm": "bn1", "norm": "bn_last"}
             where = names.get(part, "fc")
         case _:
             raise LookupError(f"unknown fb.resnet.torch layer {path}")
-    return f"{where}.{TORCH_LEAVES[path[-1]]}"
+    return f"{where.replace('norm', 'bn')}.{TORCH_LEAVES[path[-1]]}"
 
 
 def preresnet(path: Path, layer: nnx.Module) -> str:
@@ -44,30 +42,20 @@ def order(layer: str) -> tuple:
     return (2, int(stage.removeprefix("layer")), int(block), PARTS.index(part))
 
 
-def _bn(part: str) -> str:
-    return part.replace("norm", "bn")
-
-
-def _section(config: Mapping, preactivation: bool) -> dict:
-    form = "imagenet" if config["dataset"] == "imagenet" else "cifar"
-    fields = {k: config[k] for k in ("depth", "shortcut", "num_classes")}
-    return dict(name="resnet", form=form, preactivation=preactivation, **fields)
-
-
 def _reference(preactivation: bool) -> Reference:
     naming = preresnet if preactivation else resnet
+
+    def section(config):
+        form = "imagenet" if config["dataset"] == "imagenet" else "cifar"
+        fields = {k: config[k] for k in ("depth", "shortcut", "num_classes")}
+        return dict(name="resnet", form=form, preactivation=preactivation, **fields)
 
     def sources(net):
         if (net.norm is not None) != preactivation:
             raise LookupError(f"not a net with preactivation={preactivation}")
         return by_layer(net, naming)
 
-    return Reference(
-        net=ResNet,
-        section=lambda config: _section(config, preactivation),
-        sources=sources,
-        order=order,
-    )
+    return Reference(ResNet, section, sources, order=order)
 
 
 REFERENCES = {"resnet": _reference(False), "preresnet": _reference(True)}

@@ -105,23 +105,19 @@ def _positions(net: Gunn) -> list[tuple[int, int]]:
 
 
 def _name(net: Gunn, path: Path, layer: nnx.Module) -> str:
-    return f"{_position(net, path[:-1])}.{TORCH_LEAVES[path[-1]]}"
-
-
-def _position(net: Gunn, path: Path) -> int:
     last_layer = _positions(net)[-1][1]
-    match path:
-        case ("stem",):
-            return 1
-        case ("stem_norm",):
-            return 2
+    match path[:-1]:
+        case ("stem" | "stem_norm" as part,):
+            position = 1 + (part == "stem_norm")
         case ("transitions", stage, part):
-            return _positions(net)[stage][0] + (part == "norm")
+            position = _positions(net)[stage][0] + (part == "norm")
         case ("last", part):
-            return last_layer + 1 + (part == "norm")
+            position = last_layer + 1 + (part == "norm")
         case ("classifier",):
-            return last_layer + (3 if net.imagenet else 6)
-    raise LookupError(f"unknown GUNN layer {path}")
+            position = last_layer + (3 if net.imagenet else 6)
+        case _:
+            raise LookupError(f"unknown GUNN layer {path}")
+    return f"{position}.{TORCH_LEAVES[path[-1]]}"
 
 
 def _stack(sources: list[Source]) -> Source:

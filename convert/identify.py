@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 import convert
 import nets
 from convert.sources import empty
+from data_sources.errors import some
 from runtime.command_line import CONFIGS, SHARED
 from runtime.workdir import flatten
 
@@ -41,17 +42,14 @@ class Match(NamedTuple):
 
 
 def check(tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises Unidentified unless weights are finite and masks are zeros and ones.
-
-    Loading checks edges.
-    """
+    """Raises Unidentified unless weights are finite and masks are zeros and ones."""
     for name, tensor in tensors.items():
         dtype = tensor.dtype
         if name.endswith("mask"):
             number = jnp.issubdtype(dtype, np.number) or dtype.kind == "b"
             if not number or not np.all((tensor == 0) | (tensor == 1)):
                 raise Unidentified(f"{name} has values other than 0 and 1")
-        elif not name.endswith(".edges"):
+        elif not name.endswith(".edges"):  # which loading checks
             if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 8:
                 raise Unidentified(
                     f"{name} has type {dtype}, but weights must be floats of at most "
@@ -100,11 +98,11 @@ def identify(
         raise Unidentified(
             f"the tensors ({count:,} parameters) do not fit {name}: {reason}"
         )
-    nearest, parameters = min(_variants(), key=lambda x: abs(x[1] - count))[:2]
+    nearest, parameters, _ = min(variants(), key=lambda x: abs(x[1] - count))
     raise Unidentified(
-        f"no variant in configs/ has these {count:,} parameters ({_some(tensors)}); "
-        f"the nearest, {nearest}, has {parameters:,}: give it as --config to see what "
-        "differs, or another one with --config.net.FIELD=VALUE"
+        f"no variant in configs/ has these {count:,} parameters "
+        f"({some([*tensors], 3)}); the nearest, {nearest}, has {parameters:,}: give it "
+        "as --config to see what differs, or another one with --config.net.FIELD=VALUE"
     )
 
 
@@ -113,29 +111,29 @@ def count_parameters(tensors: Mapping[str, np.ndarray]) -> int:
     count = 0
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if name.endswith(NOT_TRAINED):
-            continue
         mask = None if leaf == "bias" else tensors.get(f"{layer}.mask")
-        count += tensor.size if mask is None else int(np.count_nonzero(mask))
+        if not name.endswith(NOT_TRAINED):
+            count += tensor.size if mask is None else int(np.count_nonzero(mask))
     return count
 
 
 def candidates(count: int) -> Iterator[tuple[str, ConfigDict]]:
     """Yields name and configuration of the variants with this many parameters."""
-    for name, parameters, get_config in _variants():
+    for name, parameters, get_config in variants():
         if parameters == count:
             yield name, get_config()
 
 
-def _variants() -> Iterator[tuple[str, int, Callable[[], ConfigDict]]]:
+def variants(recipe: str = "") -> Iterator[tuple[str, int, Callable[[], ConfigDict]]]:
     """Yields the name of each variant, its parameters, and what makes its config."""
+    suffix = f",{recipe}" if recipe else ""
     for path in sorted(CONFIGS.glob("*.py")):
         if path.stem in SHARED:
             continue
         family = importlib.import_module(f"configs.{path.stem}")
         for variant, row in family.VARIANTS.items():
             for data, parameters in row.parameters.items():
-                argument = f"{variant},{data}"
+                argument = f"{variant},{data}{suffix}"
                 get_config = functools.partial(family.get_config, argument)
                 yield f"configs/{path.name}:{argument}", parameters, get_config
 
@@ -145,10 +143,11 @@ def _fit(config: ConfigDict, tensors) -> tuple[nnx.Module | None, str]:
     net = empty(lambda: nets.create(config.net, nnx.Rngs(0)))
     net.eval()  # so that a DelugeNet evaluates like the original
     try:
-        convert.fit(net, tensors)
+        convert.load(net, tensors)
     except (convert.Mismatch, convert.UnknownReference) as error:
         reason = str(error).removeprefix("tensors do not fit the net")
-        return None, _shorten(" ".join(reason.split()))
+        reason = " ".join(reason.split())
+        return None, reason if len(reason) <= 300 else f"{reason[:300]}..."
     return net, ""
 
 
@@ -162,12 +161,3 @@ def _differences(config: ConfigDict, other: ConfigDict) -> str:
         if field.startswith("net.") and value != others.get(field)
     ]
     return ", ".join(different)
-
-
-def _some(tensors: Mapping[str, np.ndarray]) -> str:
-    names = list(tensors)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:300]}..."

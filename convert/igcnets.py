@@ -90,17 +90,10 @@ def _imagenet_section(config: Mapping) -> dict:
         )
     section = dict(name="igc_resnet_imagenet", depth=depth, width=stem)
     section |= dict(expand_first_stage=expand, num_classes=config["num_classes"])
-    return section | _partitions(widths, config.get("primary_partitions"))
-
-
-def _partitions(widths: list[int], primary: list[int] | None) -> dict:
-    """Returns the wiring of ImageNet stages, from their numbers of primary groups.
-
-    Either the primary or the secondary groups are constant. All pairs are canonical:
-    secondary = width / primary.
-    """
+    primary = config.get("primary_partitions")
     if primary is None:
-        return {}
+        return section
+    # All pairs are canonical: secondary = width / primary.
     secondary = [width // count for width, count in zip(widths, primary, strict=True)]
     if len(set(primary)) == 1:
         groups = dict(primary_groups=primary[0], secondary_groups=0)
@@ -111,7 +104,7 @@ def _partitions(widths: list[int], primary: list[int] | None) -> dict:
             f"stages of {widths} channels with {primary} primary groups: the primary "
             "or the secondary groups must be equal in all stages"
         )
-    return dict(wiring=dict(kind="interleaved", **groups))
+    return section | dict(wiring=dict(kind="interleaved", **groups))
 
 
 def _reference(net, section, naming: Naming) -> Reference:

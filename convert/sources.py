@@ -5,9 +5,8 @@ enough: a mask determines an expander's edges and also which weights its kernel 
 and a stacked kernel holds the weights of many reference layers.
 """
 
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -96,13 +95,10 @@ def by_layer(
     The reference layouts are OIHW and OI. The mask of an expander, from which its
     `edges` follow, has the shape of its weights.
     """
-    modules = dict(nnx.iter_modules(net))
     sources = {}
-    kinds = nnx.Any(nnx.Param, nnx.BatchStat, Connectivity)
-    for path, variable in nnx.to_flat_state(nnx.state(net, kinds)):
-        module = modules[path[:-1]]
+    for path, shape, module in _variables(net):
         if not isinstance(module, Expander):
-            sources[path] = _plain(name(path, module), variable.get_value().shape)
+            sources[path] = _plain(name(path, module), shape)
         elif path[-1] == "edges":
             sources[path] = _edges(name(path, module), module)
         else:
@@ -116,33 +112,31 @@ def own(net: nnx.Module) -> dict[Path, Source]:
 
     A name is the path of a variable, such as "blocks.0.2.conv1.kernel".
     """
+    return {
+        path: _own(".".join(map(str, path)), shape, module)
+        for path, shape, module in _variables(net)
+    }
+
+
+def _own(name: str, shape: tuple[int, ...], layer: nnx.Module) -> Source:
+    def join(tensor):
+        if not name.endswith("edges"):
+            return tensor
+        pairs, kind = layer.in_channels * layer.out_channels, tensor.dtype.kind
+        ascending = kind in "iu" and (np.diff(tensor.astype(np.int64)) > 0).all()
+        if not ascending or tensor.min() < 0 or tensor.max() >= pairs:
+            raise Mismatch(f"{name}: expected ascending numbers from 0 to {pairs - 1}")
+        return tensor.astype(np.int32)
+
+    return Source({name: shape}, join, lambda value: {name: value})
+
+
+def _variables(net: nnx.Module) -> Iterator[tuple[Path, tuple[int, ...], nnx.Module]]:
+    """Yields path, shape and layer of each variable of a net that tensors determine."""
     modules = dict(nnx.iter_modules(net))
-    sources = {}
     kinds = nnx.Any(nnx.Param, nnx.BatchStat, Connectivity)
     for path, variable in nnx.to_flat_state(nnx.state(net, kinds)):
-        name, shape = ".".join(map(str, path)), variable.get_value().shape
-        join = _same
-        if path[-1] == "edges":
-            join = functools.partial(_checked_edges, name, modules[path[:-1]])
-        split = functools.partial(_named, name)
-        sources[path] = Source({name: shape}, join, split)
-    return sources
-
-
-def _same(tensor: np.ndarray) -> np.ndarray:
-    return tensor
-
-
-def _named(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: value}
-
-
-def _checked_edges(name: str, layer: Expander, edges: np.ndarray) -> np.ndarray:
-    pairs = layer.in_channels * layer.out_channels
-    ascending = edges.dtype.kind in "iu" and (np.diff(edges.astype(np.int64)) > 0).all()
-    if not ascending or edges.min() < 0 or edges.max() >= pairs:
-        raise Mismatch(f"{name}: expected ascending numbers from 0 to {pairs - 1}")
-    return edges.astype(np.int32)
+        yield path, variable.get_value().shape, modules[path[:-1]]
 
 
 def tensor_shapes(sources: Mapping[Path, Source]) -> dict[str, tuple[int, ...]]:
@@ -151,22 +145,20 @@ def tensor_shapes(sources: Mapping[Path, Source]) -> dict[str, tuple[int, ...]]:
 
 
 def by_position(
-    net: nnx.Module, reference: Reference, tensors: Mapping[str, np.ndarray]
+    sources: Mapping[Path, Source], reference: Reference, tensors: Mapping
 ) -> dict[str, np.ndarray]:
     """Renames tensors that are named by position, such as "7.3.weight".
 
     Raises Mismatch if the file does not have as many layers as the net.
     """
-    expected = _layers(tensor_shapes(reference.sources(net)))
+    expected = _layers(tensor_shapes(sources))
     given = _layers(tensors)
     if len(given) != len(expected):
         raise Mismatch(
             f"{len(given)} layers with weights, but the net has {len(expected)}"
         )
-    named = {}
-    for name, leaves in zip(
-        sorted(expected, key=reference.order), given.values(), strict=True
-    ):
+    names, named = sorted(expected, key=reference.order), {}
+    for name, leaves in zip(names, given.values(), strict=True):
         for leaf, tensor in leaves.items():
             shape = expected[name].get(leaf, tensor.shape)
             named[f"{name}.{leaf}"] = reference.layout(tensor, shape)
@@ -239,11 +231,7 @@ def _edges(name: str, layer: Expander) -> Source:
             )
         return edges
 
-    def split(edges):
-        return {
-            name: _from_pairs(np.ones(_taps(layer) + edges.shape, bool), edges, layer)
-        }
-
+    split = lambda edges: {name: _from_pairs(np.True_, edges, layer)}
     return Source({name: _dense_shape(layer)}, join, split)
 
 
@@ -270,7 +258,7 @@ def _to_pairs(tensor: np.ndarray) -> np.ndarray:
 
 
 def _from_pairs(values: np.ndarray, edges, layer: Expander) -> np.ndarray:
-    """Scatters values (taps..., E) to (O, I, taps...), zero without a connection."""
+    """Scatters values (taps..., E), or one, to (O, I, taps...), elsewhere zero."""
     pairs = np.zeros(
         (*_taps(layer), layer.in_channels, layer.out_channels), values.dtype
     )
@@ -280,14 +268,15 @@ def _from_pairs(values: np.ndarray, edges, layer: Expander) -> np.ndarray:
 
 def _check_fit(sources, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = tensor_shapes(sources)
-    missing = [name for name in expected if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected]
-    misshaped = [
-        f"{name} {shapes[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
+    kinds = {
+        "missing": [name for name in expected if name not in shapes],
+        "unexpected": [name for name in shapes if name not in expected],
+        "misshaped": [
+            f"{name} {shapes[name]}, expected {shape}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ],
+    }
     lines = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if lines:
         raise Mismatch("tensors do not fit the net\n  " + "\n  ".join(lines))

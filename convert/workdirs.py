@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 import nets
 import train
 from configs.data_sets import DATA_SETS
-from convert import cfmz
 from convert.containers import Weights
 from convert.identify import Match, Unidentified
 from data_sources import archives
@@ -38,24 +37,20 @@ def save(
         try:
             with Checkpoints(workdir, match.config.checkpoint.keep) as checkpoints:
                 checkpoints.save(0, state)
-            write_json(workdir / "origin.json", origin(path, weights, match))
+            origin = {
+                "file": path.name,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "container": weights.container,
+                "config": match.name,
+                "tensors": len(weights.tensors),
+                "skipped": weights.skipped,
+            }
+            write_json(workdir / "origin.json", origin)
             save_config(workdir, match.config, facts)
         except BaseException:  # also Ctrl-C
             for entry in set(workdir.iterdir()) - before:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             raise
-
-
-def origin(path: pathlib.Path, weights: Weights, match: Match) -> dict:
-    """Returns the record of a weight file for origin.json."""
-    return {
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "container": weights.container,
-        "config": match.name,
-        "tensors": len(weights.tensors),
-        "skipped": weights.skipped,
-    }
 
 
 def data_facts(config: ConfigDict, weights: Weights) -> Facts:
@@ -76,22 +71,17 @@ def data_facts(config: ConfigDict, weights: Weights) -> Facts:
             "--config.data.std"
         )
     size = known.image_size if in_memory(data) else data.image_size
-    classes = config.net.num_classes
+    digits = tuple(map(str, range(10)))
+    names = archives.CLASS_NAMES | dict.fromkeys(("digits", *archives.SVHN), digits)
+    unknown = ("",) * config.net.num_classes
+    class_names = names.get(data.name, unknown)
     return Facts(
-        class_names=_class_names(data.name, classes),
+        class_names=class_names if len(class_names) == len(unknown) else unknown,
         image_shape=(size, size, 3),
-        mean=cfmz.swap_means(mean) if weights.container == "neon" else mean,
+        mean=mean[::-1] if weights.container == "neon" else mean,  # convert/cfmz.py
         std=std,
         num_train=known.num_train,
     )
-
-
-def _class_names(data: str, count: int) -> tuple[str, ...]:
-    """Returns the names of the classes, or empty ones if they are unknown."""
-    digits = tuple(map(str, range(10)))
-    names = archives.CLASS_NAMES | dict.fromkeys(("digits", *archives.SVHN), digits)
-    found = names.get(data, ())
-    return found if len(found) == count else ("",) * count
 
 
 def _state(match: Match, facts: Facts) -> train.TrainState:

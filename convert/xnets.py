@@ -4,7 +4,7 @@ The functions that take a path return the name of a layer, and raise LookupError
 unknown path.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from flax import nnx
 
@@ -30,17 +30,12 @@ def leaf(attribute: str, layer: nnx.Module) -> str:
 
 def densenet_cifar(path: Path) -> str:
     match path:
-        case ("stem",):
-            return "conv1"
         case ("blocks", block, layer, part):
             return f"block{block + 1}.layer.{layer}.{part.replace('norm', 'bn')}"
         case ("transitions", transition, part):
-            part = {"norm": "bn1", "conv": "conv1"}[part]
-            return f"trans{transition + 1}.{part}"
-        case ("norm",):
-            return "bn1"
-        case ("classifier",):
-            return "fc"
+            return f"trans{transition + 1}.{dict(norm='bn1', conv='conv1')[part]}"
+        case (part,):
+            return {"stem": "conv1", "norm": "bn1", "classifier": "fc"}[part]
     raise LookupError(f"unknown densenet_cifar layer {path}")
 
 
@@ -72,21 +67,18 @@ def resnet_imagenet(path: Path) -> str:
 
 def mobilenet(path: Path) -> str:
     match path:
-        case ("stem",):
-            return "model.0.0"
-        case ("stem_norm",):
-            return "model.0.1"
         case ("blocks", block, part):
             names = {"depthwise": 0, "depthwise_norm": 1}
             names |= {"pointwise": 3, "pointwise_norm": 4}
             return f"model.{block + 1}.{names[part]}"
-        case ("classifier",):
-            return "fc"
+        case (part,):
+            names = {"stem": "model.0.0", "stem_norm": "model.0.1", "classifier": "fc"}
+            return names[part]
     raise LookupError(f"unknown mobilenet layer {path}")
 
 
-def vgg_cifar(net: VGG) -> dict[Path, str]:
-    """Returns the name of each layer: conv, BN, ReLU and pooling count as modules."""
+def vgg_cifar(net: VGG) -> Callable[[Path], str]:
+    """Names the layers of a net: conv, BN, ReLU and pooling count as modules."""
     names, index = {("hidden",): "classifier.0", ("classifier",): "classifier.2"}, 0
     for stage, blocks in enumerate(net.stages):
         for i, block in enumerate(blocks):
@@ -94,11 +86,11 @@ def vgg_cifar(net: VGG) -> dict[Path, str]:
             names["stages", stage, i, "norm"] = f"features.{index + 1}"
             index += 2 if block.norm is None else 3
         index += 1
-    return names
+    return names.__getitem__
 
 
-def alexnet(net: AlexNet) -> dict[Path, str]:
-    """Returns the name of each layer: in a dense net, dropouts count as modules."""
+def alexnet(net: AlexNet) -> Callable[[Path], str]:
+    """Names the layers of a net: in a dense net, dropouts count as modules."""
     names, index = {}, 0
     for i, (*_, pooled) in enumerate(CONVOLUTIONS):
         names["convs", i] = f"features.{index}"
@@ -108,26 +100,21 @@ def alexnet(net: AlexNet) -> dict[Path, str]:
     for i, index in enumerate(indices):
         names["linears", i] = f"classifier.{index}"
         names["linear_norms", i] = f"classifier.{index + 1}"
-    return names
+    return names.__getitem__
 
 
-def _section(name: str, **fields):
-    def section(config: Mapping) -> dict:
+def _reference(net: type[nnx.Module], layers, name: str, **fields) -> Reference:
+    """layers: net -> (path of a layer -> its name); name, fields: of our section."""
+
+    def section(config):
         wiring = {WIRING[k]: v for k, v in config.items() if k in WIRING}
         rest = {RENAMED.get(k, k): v for k, v in config.items() if k not in WIRING}
         return {"name": name, **fields, **rest, "wiring": wiring}
 
-    return section
-
-
-def _reference(net: type[nnx.Module], layers, section: Callable) -> Reference:
-    """layers: net -> (path of a layer -> its name)."""
-
     def sources(net):
-        layer_name = layers(net)
+        where = layers(net)
         return by_layer(
-            net,
-            lambda path, layer: f"{layer_name(path[:-1])}.{leaf(path[-1], layer)}",
+            net, lambda path, layer: f"{where(path[:-1])}.{leaf(path[-1], layer)}"
         )
 
     return Reference(net, section, sources)
@@ -140,21 +127,15 @@ def _resnet_layers(net: ResNet):
 
 
 REFERENCES = {
-    "densenet_cifar": _reference(
-        DenseNet, lambda net: densenet_cifar, _section("densenet")
-    ),
+    "densenet_cifar": _reference(DenseNet, lambda _: densenet_cifar, "densenet"),
     "densenet_imagenet": _reference(
-        ImageNetDenseNet, lambda net: densenet_imagenet, _section("densenet_imagenet")
+        ImageNetDenseNet, lambda _: densenet_imagenet, "densenet_imagenet"
     ),
     "resnet_imagenet": _reference(
-        ResNet, _resnet_layers, _section("resnet", form="imagenet", shortcut="B")
+        ResNet, _resnet_layers, "resnet", form="imagenet", shortcut="B"
     ),
-    "vgg_cifar": _reference(
-        VGG, lambda net: vgg_cifar(net).__getitem__, _section("vgg")
-    ),
-    "mobilenet": _reference(MobileNet, lambda net: mobilenet, _section("mobilenet")),
+    "vgg_cifar": _reference(VGG, vgg_cifar, "vgg"),
+    "mobilenet": _reference(MobileNet, lambda _: mobilenet, "mobilenet"),
     # The goldens were recorded without dropout.
-    "alexnet": _reference(
-        AlexNet, lambda net: alexnet(net).__getitem__, _section("alexnet", dropout=0.0)
-    ),
+    "alexnet": _reference(AlexNet, alexnet, "alexnet", dropout=0.0),
 }

@@ -57,13 +57,10 @@ def read(path: str | os.PathLike) -> Weights:
                 f"{path} has tensor names that cannot be printed or have {MAX_NAME} "
                 "characters or more"
             )
-        skipped = [_to_printable(x) for x in weights.skipped]
+        names = (x if x.isprintable() else ascii(x) for x in weights.skipped)
+        skipped = [name[:MAX_NAME] for name in names]
         return weights._replace(skipped=skipped, container=name)
     raise ContainerError(
         f"{path} is not a weight file of a known format: expected one of "
         f"{', '.join(READERS)} (docs/weights.md)"
     )
-
-
-def _to_printable(name: str) -> str:
-    return (name if name.isprintable() else ascii(name))[:MAX_NAME]

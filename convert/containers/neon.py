@@ -38,7 +38,10 @@ def _collect(layers: list, path: tuple, tensors: dict, skipped: list, seen: set)
         if isinstance(inner, list):
             _collect(inner, position, tensors, skipped, seen)
         params = _entries(layer.get("params"))
-        if params and _is_identity(params.get("W")):
+        # The frozen convolution of a shortcut is an identity, and has no parameters.
+        matrix = params.get("W")
+        matrix = matrix if isinstance(matrix, np.ndarray) else np.zeros(0)
+        if matrix.ndim == 2 and np.array_equal(matrix, np.eye(*matrix.shape)):
             skipped.append(f"{name} (identity)")
             continue
         for leaf, tensor in params.items():
@@ -47,12 +50,6 @@ def _collect(layers: list, path: tuple, tensors: dict, skipped: list, seen: set)
             tensors[f"{name}.{leaf}"] = np.asarray(tensor)
         if layer.get("states"):
             skipped.append(f"{name}.states")
-
-
-def _is_identity(weights: Any) -> bool:
-    """Whether this is the frozen convolution of a shortcut, which has no parameters."""
-    matrix = isinstance(weights, np.ndarray) and weights.ndim == 2
-    return matrix and np.array_equal(weights, np.eye(*weights.shape))
 
 
 def _entries(value: Any) -> dict[str, Any]:

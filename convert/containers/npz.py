@@ -27,7 +27,12 @@ def read(content: bytes) -> Weights:
     names = [name for name in archive.namelist() if name.endswith(".npy")]
     tensors = {n.removesuffix(".npy"): _array(archive.read(n)) for n in names}
     skipped = sorted(set(archive.namelist()) - set(names))
-    return Weights(tensors, skipped, normalization=_normalization(archive.comment))
+    try:
+        metadata = json.loads(archive.comment)
+    except ValueError:  # a comment of other software
+        metadata = None
+    stated = from_metadata(metadata) if isinstance(metadata, dict) else None
+    return Weights(tensors, skipped, normalization=stated)
 
 
 def write(
@@ -43,14 +48,6 @@ def write(
         with zipfile.ZipFile(stream, "a") as archive:
             archive.comment = json.dumps(to_metadata(normalization)).encode()
     return stream.getvalue()
-
-
-def _normalization(comment: bytes) -> Normalization | None:
-    try:
-        metadata = json.loads(comment)
-    except ValueError:  # a comment of other software
-        return None
-    return from_metadata(metadata) if isinstance(metadata, dict) else None
 
 
 def _array(content: bytes) -> np.ndarray:

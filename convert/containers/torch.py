@@ -44,7 +44,6 @@ DTYPES = {
 class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
-    count: int
     start: int  # of a view of the storage `key`
 
 
@@ -84,7 +83,7 @@ def _read_zip(content: bytes, pickle_name: str) -> tuple[Any, Callable]:
     folder = pickle_name.removesuffix("data.pkl")
     if f"{folder}byteorder" in archive.namelist():
         _check_order(archive.read(f"{folder}byteorder") == b"little")
-    root = _unpickle(io.BytesIO(archive.read(pickle_name)))
+    root = _unpickle(io.BytesIO(archive.read(pickle_name)), {})
     return root, lambda storage: archive.read(f"{folder}data/{storage.key}")
 
 
@@ -104,7 +103,9 @@ def _check_order(little: bool) -> None:
         raise ContainerError("big-endian numbers are not supported")
 
 
-def _unpickle(stream: io.BytesIO, storages: dict | None = None) -> Any:
+def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage]) -> Any:
+    """Returns the object, and adds its storages to `storages` by their keys."""
+
     def persistent_load(saved):
         kind, dtype, key, _, count, *view = saved
         if kind != "storage" or not isinstance(dtype, np.dtype):
@@ -113,10 +114,8 @@ def _unpickle(stream: io.BytesIO, storages: dict | None = None) -> Any:
         if not isinstance(key, str):
             raise ContainerError(f"the key of a storage is {pickles.show(key)}")
         elements((count, start))  # refuses anything but integers
-        storage = _Storage(key, dtype, count, start)
-        if storages is not None:
-            storages[key] = storage
-        return storage
+        storages[key] = _Storage(key, dtype, start)
+        return storages[key]
 
     def rebuild_tensor(storage, offset, shape, strides, *_):
         if not isinstance(storage, _Storage):
@@ -125,9 +124,6 @@ def _unpickle(stream: io.BytesIO, storages: dict | None = None) -> Any:
             elements(numbers)
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
-    def rebuild_parameter(tensor, *_):
-        return rebuild_tensor(*tensor)
-
     def size(shape):
         elements(shape)
         return tuple(shape)
@@ -135,7 +131,7 @@ def _unpickle(stream: io.BytesIO, storages: dict | None = None) -> Any:
     stand_ins = {
         ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+        ("torch._utils", "_rebuild_parameter"): lambda x, *_: rebuild_tensor(*x),
         ("torch", "Size"): size,
     }
     for name, kind in DTYPES.items():

@@ -23,13 +23,8 @@ DTYPES = {
     "Short": "<i2",
     "Char": "i1",
     "Byte": "u1",
-    "Cuda": "<f4",
-    "CudaDouble": "<f8",
-    "CudaHalf": "<f2",
-    "CudaLong": "<i8",
-    "CudaInt": "<i4",
-    "CudaByte": "u1",
 }
+DTYPES |= {f"Cuda{kind}": dtype for kind, dtype in DTYPES.items()} | {"Cuda": "<f4"}
 LEAVES = "weight", "bias", "running_mean", "running_var"
 
 
@@ -80,26 +75,25 @@ def _collect(module: Module, path: tuple, tensors: dict, seen: set) -> None:
             _collect(child, (*path, str(position)), tensors, seen)
 
 
-class _Reader:
+class _Reader(Cursor):
     def __init__(self, content: bytes):
-        self._cursor = Cursor(content)
+        super().__init__(content)
         self._known: dict[int, Any] = {}
 
     def value(self) -> Any:
-        cursor = self._cursor
-        kind = cursor.number("i")
+        kind = self.number("i")
         if kind == NIL:
             return None
         if kind == NUMBER:
-            number = cursor.number("d")
+            number = self.number("d")
             return int(number) if number.is_integer() else number
         if kind == STRING:
             return self._string()
         if kind == BOOLEAN:
-            return bool(cursor.number("i"))
+            return bool(self.number("i"))
         if kind == FUNCTION:
             return self._function()
-        index = cursor.number("i")
+        index = self.number("i")
         if index in self._known:
             return self._known[index]
         if kind == TABLE:
@@ -109,7 +103,7 @@ class _Reader:
         if kind in FUNCTIONS:
             self._known[index] = None
             return self._function()
-        raise ContainerError(f"unknown type {kind} at {cursor.position}")
+        raise ContainerError(f"unknown type {kind} at {self.position}")
 
     def _function(self) -> None:
         """Skips the bytecode and the captured variables."""
@@ -117,12 +111,12 @@ class _Reader:
         self.value()
 
     def _string(self) -> str:
-        content = self._cursor.take(self._cursor.number("i"))
+        content = self.take(self.number("i"))
         return bytes(content).decode(errors="replace")
 
     def _table(self, index: int) -> dict:
         table = self._known[index] = {}
-        for _ in range(self._cursor.number("i")):
+        for _ in range(self.number("i")):
             key = self.value()
             if not isinstance(key, (str, int, float)):
                 raise ContainerError(f"a table with {type(key).__name__} as key")
@@ -138,7 +132,7 @@ class _Reader:
             made = self._tensor()
         elif kind.endswith("Storage") and kind.removesuffix("Storage") in DTYPES:
             dtype = DTYPES[kind.removesuffix("Storage")]
-            made = self._cursor.array(dtype, (self._cursor.number("q"),))
+            made = self.array(dtype, (self.number("q"),))
         else:
             # Known before its fields, which may refer to it.
             made = self._known[index] = Module(name, {})
@@ -148,10 +142,9 @@ class _Reader:
         return made
 
     def _tensor(self) -> np.ndarray:
-        cursor = self._cursor
-        dimensions = elements((cursor.number("i"),))
-        shape, strides = (cursor.unpack(f"{dimensions}q") for _ in range(2))
-        offset, storage = cursor.number("q"), self.value()
+        dimensions = elements((self.number("i"),))
+        shape, strides = (self.unpack(f"{dimensions}q") for _ in range(2))
+        offset, storage = self.number("q"), self.value()
         if storage is None or not dimensions:  # an empty tensor
             return np.zeros(0)
         if not isinstance(storage, np.ndarray) or storage.ndim != 1:

@@ -37,10 +37,7 @@ def to_metadata(normalization: Normalization) -> dict[str, str]:
 
 
 def from_metadata(metadata: dict[str, str]) -> Normalization | None:
-    """Returns the normalisation that a file states, or None.
-
-    Raises ContainerError for an impossible one.
-    """
+    """Returns the normalisation that a file states, or None; refuses a wrong one."""
     if KEY not in metadata:
         return None
     stated = json.loads(metadata[KEY])
