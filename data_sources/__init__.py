@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from data_sources import archives, digits, folders, missing, npz, tfds
 from data_sources.borders import BORDERS
-from data_sources.crops import CROPS
 from data_sources.errors import DataError, absent_labels, check_labels
 from data_sources.options import in_memory, is_of_recipe
 from data_sources.photographs import OnDisk
@@ -27,7 +26,6 @@ from data_sources.tf import tensorflow
 
 __all__ = [
     "BORDERS",
-    "CROPS",
     "DataError",
     "DataSet",
     "InMemory",
@@ -44,9 +42,8 @@ class Source(NamedTuple):
     """How a kind of data set is read; all take its path, config.data and a split.
 
     load: returns images (N, H, W, 3), labels (N,) and class names.
-    open: returns labels, class names, and three functions: i -> encoded image i,
-      i -> its name, () -> a name for the version of the files. None if the images are
-      small.
+    open: returns i -> encoded image i, i -> its name, () -> a name for the version of
+      the files, labels and class names. None if the images are small.
     """
 
     load: Callable
@@ -93,32 +90,23 @@ class DataSet:
         if self.others and split == "test":  # each run loads it, once
             places = data.name, self.path, " or ".join(map(str, self.others))
             logging.info("%s is read from %s, not from %s", *places)
-        load = self._load_images if in_memory(data) else self._open_images
+        if not in_memory(data):
+            tensorflow()  # if it is missing, fails here and not with the first batch
+        read = self.source.load if in_memory(data) else self.source.open
         with _accessing(data):
-            loaded = load(split)
-        absent = absent_labels(loaded.labels, len(loaded.class_names))
+            *access, labels, names = read(self.path, data, split)
+        labels, names = check_labels(data.name, split, labels, names)
+        absent = absent_labels(labels, len(names))
         if split == "train" and absent:
             logging.warning(
                 "%s: no training image has the label %s, of %d classes",
-                *(data.name, absent, len(loaded.class_names)),
+                *(data.name, absent, len(names)),
             )
-        return loaded
-
-    def _load_images(self, split: str) -> InMemory:
-        images, labels, names = self.source.load(self.path, self.data, split)
-        return InMemory(images, *check_labels(self.data.name, split, labels, names))
-
-    def _open_images(self, split: str) -> OnDisk:
-        data = self.data
-        labels, names, *access = self.source.open(self.path, data, split)
-        return OnDisk(
-            *check_labels(data.name, split, labels, names),
-            *access,
-            crop=data.crop,
-            size=data.image_size,
-            on_error=data.on_error,
-            as_stored=self.source is SOURCES["tfds"] or is_of_recipe(data),
-        )
+        if in_memory(data):
+            return InMemory(*access, labels, names)
+        stored = self.source is SOURCES["tfds"] or is_of_recipe(data)
+        options = data.crop, data.image_size, data.on_error, stored
+        return OnDisk(labels, names, *access, *options)
 
 
 def find(data: ConfigDict) -> DataSet:

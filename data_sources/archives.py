@@ -98,13 +98,17 @@ def load_images(path: pathlib.Path, data: ConfigDict, split: str):
     """Returns images (N, 32, 32, 3) uint8, labels (N,) and the classes."""
     logging.info("reading %s (%s) from %s", data.name, split, path)
     if data.name in SVHN:
-        return _svhn(path, SVHN[data.name][split])
-    choices = CIFAR[data.name]
-    archive = next(x for x in choices if path.name in (x.folder, x.file))
-    return *_cifar(path, archive, split), CLASS_NAMES[data.name]
+        parts, classes = _svhn(path, SVHN[data.name][split]), range(10)
+    else:
+        choices, classes = CIFAR[data.name], CLASS_NAMES[data.name]
+        archive = next(x for x in choices if path.name in (x.folder, x.file))
+        parts = _cifar(path, archive, split)
+    images, labels = map(np.concatenate, zip(*parts, strict=True))
+    return np.ascontiguousarray(images), labels, classes
 
 
-def _cifar(path: pathlib.Path, archive: Archive, split: str):
+def _cifar(path: pathlib.Path, archive: Archive, split: str) -> Iterator:
+    """Yields images and labels of each file."""
     names = archive.splits[split]
     with reading(path):
         found = dict(_members(path, names))
@@ -112,7 +116,6 @@ def _cifar(path: pathlib.Path, archive: Archive, split: str):
         raise DataError(
             f"{path} lacks {', '.join(missing)}: download or unpack it again"
         )
-    images, labels = [], []
     for name in names:
         with reading(path / name):
             read = _binary if isinstance(archive.label, int) else _pickled
@@ -124,10 +127,7 @@ def _cifar(path: pathlib.Path, archive: Archive, split: str):
                 )
             if len(rows) != (count := archive.count[split]):
                 raise ValueError(f"{len(rows)} images, expected {count}")
-        images.append(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels.append(batch)
-    images = np.ascontiguousarray(np.concatenate(images))
-    return images, np.concatenate(labels)
+        yield rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), batch
 
 
 def _members(path: pathlib.Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -162,15 +162,10 @@ def _pickled(content: bytes, label: bytes):
     return rows, labels
 
 
-def _svhn(root: pathlib.Path, parts: list[str]):
-    """Format 2, "cropped digits"; the label 10 stands for the digit 0."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise DataError(
-            f"the .mat files of SVHN require SciPy ({error}): pip install scipy"
-        ) from error
-    images, labels = [], []
+def _svhn(root: pathlib.Path, parts: list[str]) -> Iterator:
+    """Yields images and labels of each file of cropped digits; label 10 is digit 0."""
+    from scipy.io import loadmat  # slow to import
+
     for part in parts:
         path = root / f"{part}_32x32.mat"
         if not path.is_file():
@@ -184,7 +179,4 @@ def _svhn(root: pathlib.Path, parts: list[str]):
                 )
             if (wrong := batch[(batch < 1) | (batch > 10)]).size:
                 raise ValueError(f"label {wrong[0]}, expected 1 to 10")
-        images.append(rows.transpose(3, 0, 1, 2))
-        labels.append(batch % 10)
-    images = np.ascontiguousarray(np.concatenate(images))
-    return images, np.concatenate(labels), range(10)
+        yield rows.transpose(3, 0, 1, 2), batch % 10

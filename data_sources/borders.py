@@ -42,12 +42,7 @@ def pad_images(
 
 
 def _fill_with_mean(padded: np.ndarray, pad: int) -> None:
-    rows = padded[:, pad:-pad, pad:-pad]
-    padded[:, :pad, pad:-pad] = padded[:, -pad:, pad:-pad] = _mean(rows, axis=1)
-    columns = padded[:, :, pad:-pad]
-    padded[:, :, :pad] = padded[:, :, -pad:] = _mean(columns, axis=2)
-
-
-def _mean(images: np.ndarray, axis: int) -> np.ndarray:
-    total = images.sum(axis=axis, keepdims=True, dtype=np.uint32)
-    return np.rint(total / images.shape[axis]).astype(np.uint8)
+    rows = padded[:, pad:-pad, pad:-pad].mean(axis=1, keepdims=True)
+    padded[:, :pad, pad:-pad] = padded[:, -pad:, pad:-pad] = np.rint(rows)
+    columns = padded[:, :, pad:-pad].mean(axis=2, keepdims=True)
+    padded[:, :, :pad] = padded[:, :, -pad:] = np.rint(columns)

@@ -32,11 +32,7 @@ STORED, SCALE, IGC_ASPECT, CANVAS = 480, (0.533, 1.0), (0.75, 1.25), (123, 113, 
 
 
 def random_crop(
-    content: bytes,
-    crop: str,
-    size: int,
-    draws: np.ndarray,
-    as_stored: bool = False,
+    content: bytes, crop: str, size: int, draws: np.ndarray, as_stored: bool = False
 ) -> np.ndarray:
     """Returns a random crop (size, size, 3) uint8 of an encoded image.
 
@@ -50,10 +46,11 @@ def random_crop(
         pixels = decode(content, image, as_stored=as_stored)
         return _on_canvas(pixels, size, scale, aspect, draws[2:4])
     shape = shown_size(image, as_stored)
-    window = _window_that_fits(*shape, draws)
-    if window is None and crop == "inception":
-        return _middle(decode(content, image, as_stored=as_stored), size, size)
-    pixels = decode(content, image, window or _square(*shape), as_stored)
+    if crop == "inception" and not _window_that_fits(*shape, draws):
+        # fb.resnet.torch's Scale(size) and CenterCrop(size).
+        pixels = decode(content, image, as_stored=as_stored)
+        return _test_crop(pixels, crop, size, side=size)
+    pixels = decode(content, image, random_window(*shape, draws), as_stored)
     if crop == "random_resized":
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.BILINEAR))
     return bicubic(pixels, (size, size), (0, 0), size)
@@ -67,7 +64,7 @@ def center_crop(
     Before, the shorter side is resized to 8/7 of size. Raises as random_crop does.
     """
     pixels = decode(content, open_image(io.BytesIO(content)), as_stored=as_stored)
-    return _test_crop(pixels, crop, size, None)
+    return _test_crop(pixels, crop, size)
 
 
 def ten_crops(
@@ -80,34 +77,32 @@ def ten_crops(
     """
     pixels = decode(content, open_image(io.BytesIO(content)), as_stored=as_stored)
     places = [None, *itertools.product((0, 1), repeat=2)]
-    return np.stack(
-        [
-            _test_crop(image, crop, size, place)
-            for image in (pixels, pixels[:, ::-1])
-            for place in places
-        ]
-    )
+    pairs = itertools.product((pixels, pixels[:, ::-1]), places)
+    return np.stack([_test_crop(image, crop, size, place) for image, place in pairs])
 
 
 def _test_crop(
-    pixels: np.ndarray, crop: str, size: int, place: tuple[int, int] | None
+    pixels: np.ndarray,
+    crop: str,
+    size: int,
+    place: tuple[int, int] | None = None,
+    side: int | None = None,
 ) -> np.ndarray:
     """Returns a crop for evaluation.
 
-    place: of a corner, 0 or 1 down and to the right; None: the centre.
+    place: of a corner, 0 or 1 down and to the right; None: the centre. side: to which
+    the shorter side is resized first; None: in proportion to 256.
     """
     if crop == "scale_aspect":
         return _on_canvas(pixels, size, SCALE[0], 1.0, place)
-    side = _in_proportion(256, size)
+    height, width = resized = _shorter_side(pixels, side or _in_proportion(256, size))
+    room = np.subtract(resized, size)
+    rounded = np.ceil if crop == "inception" else np.rint  # Torch7, torchvision
+    offset = rounded(room / 2) if place is None else np.multiply(place, room)
+    top, left = offset.astype(int)
     if crop == "inception":
-        return _middle(pixels, side, size, place)
-    height, width = resized = _shorter_side(pixels, side)
+        return bicubic(pixels, resized, (top, left), size)
     image = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
-    top, left = (
-        [round((x - size) / 2) for x in resized]
-        if place is None
-        else np.multiply(place, np.subtract(resized, size))
-    )
     return np.asarray(image)[top : top + size, left : left + size]
 
 
@@ -120,7 +115,9 @@ def random_window(
     in ASPECT (not its logarithm), the sides swapped with probability 1/2, any position.
     If none fits, the central square, as in torchvision.
     """
-    return _window_that_fits(width, height, draws) or _square(width, height)
+    side = min(width, height)
+    square = (height - side) // 2, (width - side) // 2, side, side
+    return _window_that_fits(width, height, draws) or square
 
 
 def _window_that_fits(
@@ -137,30 +134,8 @@ def _window_that_fits(
     return None
 
 
-def _square(width: int, height: int) -> tuple[int, int, int, int]:
-    side = min(width, height)
-    return (height - side) // 2, (width - side) // 2, side, side
-
-
-def _middle(
-    pixels: np.ndarray, side: int, size: int, place: tuple[int, int] | None = None
-) -> np.ndarray:
-    """fb.resnet.torch's Scale(side) and CenterCrop(size); also if no window fits.
-
-    place: as in _test_crop.
-    """
-    resized = _shorter_side(pixels, side)
-    offset = tuple(math.ceil((x - size) / 2) for x in resized)
-    if place is not None:
-        offset = tuple(np.multiply(place, np.subtract(resized, size)))
-    return bicubic(pixels, resized, offset, size)
-
-
 def bicubic(
-    pixels: np.ndarray,
-    resized: tuple[int, int],
-    offset: tuple[int, int],
-    size: int,
+    pixels: np.ndarray, resized: tuple[int, int], offset: tuple[int, int], size: int
 ) -> np.ndarray:
     """Resizes as Torch7's image.scale(..., 'bicubic'); returns a window of the result.
 
@@ -176,25 +151,15 @@ def bicubic(
     # One more pixel on each side, so that the edge needs no special case.
     padded = np.zeros((height + 2, width + 2, 3), np.float32)
     padded[1:-1, 1:-1] = pixels
-    second = min(2, height), min(2, width)  # a single row continues itself
-    padded[0], padded[-1] = (
-        2 * padded[1] - padded[second[0]],
-        2 * padded[-2] - padded[-1 - second[0]],
-    )
-    padded[:, 0], padded[:, -1] = (
-        2 * padded[:, 1] - padded[:, second[1]],
-        2 * padded[:, -2] - padded[:, -1 - second[1]],
-    )
+    for rows in (padded, padded.swapaxes(0, 1)):
+        k = min(2, len(rows) - 2)  # a single row continues itself
+        rows[0], rows[-1] = 2 * rows[1] - rows[k], 2 * rows[-2] - rows[-1 - k]
     steps = np.maximum(np.array((height, width)) - 1, 1e-3) / (np.array(resized) - 1)
     return _sampled(padded, steps * offset + 1, steps, size, "keyscubic")
 
 
 def _sampled(
-    pixels: np.ndarray,
-    start: np.ndarray,
-    step: np.ndarray,
-    size: int,
-    kernel: str,
+    pixels: np.ndarray, start: np.ndarray, step: np.ndarray, size: int, kernel: str
 ) -> np.ndarray:
     """Interpolates pixels at start + i step: (size, size, 3) uint8.
 

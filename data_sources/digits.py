@@ -20,7 +20,6 @@ def load_images(path: pathlib.Path, data: ConfigDict, split: str):
     Bilinear to 32x32, three equal channels, 0..16 stretched to 0..255. Every fifth
     digit, beginning with the first, is a test image: 1,437 for training, 360 for test.
     """
-    del data
     with np.load(path) as file:
         images, labels = file["images"], file["labels"]
     test = np.arange(len(labels)) % 5 == 0

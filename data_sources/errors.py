@@ -43,18 +43,14 @@ def check_open_files(error: Exception) -> None:
 def check_labels(
     name: str, split: str, labels: np.ndarray, class_names: Sequence
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the labels as int32 and the class names as texts.
-
-    Raises DataError if there are no labels, or if one is out of range.
-    """
+    """Returns int32 labels and text class names; DataError if labels do not fit."""
     num_classes = len(class_names)
     if not len(labels):
         raise DataError(f"{name}: the {split} split is empty")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        remedy = (
-            ": subtract 1 from all labels" if (low, high) == (1, num_classes) else ""
-        )
+        from_1 = (low, high) == (1, num_classes)
+        remedy = ": subtract 1 from all labels" if from_1 else ""
         raise DataError(
             f"{name}: {split} labels lie in {low}..{high}, but {num_classes} classes "
             f"are numbered 0..{num_classes - 1}{remedy}"
@@ -66,8 +62,7 @@ def absent_labels(labels: np.ndarray, num_classes: int) -> str:
     """Returns the labels in 0..num_classes - 1 that never occur, e.g. '0, 3..9'."""
     edges = [-1, *np.unique(labels).tolist(), num_classes]
     absent = [(a + 1, b - 1) for a, b in itertools.pairwise(edges) if b - a > 1]
-    texts = [str(a) if a == b else f"{a}..{b}" for a, b in absent]
-    return some(texts)
+    return some([str(a) if a == b else f"{a}..{b}" for a, b in absent])
 
 
 def some(items: Sequence, most: int = 5, separator: str = ", ") -> str:

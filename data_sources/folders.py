@@ -8,7 +8,6 @@ import contextlib
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
@@ -42,11 +41,8 @@ def find(root: pathlib.Path, name: str) -> list[pathlib.Path]:
     candidates = [] if ".." in path.parts else [root / path]
     if os.path.dirname(name):
         candidates.append(path)
-    found = [
-        x
-        for x in candidates
-        if path.name and any(split_folders(x, split) for split in SPLITS)
-    ]
+    has_split = lambda x: any(split_folders(x, split) for split in SPLITS)
+    found = [x for x in candidates if path.name and has_split(x)]
     return found[: 1 if len(found) > 1 and os.path.samefile(*found) else 2]
 
 
@@ -90,24 +86,19 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
 
 
 def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
-    """Returns labels (N,), class names, and functions as data_sources.Source says."""
+    """Returns functions as data_sources.Source says, labels (N,) and class names."""
     paths, labels, class_names = _list(directory, data.name, split)
 
     def version():
-        facts = [(str(x), y.st_size, y.st_mtime_ns) for x, y in _stats(paths)]
+        facts = []
+        for path in paths:
+            with contextlib.suppress(OSError):  # a broken link
+                stat = path.stat()
+                facts.append((str(path), stat.st_size, stat.st_mtime_ns))
         return f"folders-{len(paths)}-{zlib.crc32(repr(facts).encode()):08x}"
 
     read, name = lambda i: paths[i].read_bytes(), lambda i: str(paths[i])
-    return labels, class_names, read, name, version
-
-
-def _stats(
-    paths: list[pathlib.Path],
-) -> Iterator[tuple[pathlib.Path, os.stat_result]]:
-    """Yields the paths with their sizes and times, without broken links."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            yield path, path.stat()
+    return read, name, version, labels, class_names
 
 
 def _list(
@@ -121,7 +112,12 @@ def _list(
     that it has learned. Logs the files that are skipped.
     """
     folders = _choose(directory, split)
-    classes = {name: _class_names(folder) for name, folder in folders.items()}
+    classes = {name: subfolders(folder) for name, folder in folders.items()}
+    if empty := [folders[name] for name in folders if not classes[name]]:
+        raise DataError(
+            f"{empty[0]} has no folders, one for each class is required: "
+            f"{contents(empty[0])}"
+        )
     if differing := sorted({*classes[split]} ^ {*classes["test"]}):
         raise DataError(
             f"{folders['train']} has {len(classes['train'])} classes, "
@@ -200,14 +196,6 @@ def split_folders(directory: pathlib.Path, split: str) -> list[pathlib.Path]:
     # On Linux, Train and train may both exist.
     found.sort(key=lambda x: (by_rank[x.lower()], x not in by_rank))
     return [directory / name for name in found]
-
-
-def _class_names(folder: pathlib.Path) -> list[str]:
-    if names := subfolders(folder):
-        return names
-    raise DataError(
-        f"{folder} has no folders, one for each class is required: {contents(folder)}"
-    )
 
 
 def subfolders(folder: pathlib.Path) -> list[str]:

@@ -42,9 +42,16 @@ def not_found(data: ConfigDict, root: pathlib.Path) -> DataError:
             f"train/CLASS/*.jpg, or the name of a data set; {npz.SAVEZ}"
         )
     if there := next((x for x in places if os.path.isdir(x)), None):
+        train, test = there / "train", there / "test"
+        remedy = f"Images belong in {train}/CLASS and {test}/CLASS"
+        if _subfolders(there):
+            remedy = (
+                f"If its folders are the classes, move them to {train}, and some "
+                f"images of each class to {test}/CLASS"
+            )
         return DataError(
             f"{there} has no folder train with a folder for each class: "
-            f"{folders.contents(there)}{_remedy(there)}"
+            f"{folders.contents(there)}. {remedy}"
         )
     if path.is_absolute():
         return DataError(f"no directory {path}: check --config.data.name")
@@ -79,11 +86,8 @@ def _set_near(path: pathlib.Path) -> str:
     splits = {name for names in folders.SPLITS.values() for name in names}
     near = [x.parent for x in (path, path.parent) if x.name.lower() in splits]
     near += _below(path)
-    found = [
-        x
-        for x in near
-        if any(_subfolders(split) for split in folders.split_folders(x, "train"))
-    ]
+    classes = lambda x: map(_subfolders, folders.split_folders(x, "train"))
+    found = [x for x in near if any(classes(x))]
     return " or ".join(f"--config.data.name={x.absolute()}" for x in found[:3])
 
 
@@ -111,12 +115,3 @@ def _subfolders(path: pathlib.Path) -> list[str]:
         return folders.subfolders(path)[:MOST_FOLDERS]
     except OSError:  # missing, or not permitted
         return []
-
-
-def _remedy(path: pathlib.Path) -> str:
-    if _subfolders(path):
-        return (
-            f". If its folders are the classes, move them to {path / 'train'}, and "
-            f"some images of each class to {path / 'test/CLASS'}"
-        )
-    return f". Images belong in {path / 'train/CLASS'} and {path / 'test/CLASS'}"

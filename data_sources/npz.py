@@ -33,11 +33,9 @@ def load_images(path: pathlib.Path, data: ConfigDict, split: str):
     required = ["x_train", "y_train", "x_test", "y_test"]
     if not path.is_file():
         here = pathlib.Path(data.name).absolute()
-        remedy = (
-            f"set --config.data.name={here}"
-            if here.is_file()
-            else "check --config.data.name and --config.data.dir"
-        )
+        remedy = "check --config.data.name and --config.data.dir"
+        if here.is_file():
+            remedy = f"set --config.data.name={here}"
         raise DataError(f"no file {path.absolute()}: {remedy}")
     logging.info("reading %s (%s)", data.name, split)
     with reading(path):
@@ -45,10 +43,8 @@ def load_images(path: pathlib.Path, data: ConfigDict, split: str):
         with np.load(path, allow_pickle=False) as file:
             needed = required[2:] if split == "test" else required
             missing = [name for name in needed if name not in file.files]
-            names = {f"x_{split}", "y_train", "y_test", "num_classes"}
-            arrays = {
-                name: _array(path, file, name) for name in names & set(file.files)
-            }
+            names = {f"x_{split}", "y_train", "y_test", "num_classes"} & {*file.files}
+            arrays = {name: _array(path, file, name) for name in names}
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("it holds files that are not arrays")
     if missing:

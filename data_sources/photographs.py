@@ -9,28 +9,19 @@ import collections
 import concurrent.futures
 import dataclasses
 import io
+import itertools
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from data_sources import cache, crops, decoding
 from data_sources.errors import DataError, check_open_files, some
-from data_sources.tf import tensorflow
 
 MAX_FAILURES_IN_A_ROW = 100  # more than that is not a damaged image
-
-
-class Decoded(NamedTuple):
-    """A row of a batch. mask: 1, or 0 for a skipped test image; failures: messages."""
-
-    label: int
-    mask: float
-    failures: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +79,27 @@ class OnDisk:
             return
         numbers = range(process_index, len(self), process_count)
 
+        def decode(content):
+            decoding.decode(content, decoding.open_image(io.BytesIO(content)))
+
         def build():
             logging.info(
                 "decoding %s test photographs once, to find damaged ones before "
                 "training",
                 f"{len(numbers):,}",
             )
-            _verify(self, numbers)
+            pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "verify")
+            try:
+                found = pool.map(lambda number: self._failure(number, decode), numbers)
+                failures = [x for x in found if x]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+            if failures:
+                reasons, (remedy, *_) = zip(*failures, strict=True)
+                raise DataError(
+                    f"{len(reasons)} of {len(numbers)} test images: "
+                    f"{some(reasons, 3, '; ')}. {remedy}"
+                )
             return {"verified": np.array(numbers)}
 
         share = f"{process_index}-of-{process_count}"
@@ -116,16 +121,45 @@ class OnDisk:
         number is logged at the end of each pass, and when the iterator is closed.
         border, mean: unused; they are for images in memory.
         """
-        del border, mean
-        tensorflow()  # if it is missing, fails here and not with the first batch
-        return _train_batches(self, draw, start_step, workers)
+        total, done, failures = len(self), 0, []
+
+        def make(plan, i, out):
+            options = self.crop, self.size, plan.draws[i], self.as_stored
+            crop = lambda content: crops.random_crop(content, *options)
+            reasons = []
+            for number in range(plan.index[i], plan.index[i] + MAX_FAILURES_IN_A_ROW):
+                reason = self._decode(number % total, crop, out)
+                if not reason:
+                    if plan.flip[i]:
+                        out[:] = out[:, ::-1].copy()
+                    return self.labels[number % total], reasons
+                reasons.append(reason)
+            raise DataError(
+                f"{MAX_FAILURES_IN_A_ROW} images in a row cannot be decoded; the first "
+                f"error: {reasons[0]}"
+            )
+
+        def batches():
+            for step in itertools.count(start_step):
+                plan = draw(step)
+                image = np.empty((len(plan.index), *self.image_shape), np.uint8)
+                yield image, [(make, plan, i, out) for i, out in enumerate(image)]
+
+        consequence = "replaced by the next in order"
+        try:
+            for image, rows in _in_threads(batches(), workers or os.cpu_count()):
+                labels, reasons = zip(*rows, strict=True)
+                failures += itertools.chain(*reasons)
+                done += len(rows)
+                if done >= total:
+                    done -= total
+                    _log(failures, consequence)
+                yield {"image": image, "label": np.array(labels, np.int32)}
+        finally:
+            _log(failures, consequence)
 
     def test_batches(
-        self,
-        batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        workers: int | None = None,
+        self, batch_size: int, process_index: int = 0, process_count: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's share of one pass, in order, with mask (b,) float32.
 
@@ -133,127 +167,44 @@ class OnDisk:
         padded with zeros, whose mask is 0. With on_error='skip', an image that cannot
         be decoded is zeros with mask 0, too; their number is logged at the end.
         """
-        tensorflow()
-        return _test_batches(self, batch_size, process_index, process_count, workers)
+        share, total, failures = -(-batch_size // process_count), len(self), []
+        views = (10,) if self.ten_crops else ()
+        cut = crops.ten_crops if self.ten_crops else crops.center_crop
+        crop = lambda content: cut(content, self.crop, self.size, self.as_stored)
 
+        def make(number, out):
+            return self.labels[number], self._decode(number, crop, out)
 
-def _verify(photographs: OnDisk, numbers: Sequence[int]) -> None:
-    tensorflow()
+        def batches():
+            for batch_start in range(0, total, share * process_count):
+                start = batch_start + process_index * share
+                numbers = range(start, min(start + share, total))
+                image = np.zeros((share, *views, *self.image_shape), np.uint8)
+                yield image, [(make, *x) for x in zip(numbers, image, strict=False)]
 
-    def check(number):
+        for image, rows in _in_threads(batches(), os.cpu_count()):
+            label, mask = np.zeros(share, np.int32), np.zeros(share, np.float32)
+            label[: len(rows)] = [x for x, _ in rows]
+            mask[: len(rows)] = [not reason for _, reason in rows]
+            failures += [reason for _, reason in rows if reason]
+            yield {"image": image, "label": label, "mask": mask}
+        _log(failures, "not evaluated")
+
+    def _decode(self, number: int, crop: Callable, out: np.ndarray) -> str:
+        """Decodes into `out`; if it fails, raises, or returns why (on_error='skip')."""
+        failure = self._failure(number, lambda content: np.copyto(out, crop(content)))
+        if failure and self.on_error == "raise":
+            raise DataError(". ".join(failure))
+        return failure[0] if failure else ""
+
+    def _failure(self, number: int, use: Callable) -> tuple[str, str] | None:
+        """Calls use(encoded image); if it fails, returns the reason and the remedy."""
         try:
-            content = photographs.read(number)
-            decoding.decode(content, decoding.open_image(io.BytesIO(content)))
+            use(self.read(number))
         except Exception as error:  # the decoders raise anything
             check_open_files(error)
-            return undecodable(photographs.name(number), error)
+            return undecodable(self.name(number), error)
         return None
-
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "verify")
-    try:
-        failures = [x for x in pool.map(check, numbers) if x]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    if failures:
-        reasons, (remedy, *_) = zip(*failures, strict=True)
-        raise DataError(
-            f"{len(reasons)} of {len(numbers)} test images: "
-            f"{some(reasons, 3, '; ')}. {remedy}"
-        )
-
-
-def _train_batches(photographs, draw, start_step, workers):
-    total, done, failures = len(photographs), 0, []
-
-    def make(plan, image, i):
-        crop = lambda content: crops.random_crop(
-            content,
-            photographs.crop,
-            photographs.size,
-            plan.draws[i],
-            photographs.as_stored,
-        )
-        reasons = []
-        for number in range(plan.index[i], plan.index[i] + MAX_FAILURES_IN_A_ROW):
-            number %= total
-            if _decode(photographs, number, crop, image[i], reasons):
-                if plan.flip[i]:
-                    image[i] = image[i, :, ::-1].copy()
-                return Decoded(photographs.labels[number], 1, reasons)
-        raise DataError(
-            f"{MAX_FAILURES_IN_A_ROW} images in a row cannot be decoded; the first "
-            f"error: {reasons[0]}"
-        )
-
-    def batches():
-        step = start_step
-        while True:
-            plan = draw(step)
-            image = np.empty((len(plan.index), *photographs.image_shape), np.uint8)
-            yield image, [(make, plan, image, i) for i in range(len(plan.index))]
-            step += 1
-
-    consequence = "replaced by the next in order"
-    try:
-        for image, rows in _in_threads(batches(), workers):
-            failures += [x for row in rows for x in row.failures]
-            done += len(rows)
-            if done >= total:
-                done -= total
-                _log(failures, consequence)
-            yield {"image": image, "label": np.array([x.label for x in rows], np.int32)}
-    finally:
-        _log(failures, consequence)
-
-
-def _test_batches(photographs, batch_size, process_index, process_count, workers):
-    share, total = -(-batch_size // process_count), len(photographs)
-    failures = []
-
-    def make(image, i, number):
-        make_crop = crops.ten_crops if photographs.ten_crops else crops.center_crop
-        crop = lambda content: make_crop(
-            content, photographs.crop, photographs.size, photographs.as_stored
-        )
-        reasons = []
-        present = _decode(photographs, number, crop, image[i], reasons)
-        return Decoded(photographs.labels[number], float(present), reasons)
-
-    def batches():
-        for batch_start in range(0, total, share * process_count):
-            start = batch_start + process_index * share
-            numbers = range(min(start, total), min(start + share, total))
-            views = (10,) if photographs.ten_crops else ()
-            image = np.zeros((share, *views, *photographs.image_shape), np.uint8)
-            yield image, [(make, image, i, n) for i, n in enumerate(numbers)]
-
-    for image, rows in _in_threads(batches(), workers):
-        failures += [x for row in rows for x in row.failures]
-        label, mask = np.zeros(share, np.int32), np.zeros(share, np.float32)
-        label[: len(rows)] = [x.label for x in rows]
-        mask[: len(rows)] = [x.mask for x in rows]
-        yield {"image": image, "label": label, "mask": mask}
-    _log(failures, "not evaluated")
-
-
-def _decode(
-    photographs: OnDisk,
-    number: int,
-    crop: Callable[[bytes], np.ndarray],
-    out: np.ndarray,
-    failures: list[str],
-) -> bool:
-    """Decodes into `out`; on failure raises, or records it if on_error is 'skip'."""
-    try:
-        out[:] = crop(photographs.read(number))
-    except Exception as error:  # the decoders raise anything
-        check_open_files(error)
-        failure, remedy = undecodable(photographs.name(number), error)
-        if photographs.on_error == "raise":
-            raise DataError(f"{failure}. {remedy}") from error
-        failures.append(failure)
-        return False
-    return True
 
 
 def undecodable(name: str | os.PathLike, error: Exception) -> tuple[str, str]:
@@ -282,25 +233,23 @@ def _log(failures: list[str], consequence: str) -> None:
 
 
 def _in_threads(
-    batches: Iterator[tuple[np.ndarray, list[tuple]]], workers: int | None
+    batches: Iterator[tuple[np.ndarray, list[tuple]]], workers: int
 ) -> Iterator[tuple[np.ndarray, list]]:
     """Carries out (image, tasks) in threads and yields (image, results) in order.
 
     A task is a function and its arguments. The threads work one batch ahead, and
     further only while fewer than 4 tasks for each thread wait: memory is bounded.
     """
-    workers = workers or os.cpu_count()
     pool = concurrent.futures.ThreadPoolExecutor(workers, "photographs")
     queue = collections.deque()
+    finish = lambda image, futures: (image, [future.result() for future in futures])
     try:
         for image, tasks in batches:
             queue.append((image, [pool.submit(*task) for task in tasks]))
             waiting = sum(len(futures) for _, futures in list(queue)[1:])
             if len(queue) > 2 and waiting >= 4 * workers:
-                image, futures = queue.popleft()
-                yield image, [future.result() for future in futures]
+                yield finish(*queue.popleft())
         while queue:
-            image, futures = queue.popleft()
-            yield image, [future.result() for future in futures]
+            yield finish(*queue.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

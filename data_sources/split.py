@@ -33,9 +33,8 @@ class InMemory:
     def digest(self) -> int:
         """The CRC-32 of the labels and of up to 10,000 images."""
         some = self.images[:: len(self) // 10_000 + 1]
-        return zlib.crc32(
-            np.ascontiguousarray(some), zlib.crc32(np.ascontiguousarray(self.labels))
-        )
+        labels = zlib.crc32(np.ascontiguousarray(self.labels))
+        return zlib.crc32(np.ascontiguousarray(some), labels)
 
     def take(self, index: np.ndarray) -> "InMemory":
         """Returns the split of the chosen examples."""
@@ -86,13 +85,10 @@ class InMemory:
             return filled
 
         ones = np.ones(len(self), np.float32)
+        arrays = {"image": self.images, "label": self.labels, "mask": ones}
         for batch_start in range(0, len(self), count * process_count):
             start = batch_start + process_index * count
-            yield {
-                "image": rows(self.images, start),
-                "label": rows(self.labels, start),
-                "mask": rows(ones, start),
-            }
+            yield {name: rows(array, start) for name, array in arrays.items()}
 
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -50,17 +51,14 @@ def batches(
     """
     tf = tensorflow()
 
-    def arrays(plan):
-        return plan.index, plan.offset, plan.flip
-
+    arrays = operator.attrgetter("index", "offset", "flip")
     # Only the last batch of a pass is smaller, so one of two in a row is whole.
     whole = max((draw(start_step), draw(start_step + 1)), key=lambda x: len(x.index))
     # Captured by the function below: one copy, neither in the graph nor per block.
     padded, labels = tf.constant(padded), tf.constant(labels)
     with tf.device("CPU"):
-        index, offset, flip = (
-            tf.Variable(np.stack([x] * STEPS_PER_BLOCK)) for x in arrays(whole)
-        )
+        blocks = [np.stack([x] * STEPS_PER_BLOCK) for x in arrays(whole)]
+        index, offset, flip = variables = [tf.Variable(x) for x in blocks]
 
     def filled(x):  # to one shape for all batches; the surplus is cut off again
         missing = len(whole.index) - len(x)
@@ -75,9 +73,7 @@ def batches(
     block = steps.map(batch, num_parallel_calls=workers, deterministic=True).prefetch(4)
     for start in itertools.count(start_step, STEPS_PER_BLOCK):
         plans = [draw(start + i) for i in range(STEPS_PER_BLOCK)]
-        for variable, *rows in zip(
-            (index, offset, flip), *map(arrays, plans), strict=True
-        ):
+        for variable, *rows in zip(variables, *map(arrays, plans), strict=True):
             variable.assign(np.stack([filled(x) for x in rows]))
         for plan, made in zip(plans, block.as_numpy_iterator(), strict=True):
             yield {k: v[: len(plan.index)] for k, v in made.items()}

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,17 +41,17 @@ CONNECT_SECONDS = 10.0
 class Stored(NamedTuple):
     """A split as TFDS describes it.
 
-    split: its name in TFDS, or several names joined by +; keys: of the image and the
-    label in an example; image, label: their features; count: number of examples.
+    split: its name in TFDS, or several names joined by +. image, label: the features.
+    count: number of examples. parse: serialized example -> encoded image, label.
     """
 
     directory: pathlib.Path
     builder: Any
     split: str
-    keys: tuple[str, str]
     image: Any
     label: Any
     count: int
+    parse: Callable[[bytes], tuple[bytes, int]]
 
     @property
     def name(self) -> str:
@@ -83,11 +83,10 @@ def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
 def nearest(root: pathlib.Path, name: str) -> list[str]:
     """Returns names similar to an unknown one, and nothing for a known one."""
     names = {*KNOWN, *(os.listdir(root) if root.is_dir() else [])}
-    if name in names:
-        return []  # saves the seconds of the import
-    import tensorflow_datasets as tfds
+    if name not in names:  # a known one saves the seconds of the import
+        import tensorflow_datasets as tfds
 
-    names.update(tfds.list_builders(with_community_datasets=False))
+        names.update(tfds.list_builders(with_community_datasets=False))
     if name in names:
         return []
     return difflib.get_close_matches(name, names, n=3) or sorted(KNOWN)
@@ -158,12 +157,20 @@ def describe(directory: pathlib.Path, name: str, split: str) -> Stored:
             "into folders NAME/{train,test}/CLASS or, for small images of one size, "
             "write an .npz with x_train, y_train, x_test, y_test"
         )
+    parser = tfds.features.FeaturesDict(dict(zip(keys, pair, strict=True)))
+    # Pillow returns the pixels of TensorFlow's accurate decoder, bit for bit. TFDS
+    # decodes with a fast DCT, which darkens red and blue by a grey level.
+    encoded = {keys[0]: tfds.decode.SkipDecoding()}
+
+    def parse(record):
+        example = parser.deserialize_example_np(record, decoders=encoded)
+        return example[keys[0]], int(example[keys[1]])
+
     with reading(directory):
-        label = {keys[1]: pair[1]}
-        while stored[1:] and tfrecords.first(builder, stored[0], label) == -1:
+        while stored[1:] and parse(tfrecords.first(builder, stored[0]))[1] == -1:
             del stored[0]  # its labels are secret
         count = splits[stored[0]].num_examples
-    return Stored(directory, builder, stored[0], keys, *pair, count)
+    return Stored(directory, builder, stored[0], *pair, count, parse)
 
 
 def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
@@ -183,8 +190,7 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
     with reading(directory):
         paths = tfrecords.files(stored.builder, stored.split)
         files = {path.name: path.read_bytes() for path in paths}
-    features = stored.image, stored.label
-    digest = zlib.crc32(repr((*features, list(files))).encode())
+    digest = zlib.crc32(repr((stored.image, stored.label, list(files))).encode())
     for content in files.values():
         digest = zlib.crc32(content, digest)
 
@@ -194,7 +200,13 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
             *(data.name, split, f"{stored.count:,}", directory),
         )
         with reading(directory):
-            records = _records(stored, files)
+            if all(".tfrecord" in name for name in files):
+                records = [
+                    x for item in files.items() for x in tfrecords.records(*item)
+                ]
+            else:
+                source = tfrecords.source(stored.builder, stored.split)
+                records = source.__getitems__(range(stored.count))
             stored.check_count(len(records))
             images, labels = _decode(records, stored, data.on_error == "skip")
             return {"images": images, "labels": labels}
@@ -206,35 +218,23 @@ def load_images(directory: pathlib.Path, data: ConfigDict, split: str):
     return arrays["images"], arrays["labels"], stored.label.names
 
 
-def _records(stored: Stored, files: dict[str, bytes]) -> Sequence[bytes]:
-    if all(".tfrecord" in name for name in files):
-        return [x for item in files.items() for x in tfrecords.records(*item)]
-    source = tfrecords.source(stored.builder, stored.split)
-    return source.__getitems__(range(stored.count))
-
-
 def _decode(records: Sequence[bytes], stored: Stored, skip: bool):
     """Decodes serialized examples to images (N, H, W, 3) uint8 and labels (N,) int64.
 
     Raises ValueError for damaged images, or skips them.
     """
-    parse = _parser(stored)
-    image_key, label_key = stored.keys
     height, width, _ = stored.image.shape
     images = np.empty((len(records), height, width, 3), np.uint8)
     labels, good = np.empty(len(records), np.int64), np.ones(len(records), bool)
 
-    def decode_one(i):
-        example = parse(records[i])
-        image = Image.open(io.BytesIO(example[image_key]))
-        if image.size != (width, height):
-            raise ValueError(f"size {image.size}, expected {(width, height)}")
-        images[i], labels[i] = decoding.rgb(image, as_stored=True), example[label_key]
-
     def decode(start):
         for i in range(start, min(start + 500, len(records))):
             try:
-                decode_one(i)
+                content, labels[i] = stored.parse(records[i])
+                image = Image.open(io.BytesIO(content))
+                if image.size != (width, height):
+                    raise ValueError(f"size {image.size}, expected {(width, height)}")
+                images[i] = decoding.rgb(image, as_stored=True)
             except Exception as error:  # Pillow raises anything on damaged files
                 if not skip:
                     remedy = "--config.data.on_error=skip skips damaged images"
@@ -246,22 +246,8 @@ def _decode(records: Sequence[bytes], stored: Stored, skip: bool):
     return (images, labels) if good.all() else (images[good], labels[good])
 
 
-def _parser(stored: Stored) -> Callable[[bytes], dict]:
-    """Returns a function that parses an example and leaves its image encoded.
-
-    Pillow returns the pixels of TensorFlow's accurate decoder, bit for bit. The default
-    there is the fast DCT, which darkens red and blue by a grey level.
-    """
-    import tensorflow_datasets as tfds
-
-    features = dict(zip(stored.keys, (stored.image, stored.label), strict=True))
-    parser = tfds.features.FeaturesDict(features)
-    encoded = {stored.keys[0]: tfds.decode.SkipDecoding()}
-    return lambda record: parser.deserialize_example_np(record, decoders=encoded)
-
-
 def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
-    """Returns labels (N,), class names, and functions of i: encoded image i, its name.
+    """Returns functions as data_sources.Source says, labels (N,) and class names.
 
     All records are read once, for their labels, which are then cached; so are the
     positions of TFRecord's records.
@@ -273,7 +259,6 @@ def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
             f"{directory}: images are {image.np_dtype} {image.shape}, expected uint8 "
             "with 1 or 3 channels"
         )
-    parse, (image_key, label_key) = _parser(stored), stored.keys
     with reading(directory):
         paths = tfrecords.files(builder, stored.split)
         stats = {path: path.stat() for path in paths}
@@ -284,13 +269,15 @@ def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
             "reading and verifying %s (%s, %s images) in %s, once, for the labels",
             *(data.name, split, f"{stored.count:,}", directory),
         )
-        label = lambda record: int(parse(record)[label_key])
+        label = lambda record: stored.parse(record)[1]
         with reading(directory):
             if not sequential:
                 source = tfrecords.source(builder, stored.split)
-                labels = _labels(source, label, stored.count)
+                numbers = range(stored.count)
+                parts = [numbers[i : i + 64] for i in numbers[::64]]  # a few at a time
+                labels = _labels(parts, lambda x: source.__getitems__(list(x)), label)
                 return {"labels": labels, "places": np.empty((0, 3), np.int64)}
-            places, labels = _places(paths), _labels_in_order(paths, label)
+            places, labels = _places(paths), _labels(paths, _verified, label)
             stored.check_count(len(places))
             stored.check_count(len(labels))
         return {"labels": labels, "places": places}
@@ -305,11 +292,10 @@ def open_images(directory: pathlib.Path, data: ConfigDict, split: str):
     else:
         record = tfrecords.source(builder, stored.split).__getitem__
     return (
-        scanned["labels"],
-        stored.label.names,
-        lambda i: parse(record(i))[image_key],
+        lambda i: stored.parse(record(i))[0],
         lambda i: f"record {i} of the {stored.split} split of {directory}",
         lambda: f"{stored.name}-{digest:08x}",
+        *(scanned["labels"], stored.label.names),
     )
 
 
@@ -325,31 +311,23 @@ def _places(paths: list[pathlib.Path]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _labels_in_order(paths: list[pathlib.Path], label: Callable) -> np.ndarray:
-    """Returns the labels (N,) int64 of TFRecord files and verifies every checksum.
+def _verified(path: pathlib.Path) -> Iterator[bytes]:
+    """Yields the records of a TFRecord file and verifies every checksum.
 
     By TensorFlow, which photographs need anyway, at 1.2 GB/s; numpy reads 27 MB/s.
     """
     tf = tensorflow()
-
-    def some(path):
-        try:
-            records = tf.data.TFRecordDataset([str(path)]).as_numpy_iterator()
-            return [label(record) for record in records]
-        except tf.errors.DataLossError as error:
-            raise ValueError(f"{path}: {first_line(error)}") from error
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.array([x for part in pool.map(some, paths) for x in part], np.int64)
+    try:
+        yield from tf.data.TFRecordDataset([str(path)]).as_numpy_iterator()
+    except tf.errors.DataLossError as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
 
 
-def _labels(records: Sequence[bytes], label: Callable, count: int) -> np.ndarray:
-    """Returns the labels (count,) int64, read a few at a time in each thread."""
+def _labels(parts: Sequence, read: Callable, label: Callable) -> np.ndarray:
+    """Returns the labels (N,) int64 of the records read(part), a thread for a part."""
 
-    def some(start):
-        numbers = list(range(start, min(start + 64, count)))
-        return [label(record) for record in records.__getitems__(numbers)]
+    def some(part):
+        return [label(record) for record in read(part)]
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(some, range(0, count, 64))
-        return np.array([x for part in parts for x in part], np.int64)
+        return np.array([x for part in pool.map(some, parts) for x in part], np.int64)

@@ -1,9 +1,11 @@
 """Records in files of TFDS; TFRecord is read and verified without TensorFlow."""
 
 import contextlib
+import io
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,33 +16,25 @@ def records(name: str, content: bytes) -> list[bytes]:
     A record is stored as 8 bytes of length, 4 of checksum, the record, 4 of checksum.
     name: of the file, for messages. Raises ValueError if it is truncated or damaged.
     """
-    starts, lengths, position = [], [], 0
-    while position < len(content):
-        if position + 12 > len(content):
-            raise ValueError(f"{name} is truncated at byte {position}")
-        length = int.from_bytes(content[position : position + 8], "little")
-        starts.append(position + 12)
-        lengths.append(length)
-        position += length + 16
-    if position > len(content):
-        raise ValueError(f"{name} is truncated after {len(starts) - 1} records")
-    starts, lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
-    data = np.frombuffer(content, np.uint8)
-    stored = data[(starts + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
+    starts, lengths = index(name, io.BytesIO(content))
+    data, ends = np.frombuffer(content, np.uint8), starts + lengths
+    stored = data[ends[:, None] + np.arange(4)].view("<u4")[:, 0]
     if (bad := np.flatnonzero(_masked(data, starts, lengths) != stored)).size:
         raise ValueError(f"record {bad[0]} of {name} has a wrong checksum")
-    ends = starts + lengths
     return [content[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+def index(
+    path: str | os.PathLike, file: BinaryIO | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the starts and lengths of a file's records, (N,) int64 each.
 
-    Reads and verifies only the headers. Raises ValueError if the file is truncated or
-    damaged.
+    Reads and verifies only the headers. file: its content, if it is open. Raises
+    ValueError if the file is truncated or damaged.
     """
-    headers, starts, position, size = [], [], 0, os.path.getsize(path)
-    with open(path, "rb") as file:
+    headers, starts, position = [], [], 0
+    with file or open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
         while position < size:
             file.seek(position)
             header = file.read(12)
@@ -52,13 +46,11 @@ def index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     if position > size:
         raise ValueError(f"{path} is truncated after {len(starts) - 1} records")
     data = np.frombuffer(b"".join(headers), np.uint8)
-    eights = np.full(len(headers), 8)
-    masked = _masked(data, 12 * np.arange(len(headers)), eights)
-    rows = data.reshape(-1, 12)
-    if (bad := np.flatnonzero(masked != rows[:, 8:].copy().view("<u4")[:, 0])).size:
+    masked = _masked(data, 12 * np.arange(len(headers)), np.full(len(headers), 8))
+    rows = data.view([("length", "<i8"), ("checksum", "<u4")])
+    if (bad := np.flatnonzero(masked != rows["checksum"])).size:
         raise ValueError(f"record {bad[0]} of {path} has a damaged header")
-    lengths = rows[:, :8].copy().view("<i8")[:, 0]
-    return np.array(starts, np.int64), lengths.astype(np.int64)
+    return np.array(starts, np.int64), rows["length"].astype(np.int64)
 
 
 def files(builder, split: str) -> list[pathlib.Path]:
@@ -84,35 +76,23 @@ def source(builder, split: str) -> Sequence[bytes]:
 
 def _allow_open_files(more: int) -> None:
     """Raises the soft limit, often 1,024; ImageNet's training split has 1,024 files."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
+    import resource  # missing on Windows, like array_record
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    wanted = soft + more
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
+    wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
     with contextlib.suppress(OSError, ValueError):  # macOS has a second, lower limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def first(builder, split: str, feature: dict) -> int | np.ndarray:
-    """Returns a feature, given as {key: feature}, of the first record of a split.
-
-    Errors of the readers propagate if there is none.
-    """
-    import tensorflow_datasets as tfds
-
+def first(builder, split: str) -> bytes:
+    """Returns the first record of a split; errors of the readers propagate."""
     paths = files(builder, split)
-    if all(".tfrecord" in path.name for path in paths):
-        indexed = ((path, *index(path)) for path in paths)
-        record = next(read(x, y[0], z[0]) for x, y, z in indexed if len(y))
-    else:
-        record = source(builder, split)[0]
-    example = tfds.features.FeaturesDict(feature).deserialize_example_np(record)
-    return example[next(iter(feature))]
+    if not all(".tfrecord" in path.name for path in paths):
+        return source(builder, split)[0]
+    indexed = ((path, *index(path)) for path in paths)
+    return next(read(x, y[0], z[0]) for x, y, z in indexed if len(y))
 
 
 def read(path: str | os.PathLike, start: int, length: int) -> bytes:
@@ -139,9 +119,8 @@ def crc32c(content: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    order = np.argsort(
-        -lengths, kind="stable"
-    )  # longest first: the active pieces are a prefix
+    # Longest first: the active pieces are a prefix.
+    order = np.argsort(-lengths, kind="stable")
     starts, descending = starts[order], -lengths[order]
     crc, result = np.full((2, len(order)), 0xFFFFFFFF, np.uint32)
     for k in range(lengths.max(initial=0)):
