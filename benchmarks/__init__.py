@@ -1,15 +1,15 @@
 """Benchmarks. Each writes tables to results/, named after the machine."""
 
 import csv
-import importlib
 import os
 import pathlib
-import pkgutil
 import platform
+import time
+from collections.abc import Callable, Hashable, Mapping
 
 from ml_collections import ConfigDict
 
-import configs
+from configs import common
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -24,42 +24,55 @@ def machine(device_kind: str, cores: int | None = None) -> str:
 def get_config(variant: str) -> ConfigDict:
     """Returns the config of FAMILY:VARIANT; raises ValueError with the choices."""
     family, _, row = variant.partition(":")
-    modules = [module.name for module in pkgutil.iter_modules(configs.__path__)]
-    families = [name for name in modules if hasattr(_module(name), "VARIANTS")]
-    if family not in families:
+    if family not in common.FAMILIES:
         raise ValueError(
             f"unknown family {family!r} in {variant!r}: choose from "
-            f"{', '.join(families)}"
+            f"{', '.join(common.FAMILIES)}"
         )
-    return _module(family).get_config(row)
+    return common.load_family(family).get_config(row)
 
 
-def _module(family: str):
-    return importlib.import_module(f"configs.{family}")
+def time_rounds(programs: Mapping[Hashable, Callable], rounds: int) -> dict:
+    """Returns program -> its seconds in each of some interleaved rounds."""
+    import jax
+
+    seconds = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, run in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the rows of a table; none if the file is missing."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write(name: str, rows: list[dict]) -> None:
     """Writes results/NAME.csv, or NAME-part.csv if NAME.csv has more rows."""
     path = RESULTS / f"{name}.csv"
-    if path.exists() and len(path.read_text().splitlines()) > len(rows) + 1:
+    if len(read(path)) > len(rows):
         path = RESULTS / f"{name}-part.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    _write(path, rows, list(rows[0]))
 
 
 def merge(name: str, rows: list[dict], key: str) -> None:
     """Writes rows to results/NAME.csv, where they replace rows with the same `key`."""
     path, new = RESULTS / f"{name}.csv", {row[key] for row in rows}
-    kept = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row[key] not in new]
+    kept = [row for row in read(path) if row[key] not in new]
+    _write(path, [*kept, *rows], list(rows[0]))
+
+
+def _write(path: pathlib.Path, rows: list[dict], columns: list[str]) -> None:
     with path.open("w", newline="") as file:
-        columns = dict(restval="", extrasaction="ignore", lineterminator="\n")
-        writer = csv.DictWriter(file, list(rows[0]), **columns)
+        writer = csv.DictWriter(
+            file, columns, extrasaction="ignore", lineterminator="\n"
+        )
         writer.writeheader()
-        writer.writerows([*kept, *rows])
+        writer.writerows(rows)
     print(f"wrote {path}")

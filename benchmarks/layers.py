@@ -9,7 +9,7 @@ relative to the dense convolution that `auto` selects.
 
 import argparse
 import functools
-import time
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +60,11 @@ def main() -> None:
         if options[name] < 1:
             parser.error(f"--{name} must be at least 1, got {options[name]}")
     processes.set_environment()  # as main.py: page faults would double the times on CPU
-    blocks = options.pop("blocks")
-    function, layers = (measure_blocks, EXPANDERS) if blocks else (measure, LAYERS)
+    kind, function, layers = "layers", measure, LAYERS
+    if options.pop("blocks"):
+        kind, function, layers = "blocks", measure_blocks, EXPANDERS
     rows = [row for layer in layers for row in function(layer, **options)]
     name = benchmarks.machine(jax.devices()[0].device_kind)
-    kind = "blocks" if blocks else "layers"
     benchmarks.write(f"{kind}-{name}-jax{jax.__version__}", rows)
 
 
@@ -72,96 +72,87 @@ def measure(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
     """Measures and prints all lowerings of a layer; returns a row for each."""
     net, size, i, o, window, stride, groups = layer
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((batch_size, size, size, i)), jnp.float32)
-    kernel = rng.standard_normal((window, window, i // groups, o))
-    kernel = jnp.asarray(kernel, jnp.float32)
+    x = normal(rng, batch_size, size, size, i)
+    kernel = normal(rng, window, window, i // groups, o)
     geometry = {"stride": stride, "padding": window // 2, "groups": groups}
     shape = Shape.of(x, kernel, **geometry)
     auto = choose(shape, jax.default_backend(), calls.usable(x))
-    names = applicable(shape)
-    programs = {}
-    for name in names:
+    programs, facts = {}, {}
+    for name in applicable(shape):
         convolve = functools.partial(convolution, **geometry, lowering=name)
         programs[name] = compile_parts(convolve, x, kernel)
-    least = fastest(programs, repeats)
-    total = {name: sum(parts.values()) for name, parts in least.items()}
-    rows = []
-    for name in names:
-        row = {
+        facts[name] = {
             "net": net,
             "layer": f"{window}x{window} {i}->{o} /{stride} groups {groups}",
             "size": size,
             "batch_size": batch_size,
             "lowering": name,
             "auto": "*" if name == auto else "",
-            **{f"{part}_ms": round(1e3 * least[name][part], 2) for part in PARTS},
-            "of_native": round(total[name] / total["native"], 3),
         }
-        rows.append(row)
-        print("  ".join(str(value) for value in row.values()), flush=True)
-    return rows
+    return tabulate(programs, facts, repeats, "native", "of_native")
 
 
 def measure_blocks(layer: tuple, batch_size: int, repeats: int) -> list[dict]:
     """Measures and prints a layer with several blocks and compressions."""
     size, i, o, window = layer
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((batch_size, size, size, i)), jnp.float32)
-    kernel = rng.standard_normal((window, window, i, o))
+    x = normal(rng, batch_size, size, size, i)
     convolve = functools.partial(convolution, padding=window // 2)
-    dense = ("dense", 1, 1)
-    programs = {dense: compile_parts(convolve, x, jnp.asarray(kernel, jnp.float32))}
-    for compress in COMPRESS:
-        for block in BLOCKS:
-            if i // compress % block:
-                continue
-            expander = ExpanderConv(
-                *(i, o, window),
-                degree=i // compress,
-                sampling="per_output",
-                block=block,
-                padding=window // 2,
-                rngs=nnx.Rngs(0),
-            )
-            expander.draw(rng)
-            for lowering in ("auto", "blocks"):
-                expander.lowering = lowering
-                graphdef, kernel, rest = nnx.split(expander, nnx.Param, ...)
+    dense = (1, 1, "dense")
+    programs = {dense: compile_parts(convolve, x, normal(rng, window, window, i, o))}
+    for compress, block in itertools.product(COMPRESS, BLOCKS):
+        if i // compress % block:
+            continue
+        expander = ExpanderConv(
+            *(i, o, window),
+            degree=i // compress,
+            sampling="per_output",
+            block=block,
+            padding=window // 2,
+            rngs=nnx.Rngs(0),
+        )
+        expander.draw(rng)
+        for lowering in ("auto", "blocks"):
+            expander.lowering = lowering
+            graphdef, kernel, rest = nnx.split(expander, nnx.Param, ...)
 
-                def apply(x, kernel, graphdef=graphdef, rest=rest):
-                    return nnx.merge(graphdef, kernel, rest)(x)
+            def apply(x, kernel, graphdef=graphdef, rest=rest):
+                return nnx.merge(graphdef, kernel, rest)(x)
 
-                key = (lowering, compress, block)
-                programs[key] = compile_parts(apply, x, kernel)
-    least = fastest(programs, repeats)
+            programs[compress, block, lowering] = compile_parts(apply, x, kernel)
+    shared = {"layer": f"{window}x{window} {i}->{o}", "size": size}
+    shared["batch_size"] = batch_size
+    names = ("compress", "block", "lowering")
+    facts = {key: shared | dict(zip(names, key, strict=True)) for key in programs}
+    return tabulate(programs, facts, repeats, dense, "of_dense")
+
+
+def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def tabulate(programs, facts, repeats: int, reference, column: str) -> list[dict]:
+    """Times and prints programs; returns the facts and the fastest repeat of each.
+
+    programs: name -> result of compile_parts. facts: name -> first cells of its row.
+    column: heading of the times relative to the program `reference`.
+    """
+    runs = {
+        (name, part): run
+        for name, parts in programs.items()
+        for part, run in parts.items()
+    }
+    times = benchmarks.time_rounds(runs, repeats)
+    least = {key: min(seconds) for key, seconds in times.items()}
+    total = {name: sum(least[name, part] for part in PARTS) for name in programs}
     rows = []
-    for (lowering, compress, block), parts in least.items():
-        row = {
-            "layer": f"{window}x{window} {i}->{o}",
-            "size": size,
-            "batch_size": batch_size,
-            "compress": compress,
-            "block": block,
-            "lowering": lowering,
-            **{f"{part}_ms": round(1e3 * parts[part], 2) for part in PARTS},
-            "of_dense": round(sum(parts.values()) / sum(least[dense].values()), 3),
-        }
+    for name in programs:
+        row = facts[name]
+        row |= {f"{part}_ms": round(1e3 * least[name, part], 2) for part in PARTS}
+        row[column] = round(total[name] / total[reference], 3)
         rows.append(row)
         print("  ".join(str(value) for value in row.values()), flush=True)
     return rows
-
-
-def fastest(programs: dict, repeats: int) -> dict:
-    """Returns {program: {part: seconds}} of the fastest of some interleaved rounds."""
-    least = {name: dict.fromkeys(PARTS, float("inf")) for name in programs}
-    for _ in range(repeats):
-        for name, parts in programs.items():
-            for part, run in parts.items():
-                start = time.perf_counter()
-                jax.block_until_ready(run())
-                seconds = time.perf_counter() - start
-                least[name][part] = min(least[name][part], seconds)
-    return least
 
 
 def compile_parts(convolve, x, kernel) -> dict:

@@ -19,6 +19,7 @@ measured in parts. With JAX_COMPILATION_CACHE_DIR set, a second run compiles not
 """
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -29,34 +30,51 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import benchmarks
 from configs import common
 from runtime import processes
 
 CHECKOUT = pathlib.Path(__file__).parents[1]
-BATCH_SIZE = 64
-# The default variants: batch size, and the regular net that a wired one replaces.
+
+
+class Net(NamedTuple):
+    """A row of the table: a net, and goals for its speed as (the least, the aim).
+
+    twin: the regular net that a wired one replaces.
+    of_pytorch, of_twin: goals for the speed relative to PyTorch and to the twin. At
+      compress 8, expanders are to be faster than the twin; two grouped convolutions may
+      take twice the time of the regular one.
+    """
+
+    batch_size: int = 64
+    twin: str | None = None
+    of_pytorch: tuple[float, float] | None = None
+    of_twin: tuple[float, float] | None = None
+
+
 NETS = {
-    "cfmz:20": (BATCH_SIZE, None),
-    "cfmz:110": (BATCH_SIZE, None),
-    "xdensenet:40-24": (BATCH_SIZE, None),
-    "xdensenet:40-24-2": (BATCH_SIZE, "xdensenet:40-24"),
-    "xdensenet:40-48-2": (BATCH_SIZE, "xdensenet:40-48"),
-    "xdensenet:40-100-8": (BATCH_SIZE, "xdensenet:40-100"),
-    "xdensenet:40-24-groups-2": (BATCH_SIZE, "xdensenet:40-24"),
-    "igcnets:plain-38-L24M2": (BATCH_SIZE, "igcnets:plain-38-W16"),
-    "igcnets:resnet-20-L24M2": (BATCH_SIZE, "igcnets:resnet-20-W16"),
-    "igcnets:plain-20-L4M8": (BATCH_SIZE, "igcnets:plain-20-W16"),
-    "gunn:15": (32, None),
-    "delugenets:146": (32, None),
-    "xvgg:16-bn-expander": (BATCH_SIZE, "xvgg:16-bn"),
+    "cfmz:20": Net(64, None, (1.0, 1.2)),
+    "cfmz:110": Net(64, None, (0.9, 1.2)),
+    "xdensenet:40-24": Net(64, None, (1.15, 1.3)),
+    "xdensenet:40-24-2": Net(64, "xdensenet:40-24", (1.1, 1.4), (1.0, 1.0)),
+    "xdensenet:40-48-2": Net(64, "xdensenet:40-48", (1.1, 1.4), (1.0, 1.0)),
+    "xdensenet:40-100-8": Net(64, "xdensenet:40-100", None, (1.4, 2.0)),
+    "xdensenet:40-24-groups-2": Net(64, "xdensenet:40-24", (0.9, 1.3)),
+    "igcnets:plain-38-L24M2": Net(64, "igcnets:plain-38-W16", (1.1, 1.5), (0.5, 0.5)),
+    "igcnets:resnet-20-L24M2": Net(64, "igcnets:resnet-20-W16", (1.1, 1.5), (0.5, 0.5)),
+    "igcnets:plain-20-L4M8": Net(64, "igcnets:plain-20-W16", (0.9, 1.2)),
+    "gunn:15": Net(32, None, (1.1, 1.3)),
+    "delugenets:146": Net(32, None, (1.0, 1.3)),
+    "xvgg:16-bn-expander": Net(64, "xvgg:16-bn", (0.9, 1.1)),
     # At 224x224.
-    "xmobilenet:0.5-4": (8, "xmobilenet:0.5"),
-    "fb_resnet:resnet-18": (8, None),
-    "ximagenet:densenet-121": (8, None),
-    "ximagenet:densenet-121-2": (8, "ximagenet:densenet-121"),
-    "igcnets:imagenet-L100M2": (8, "igcnets:imagenet-W64"),
+    "xmobilenet:0.5-4": Net(8, "xmobilenet:0.5", (0.8, 1.0)),
+    "fb_resnet:resnet-18": Net(8, None, (0.8, 1.0)),
+    "ximagenet:densenet-121": Net(8, None, (0.8, 1.0)),
+    "ximagenet:densenet-121-2": Net(8, "ximagenet:densenet-121", (0.8, 1.0)),
+    "igcnets:imagenet-L100M2": Net(8, "igcnets:imagenet-W64", (0.9, 1.5)),
 }
 
 
@@ -95,9 +113,8 @@ def main() -> None:
 
 def table(variant: str, options: argparse.Namespace) -> list[dict]:
     """Measures a variant with each lowering, in each checkout, and its peers."""
-    batch_size, twin = NETS.get(variant, (BATCH_SIZE, None))
-    batch_size = options.batch_size or batch_size
-    options = argparse.Namespace(**vars(options) | {"batch_size": batch_size})
+    net, options = NETS.get(variant, Net()), copy.copy(options)
+    options.batch_size = options.batch_size or net.batch_size
     players = {}
     for lowering in options.lowerings:
         contestant = ("ours", variant, lowering)
@@ -106,20 +123,16 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
             there = Player(contestant, options, options.reference)
             players["reference", lowering] = there
     if options.peers:
-        if twin:
-            players["twin", "auto"] = Player(("ours", twin, "auto"), options)
+        if net.twin:
+            players["twin", "auto"] = Player(("ours", net.twin, "auto"), options)
         players["pytorch", ""] = Player(("pytorch", variant, ""), options)
-    for number in range(options.rounds):
-        # Alternate the order, so that no contestant is always the first of a round.
-        turns = list(players.values())
-        for player in turns if number % 2 == 0 else reversed(turns):
-            player.play()
+    play(list(players.values()), options.rounds)
     rows = []
     for (framework, lowering), player in players.items():
         row = {"variant": variant, "framework": framework, "lowering": lowering}
         row |= player.finish()
-        row |= {name: getattr(options, name) for name in ("batch_size", "dtype")}
-        row |= {name: getattr(options, name) for name in ("rounds", "steps")}
+        fields = ("batch_size", "dtype", "rounds", "steps")
+        row |= {name: getattr(options, name) for name in fields}
         row["of_pytorch"] = ratio(player, players.get(("pytorch", "")))
         row["of_twin"] = ratio(player, players.get(("twin", "auto")))
         row["of_plain"] = ratio(player, players.get(("ours", "plain")))
@@ -127,6 +140,14 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
+
+
+def play(players: Sequence["Player"], rounds: int) -> None:
+    """Lets all players play their rounds, by turns."""
+    for number in range(rounds):
+        # Alternate the order, so that no contestant is always the first of a round.
+        for player in players if number % 2 == 0 else reversed(players):
+            player.play()
 
 
 def ratio(player: "Player", other: "Player | None") -> float | str:

@@ -12,13 +12,13 @@ process. Our errors are those of the runs in results/.
 """
 
 import argparse
+import copy
 import dataclasses
-import importlib
-import pathlib
 import statistics
 
 import benchmarks
-from benchmarks.models import Player, ratio
+from benchmarks.models import Player, play, ratio
+from configs import common
 from configs.data_sets import DATA_SETS
 from runtime.workdir import read_rows
 
@@ -54,11 +54,15 @@ DATA = "cifar10"
 IMAGES = DATA_SETS[DATA].num_train
 # The runs of our test errors: files in results/.
 RUNS = {"cfmz:20": "cfmz20-160of180epochs-seed*-h200-*.csv"}
-HEADER = (
-    *("variant", "s/epoch, published", "s/epoch, ours"),
-    *("of dense, published", "of dense, ours"),
-    *("MiB, published", "MiB, ours", "error in %, published", "error in %, ours"),
-)
+HEADER = {  # heading of each column before the errors
+    "variant": "variant",
+    "published_seconds": "s/epoch, published",
+    "seconds": "s/epoch, ours",
+    "published_of_dense": "of dense, published",
+    "of_dense": "of dense, ours",
+    "published_memory_mib": "MiB, published",
+    "memory_mib": "MiB, ours",
+}
 
 
 def main() -> None:
@@ -78,83 +82,60 @@ def main() -> None:
 
 def measure(group: tuple[Original, ...], options: argparse.Namespace) -> list[dict]:
     """Returns a row for each net of a group; they take turns."""
-    configs = [_config(original.variant) for original in group]
-    players = []
-    for original, config in zip(group, configs, strict=True):
-        batch = argparse.Namespace(
-            **vars(options) | {"batch_size": config.train.batch_size}
-        )
-        players.append(Player(("ours", original.variant, "auto"), batch))
-    for number in range(options.rounds):
-        for player in players if number % 2 == 0 else reversed(players):
-            player.play()
+    players, batch_sizes = [], []
+    for original in group:
+        own = copy.copy(options)
+        config = benchmarks.get_config(f"{original.variant},{DATA}")
+        own.batch_size = config.train.batch_size
+        batch_sizes.append(own.batch_size)
+        players.append(Player(("ours", original.variant, "auto"), own))
+    play(players, options.rounds)
     rows = []
-    for original, config, player in zip(group, configs, players, strict=True):
+    for original, player, batch_size in zip(group, players, batch_sizes, strict=True):
         found = player.finish()
-        rows.append(
-            {
-                "variant": original.variant,
-                "published_seconds": original.seconds,
-                "seconds": round(IMAGES / found["images_per_second"], 1),
-                **_of_dense(original.seconds, group, player, players),
-                "published_memory_mib": original.memory or "",
-                "memory_mib": found["peak_memory_mb"],
-                **_errors(original.variant),
-                "batch_size": config.train.batch_size,
-                **{name: found[name] for name in ("slowest", "fastest")},
-                **{name: found[name] for name in ("compile_seconds", "device", "jax")},
-                "dtype": options.dtype,
-                "rounds": options.rounds,
-                "steps": options.steps,
-            }
-        )
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        published_ratio = round(original.seconds / group[0].seconds, 3)
+        our_ratio = round(1 / ratio(player, players[0]), 3)
+        row = {
+            "variant": original.variant,
+            "published_seconds": original.seconds,
+            "seconds": round(IMAGES / found["images_per_second"], 1),
+            "published_of_dense": published_ratio if len(group) > 1 else "",
+            "of_dense": our_ratio if len(group) > 1 else "",
+            "published_memory_mib": original.memory or "",
+            "memory_mib": found["peak_memory_mb"],
+            **_errors(original.variant),
+            "batch_size": batch_size,
+        }
+        fields = ("slowest", "fastest", "compile_seconds", "device", "jax")
+        row |= {name: found[name] for name in fields}
+        row |= {name: getattr(options, name) for name in ("dtype", "rounds", "steps")}
+        rows.append(row)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
-
-
-def _of_dense(seconds, group, player, players) -> dict:
-    """Returns the times relative to the dense net's; "" if there is no other net."""
-    alone = len(group) == 1
-    return {
-        "published_of_dense": "" if alone else round(seconds / group[0].seconds, 3),
-        "of_dense": "" if alone else round(1 / ratio(player, players[0]), 3),
-    }
-
-
-def _config(variant: str):
-    family, _, name = variant.partition(":")
-    return importlib.import_module(f"configs.{family}").get_config(f"{name},{DATA}")
 
 
 def _errors(variant: str) -> dict:
     """Returns the published error and the mean of our runs, in percent."""
     family, _, name = variant.partition(":")
-    row = importlib.import_module(f"configs.{family}").VARIANTS[name].published[DATA]
-    found = {
+    row = common.load_family(family).VARIANTS[name].published[DATA]
+    runs = benchmarks.RESULTS.glob(RUNS[variant]) if variant in RUNS else ()
+    last = [100 * (1 - read_rows(path)[-1]["test_accuracy"]) for path in sorted(runs)]
+    return {
         "published_error": row.error,
         "published_selection": row.selection,
-        "error": "",
-        "error_sd": "",
-        "seeds": 0,
+        "error": round(statistics.mean(last), 2) if last else "",
+        "error_sd": round(statistics.stdev(last), 2) if last else "",
+        "seeds": len(last),
     }
-    if variant in RUNS:
-        runs = sorted(pathlib.Path(benchmarks.RESULTS).glob(RUNS[variant]))
-        last = [100 * (1 - read_rows(path)[-1]["test_accuracy"]) for path in runs]
-        found["error"] = round(statistics.mean(last), 2)
-        found["error_sd"] = round(statistics.stdev(last), 2)
-        found["seeds"] = len(last)
-    return found
 
 
 def markdown(rows: list[dict]) -> str:
     """Returns the rows of `measure`, or of its file, as a Markdown table."""
-    table = [HEADER]
+    table = [[*HEADER.values(), "error in %, published", "error in %, ours"]]
     for row in rows:
         error = f"{float(row['published_error']):.2f} ({row['published_selection']})"
         ours = f"{row['error']} ± {row['error_sd']} ({row['seeds']} seeds)"
-        names = ("variant", "published_seconds", "seconds", "published_of_dense")
-        names += ("of_dense", "published_memory_mib", "memory_mib")
-        cells = [str(row[name]) for name in names]
+        cells = [str(row[name]) for name in HEADER]
         table.append([*cells, error, ours if row["error"] else ""])
     # Columns without an entry are left out.
     used = [i for i, cells in enumerate(zip(*table[1:], strict=True)) if any(cells)]

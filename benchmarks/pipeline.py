@@ -26,6 +26,7 @@ import statistics
 import tempfile
 import time
 import unittest.mock
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ from runtime import devices, dispatch, processes
 
 REPEATS, SECONDS, MADE_UP = 5, 4.0, 300
 TRAINED, STEPS = ("cfmz:20", "xdensenet:40-24-2"), 40
-SMALL_BATCH, LARGE_BATCH, WARM_UP = 128, 64, {"small": 50, "photographs": 8}
+BATCH_SIZE, WARM_UP = {"small": 128, "photographs": 64}, {"small": 50, "photographs": 8}
 
 
 def main() -> None:
@@ -58,14 +59,13 @@ def main() -> None:
 
 
 def measure(paths: dict) -> list[dict]:
-    """Measures each pipeline; paths: (kind, path) -> (next_batch, batch_size)."""
-    speeds, memory = {key: [] for key in paths}, {key: [] for key in paths}
+    """Measures each pipeline; paths: (kind, path) -> endless iterator over batches."""
+    speeds, grown = {key: [] for key in paths}, {key: [] for key in paths}
     for _ in range(REPEATS):
-        for (kind, path), (next_batch, batch_size) in paths.items():
-            before = resident_mb()
-            measured = speed(next_batch, WARM_UP[kind]) * batch_size
-            speeds[kind, path].append(measured)
-            memory[kind, path].append(resident_mb() - before)
+        for key, batches in paths.items():
+            before, kind = resident_mb(), key[0]
+            speeds[key].append(speed(batches, WARM_UP[kind]) * BATCH_SIZE[kind])
+            grown[key].append(resident_mb() - before)
     rows = []
     for (kind, path), found in speeds.items():
         median, peer = statistics.median(found), speeds.get((kind, "torch"))
@@ -74,12 +74,12 @@ def measure(paths: dict) -> list[dict]:
                 "images": kind,
                 "path": path,
                 "device": jax.devices()[0].device_kind if path == "device" else "host",
-                "batch_size": paths[kind, path][1],
+                "batch_size": BATCH_SIZE[kind],
                 "images_per_second": round(median),
                 "slowest": round(min(found)),
                 "fastest": round(max(found)),
                 "ratio": round(median / statistics.median(peer), 2) if peer else "",
-                "grown_mb": round(sum(memory[kind, path][1:])),
+                "grown_mb": round(sum(grown[kind, path][1:])),
                 "repeats": REPEATS,
                 "cores": os.cpu_count(),
                 "jax": jax.__version__,
@@ -97,19 +97,16 @@ def measure(paths: dict) -> list[dict]:
 def small_paths() -> dict:
     """Returns the pipelines for small images, in the form that `measure` takes."""
     config = common.base()
-    config.train.batch_size = SMALL_BATCH
+    config.train.batch_size = BATCH_SIZE["small"]
     examples = small_examples()
-    batches = input_pipeline.batches(config, "train", examples=examples)
-    paths = {
-        ("small", "tf.data"): (lambda: next(batches), SMALL_BATCH),
-        ("small", "device"): (device_path(config, examples), SMALL_BATCH),
-    }
+    tf_data = input_pipeline.batches(config, "train", examples=examples)
+    device = device_batches(config, examples)
+    paths = {("small", "tf.data"): tf_data, ("small", "device"): device}
     if version("torch"):
         from benchmarks import torch_loader
 
         dataset = torch_loader.Small(examples.images)
-        peer = torch_loader.batches(dataset, SMALL_BATCH, os.cpu_count())
-        paths["small", "torch"] = lambda: next(peer), SMALL_BATCH
+        paths["small", "torch"] = torch_loader.batches(dataset, BATCH_SIZE["small"])
     return paths
 
 
@@ -122,9 +119,8 @@ def small_examples() -> input_pipeline.InMemory:
 
 def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
     """Links the files of `folder` into a data set in `directory` and loads it."""
-    files = sorted(
-        x for x in folder.rglob("*") if x.suffix.lower() in (".jpg", ".jpeg")
-    )
+    suffixes = (".jpg", ".jpeg")
+    files = sorted(x for x in folder.rglob("*") if x.suffix.lower() in suffixes)
     for split in ("train", "test"):
         for i, file in enumerate(files):
             label = directory / split / f"class{i % 2}"
@@ -133,15 +129,14 @@ def photograph_paths(folder: pathlib.Path, directory: pathlib.Path) -> dict:
     config = common.base()
     config.data.update(name=directory.name, dir=str(directory.parent))
     config.data.update(crop="random_resized", image_size=224)
-    config.train.batch_size = LARGE_BATCH
-    batches = input_pipeline.batches(config, "train")
-    paths = {("photographs", "threads"): (lambda: next(batches), LARGE_BATCH)}
+    config.train.batch_size = BATCH_SIZE["photographs"]
+    paths = {("photographs", "threads"): input_pipeline.batches(config, "train")}
     if version("torch"):
         from benchmarks import torch_loader
 
         dataset = torch_loader.Jpegs([str(x) for x in files], 224)
-        peer = torch_loader.batches(dataset, LARGE_BATCH, os.cpu_count())
-        paths["photographs", "torch"] = lambda: next(peer), LARGE_BATCH
+        batch_size = BATCH_SIZE["photographs"]
+        paths["photographs", "torch"] = torch_loader.batches(dataset, batch_size)
     return paths
 
 
@@ -158,51 +153,39 @@ def make_photographs(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-class Timed:
-    """An iterator that counts the seconds spent waiting for it."""
-
-    def __init__(self, iterator):
-        self._iterator, self.seconds = iterator, 0.0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        start = time.perf_counter()
-        try:
-            return next(self._iterator)
-        finally:
-            self.seconds += time.perf_counter() - start
-
-
 def waits(variant: str) -> dict:
     """Trains a variant for a few steps; returns the share of time spent waiting."""
     config = benchmarks.get_config(variant)
-    config.train.batch_size = SMALL_BATCH
+    config.train.batch_size = BATCH_SIZE["small"]
     examples = small_examples()
-    mesh, timed = devices.make_mesh(), []
+    mesh, waited = devices.make_mesh(), []
     facts = input_pipeline.facts(config.data, examples)
     program, state = train.create_train_state(config, facts)
     state = devices.place(state, mesh)
     batches = input_pipeline.batches
 
     def watched(*arguments, **options):
-        timed.append(Timed(batches(*arguments, **options)))
-        return timed[0]
+        iterator = batches(*arguments, **options)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator)
+            waited.append(time.perf_counter() - start)
+            yield batch
 
     with unittest.mock.patch.object(input_pipeline, "batches", watched):
         step = functools.partial(train.train_step, program)
         advance = dispatch.make_advance(config, step, mesh, examples, facts, state, 0)
     for _ in range(2):  # the first round is a warm-up
-        timed[0].seconds, start = 0.0, time.perf_counter()
+        waited.clear()
+        start = time.perf_counter()
         for _ in range(STEPS):
             state, totals, _ = advance(state, 1)
         jax.block_until_ready(totals)
         seconds = time.perf_counter() - start
     found = {
         "variant": variant,
-        "images_per_second": round(STEPS * SMALL_BATCH / seconds, 1),
-        "waited_share": round(timed[0].seconds / seconds, 4),
+        "images_per_second": round(STEPS * config.train.batch_size / seconds, 1),
+        "waited_share": round(sum(waited) / seconds, 4),
         "steps": STEPS,
         "cores": os.cpu_count(),
         "jax": jax.__version__,
@@ -211,32 +194,26 @@ def waits(variant: str) -> dict:
     return found
 
 
-def device_path(config, examples):
-    """Returns a function that starts a batch on the device and returns it."""
+def device_batches(config, examples) -> Iterator[dict]:
+    """Yields batches that the device is still computing."""
     padded = examples.padded(config.data.pad, config.data.border)
     data = jax.device_put((padded, examples.labels))
     plans = input_pipeline.plans(config, len(examples))
     apply_plan = jax.jit(input_pipeline.apply_plan)
-    return lambda: apply_plan(*data, next(plans))
+    return (apply_plan(*data, plan) for plan in plans)
 
 
-def speed(next_batch, warm_up: int) -> float:
+def speed(batches: Iterator, warm_up: int) -> float:
     """Returns batches per second, after a warm-up that consumes prefetched ones."""
     for _ in range(warm_up):
-        batch = next_batch()
-    wait(batch)
+        batch = next(batches)
+    jax.block_until_ready(batch)
     start = time.perf_counter()
     for count in itertools.count(1):
-        batch = next_batch()
+        batch = next(batches)
         if time.perf_counter() - start > SECONDS:
-            wait(batch)
+            jax.block_until_ready(batch)
             return count / (time.perf_counter() - start)
-
-
-def wait(batch) -> None:
-    """Waits until a batch is computed."""
-    if isinstance(batch, dict):  # PyTorch's are lists, and already computed
-        jax.block_until_ready(batch)
 
 
 def resident_mb() -> float:

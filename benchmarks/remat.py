@@ -9,7 +9,6 @@ that the compiled program allocates for them and for everything else.
 import argparse
 import math
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -71,15 +70,11 @@ def measure(variant: str, rounds: int) -> list[dict]:
             "saved_mib": round(size / 2**20),
             "temporary_mib": round(temporary / 2**20),
         }
-    times = {level: [] for level in programs}
-    for _ in range(rounds + 1):  # the first one is not counted
-        for level, run in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[level].append(time.perf_counter() - start)
+    times = benchmarks.time_rounds(programs, rounds + 1)
     for level, row in rows.items():
-        pairs = zip(times[level][1:], times["none"][1:], strict=True)
-        row["ms"] = round(1e3 * statistics.median(times[level][1:]))
+        mine, none = times[level][1:], times["none"][1:]  # after a warm-up
+        row["ms"] = round(1e3 * statistics.median(mine))
+        pairs = zip(mine, none, strict=True)
         row["time_of_none"] = round(statistics.median(a / b for a, b in pairs), 3)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return list(rows.values())

@@ -6,8 +6,9 @@ Prints the table in Markdown and draws docs/speed.png. Reads the rows of --peers
 were measured on the CPU.
 """
 
-import csv
 import pathlib
+
+from matplotlib.figure import Figure
 
 import benchmarks
 from benchmarks.models import NETS
@@ -15,35 +16,6 @@ from benchmarks.models import NETS
 RATIO = "of_pytorch"
 RESULTS = "models-x86_64-2cores-jax*.csv"
 FIGURE = pathlib.Path(__file__).parents[1] / "docs/speed.png"
-# Goals for the speed relative to PyTorch: the least, and the one to aim for.
-GOALS = {
-    "cfmz:20": (1.0, 1.2),
-    "cfmz:110": (0.9, 1.2),
-    "xdensenet:40-24": (1.15, 1.3),
-    "xdensenet:40-24-2": (1.1, 1.4),
-    "xdensenet:40-48-2": (1.1, 1.4),
-    "xdensenet:40-24-groups-2": (0.9, 1.3),
-    "igcnets:plain-38-L24M2": (1.1, 1.5),
-    "igcnets:resnet-20-L24M2": (1.1, 1.5),
-    "igcnets:plain-20-L4M8": (0.9, 1.2),
-    "gunn:15": (1.1, 1.3),
-    "delugenets:146": (1.0, 1.3),
-    "xvgg:16-bn-expander": (0.9, 1.1),
-    "xmobilenet:0.5-4": (0.8, 1.0),
-    "fb_resnet:resnet-18": (0.8, 1.0),
-    "ximagenet:densenet-121": (0.8, 1.0),
-    "ximagenet:densenet-121-2": (0.8, 1.0),
-    "igcnets:imagenet-L100M2": (0.9, 1.5),
-}
-# The same relative to the regular twin: at compress 8, expanders are to be faster; two
-# grouped convolutions may take twice the time of the regular one.
-TWIN_GOALS = {
-    "xdensenet:40-24-2": (1.0, 1.0),
-    "xdensenet:40-48-2": (1.0, 1.0),
-    "xdensenet:40-100-8": (1.4, 2.0),
-    "igcnets:plain-38-L24M2": (0.5, 0.5),
-    "igcnets:resnet-20-L24M2": (0.5, 0.5),
-}
 HEADER = (
     *("variant", "batch", "images/s: ours", "regular twin", "PyTorch"),
     *("of PyTorch", "floor, aim", "of the twin", "floor, aim"),
@@ -62,9 +34,8 @@ def main() -> None:
 def read(path: pathlib.Path) -> dict[str, dict[str, dict]]:
     """Returns the rows by variant, in the order of NETS, and framework."""
     nets = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            nets.setdefault(row["variant"], {})[row["framework"]] = row
+    for row in benchmarks.read(path):
+        nets.setdefault(row["variant"], {})[row["framework"]] = row
     return {variant: nets[variant] for variant in NETS if variant in nets}
 
 
@@ -74,8 +45,8 @@ def markdown(nets: dict[str, dict[str, dict]]) -> str:
     for variant, rows in nets.items():
         ours, twin, pytorch = (rows.get(x, {}) for x in ("ours", "twin", "pytorch"))
         speeds = [x.get("images_per_second", "") for x in (ours, twin, pytorch)]
-        ratios = _ratio(ours[RATIO], GOALS.get(variant))
-        ratios += _ratio(ours["of_twin"], TWIN_GOALS.get(variant))
+        ratios = _ratio(ours[RATIO], NETS[variant].of_pytorch)
+        ratios += _ratio(ours["of_twin"], NETS[variant].of_twin)
         memory = [ours["live_mib"], pytorch["live_mib"]]
         table.append([variant, ours["batch_size"], *speeds, *ratios, *memory])
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
@@ -93,12 +64,8 @@ def _ratio(ratio: str, goals: tuple[float, float] | None) -> list[str]:
 
 def draw(nets: dict[str, dict[str, dict]]) -> None:
     """Draws the speeds relative to PyTorch's to FIGURE, one group of bars per net."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 0.38 * len(nets) + 1.2))
+    figure = Figure(figsize=(8, 0.38 * len(nets) + 1.2), layout="tight")
+    axes = figure.subplots()
     styles = {
         "ours": ("ours", "#1f5fa8", -0.19),
         "twin": ("our regular twin", "#9dbfe0", 0.19),
@@ -119,7 +86,6 @@ def draw(nets: dict[str, dict[str, dict]]) -> None:
     axes.set_xlabel("images/s, divided by PyTorch's")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
-    figure.tight_layout()
     figure.savefig(FIGURE, dpi=150)
 
 

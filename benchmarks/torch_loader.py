@@ -5,6 +5,8 @@ images, so that torchvision need not be installed. This file imports little, bec
 each worker process imports it.
 """
 
+import os
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -54,14 +56,14 @@ def _flip_and_convert(image: Image.Image) -> torch.Tensor:
     return pixels.to(torch.float32).div(255)
 
 
-def batches(dataset: torch.utils.data.Dataset, batch_size: int, workers: int):
-    """Yields shuffled batches without end."""
+def batches(dataset: torch.utils.data.Dataset, batch_size: int):
+    """Yields shuffled batches without end, made by one process per core."""
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=workers,
+        num_workers=os.cpu_count(),
         persistent_workers=True,
         multiprocessing_context="spawn",  # forking a process full of threads may hang
     )

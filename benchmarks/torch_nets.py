@@ -7,6 +7,8 @@ and ReLUs where autograd allows them. Maps are (N, C, H, W); both memory formats
 Golden files prove the twins (tests/benchmarks/torch_nets_test.py).
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,17 +145,12 @@ def _cross_layer(self, sources):
     # than one per source and weighted sums. The first reader updates the statistics.
     total = None
     for i, (x, batch_norm) in enumerate(sources):
-        first = i == len(sources) - 1
-        running = (batch_norm.mean, batch_norm.var)
-        term = F.batch_norm(
-            x,
-            *(running if first or not self.training else (None, None)),
-            self.scale[i],
-            self.bias[i],
-            training=self.training,
-            momentum=1 - batch_norm.keep,
-            eps=batch_norm.eps,
-        )
+        running = batch_norm.mean, batch_norm.var
+        if self.training and i < len(sources) - 1:
+            running = None, None
+        options = dict(training=self.training, momentum=1 - batch_norm.keep)
+        options |= dict(weight=self.scale[i], bias=self.bias[i], eps=batch_norm.eps)
+        term = F.batch_norm(x, *running, **options)
         total = term if total is None else total.add_(term)
     return total
 
@@ -274,9 +271,8 @@ def _cfmz_resnet(self, x):
 
 
 def _through(stages, x):
-    for blocks in stages:
-        for block in blocks:
-            x = block(x)
+    for block in itertools.chain(*stages):
+        x = block(x)
     return x
 
 
@@ -369,9 +365,7 @@ def _gunn_bottleneck(self, x):
 
 @forward(gunn.Unit)
 def _gunn_unit(self, x):
-    for bottleneck in self.bottlenecks:
-        x = bottleneck(x)
-    return x
+    return _through([self.bottlenecks], x)
 
 
 @forward(gunn.Transition)
@@ -404,9 +398,7 @@ def _vgg_block(self, x):
 @forward(vgg.VGG)
 def _vgg(self, x):
     for blocks in self.stages:
-        for block in blocks:
-            x = block(x)
-        x = F.max_pool2d(x, 2)
+        x = F.max_pool2d(_through([blocks], x), 2)
     return self.classifier(F.relu_(self.hidden(_pool(x))))
 
 
@@ -418,9 +410,7 @@ def _separable_block(self, x):
 
 @forward(mobilenet.MobileNet)
 def _mobilenet(self, x):
-    x = F.relu_(self.stem_norm(self.stem(x)))
-    for block in self.blocks:
-        x = block(x)
+    x = _through([self.blocks], F.relu_(self.stem_norm(self.stem(x))))
     return self.classifier(F.pad(_pool(x), (0, self.missing)))
 
 

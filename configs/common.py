@@ -5,6 +5,8 @@ The comment next to a field explains it.
 
 import dataclasses
 import difflib
+import importlib
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,10 @@ from ml_collections import ConfigDict
 
 from configs.data_sets import CIFAR, DATA_SETS, IMAGENET
 
+FAMILIES = sorted(
+    {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
+    - {"common", "data_sets"}
+)
 # The original's training, or our own schedule for the same net (docs/recipes.md).
 RECIPES = ("faithful", "modern")
 # config.augment of fb.resnet.torch for ImageNet.
@@ -72,6 +78,13 @@ def cifar_variant(
     return Variant(net, counts, published)
 
 
+def load_family(name: str):
+    """Returns the module configs.NAME; raises ValueError if there is none."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}: choose from {', '.join(FAMILIES)}")
+    return importlib.import_module(f"configs.{name}")
+
+
 def base() -> ConfigDict:
     """Returns the defaults, which have the types of the fields.
 
@@ -86,143 +99,129 @@ def base() -> ConfigDict:
     config.variant = ""  # row of the family's VARIANTS, for logs and tables
     config.recipe = ""  # one of RECIPES, for tables
 
-    config.net = ConfigDict(
-        dict(
-            name="",  # nets.names()
-            num_classes=10,
-            graph_seed=0,  # of the random graphs of expander layers
-            lowering="auto",  # of every convolution: nets/layers/lowerings.py
-            # The maps to recompute in the backward pass, which saves memory: none, norm
-            # (all but convolutions) or block (all within a block): nets/remat.py.
-            remat="none",
-            wiring=dict(  # nets/layers/wiring.py
-                kind="dense",  # or expander, grouped, interleaved
-                compress=2,  # expander: a sampling channel has in // compress partners
-                # expander: or per_output, per_input, ramanujan (not random);
-                # nets/connectivity.py
-                sampling="smaller_side",
-                block=1,  # expander: the graph connects blocks of this many channels
-                groups=2,  # grouped
-                # interleaved; if one of them is 0, it is output channels / the other
-                primary_groups=2,
-                secondary_groups=0,
-            ),
-        )
+    config.net = dict(
+        name="",  # nets.names()
+        num_classes=10,
+        graph_seed=0,  # of the random graphs of expander layers
+        lowering="auto",  # of every convolution: nets/layers/lowerings.py
+        # The maps to recompute in the backward pass, which saves memory: none, norm
+        # (all but convolutions) or block (all within a block): nets/remat.py.
+        remat="none",
+        wiring=dict(  # nets/layers/wiring.py
+            kind="dense",  # or expander, grouped, interleaved
+            compress=2,  # expander: a sampling channel has in // compress partners
+            # expander: or per_output, per_input, ramanujan (not random);
+            # nets/connectivity.py
+            sampling="smaller_side",
+            block=1,  # expander: the graph connects blocks of this many channels
+            groups=2,  # grouped
+            # interleaved; if one of them is 0, it is output channels / the other
+            primary_groups=2,
+            secondary_groups=0,
+        ),
     )
-    config.data = ConfigDict(
-        dict(
-            # A TFDS data set, 'digits' (embedded), an .npz file, or a directory of
-            # class directories (data_sources/folders.py).
-            name="cifar10",
-            dir="",  # location of the files; '': $TFDS_DATA_DIR, ~/tensorflow_datasets
-            download=False,  # whether to download a missing TFDS data set
-            cache_dir="",  # of decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache
-            # 'auto': 'device' for images in memory, which then stay on the accelerator,
-            # and 'threads' for photographs. 'tf.data': for images in memory, which stay
-            # on the host (input_pipeline.py).
-            pipeline="auto",
-            # 'pad': pads and crops images in memory. Any other value: reads photographs
-            # of any size from disk and crops them (data_sources/crops.py).
-            crop="pad",
-            pad=4,  # crop='pad': width of the border in pixels; 0: no random crop
-            border="zero",  # crop='pad': or mean, dataset_mean, white, reflect
-            image_size=224,  # photographs: height and width of the crop
-            on_error="raise",  # on an image that cannot be decoded; or 'skip'
-            flip=True,  # mirrors a training image with probability 1/2
-            # Normalisation per channel, on the scale 0..255. Empty: the recipe's values
-            # if this is the recipe's data set; otherwise photograph_mean and _std for
-            # images on disk, or the training set's statistics for images in memory.
-            mean=(),
-            std=(),
-            # The data set that the recipe is for, and its normalisation. Images of this
-            # data set and of TFDS are decoded as stored. All others honour EXIF
-            # orientation, with transparency over white.
-            recipe=dict(name="", mean=(), std=()),
-            photograph_mean=DATA_SETS[IMAGENET].mean,
-            photograph_std=DATA_SETS[IMAGENET].std,
-        )
+    config.data = dict(
+        # A TFDS data set, 'digits' (embedded), an .npz file, or a directory of
+        # class directories (data_sources/folders.py).
+        name="cifar10",
+        dir="",  # location of the files; '': $TFDS_DATA_DIR, ~/tensorflow_datasets
+        download=False,  # whether to download a missing TFDS data set
+        cache_dir="",  # of decoded images; '': $XDG_CACHE_HOME/wirings, ~/.cache
+        # 'auto': 'device' for images in memory, which then stay on the accelerator,
+        # and 'threads' for photographs. 'tf.data': for images in memory, which stay
+        # on the host (input_pipeline.py).
+        pipeline="auto",
+        # 'pad': pads and crops images in memory. Any other value: reads photographs
+        # of any size from disk and crops them (data_sources/crops.py).
+        crop="pad",
+        pad=4,  # crop='pad': width of the border in pixels; 0: no random crop
+        border="zero",  # crop='pad': or mean, dataset_mean, white, reflect
+        image_size=224,  # photographs: height and width of the crop
+        on_error="raise",  # on an image that cannot be decoded; or 'skip'
+        flip=True,  # mirrors a training image with probability 1/2
+        # Normalisation per channel, on the scale 0..255. Empty: the recipe's values
+        # if this is the recipe's data set; otherwise photograph_mean and _std for
+        # images on disk, or the training set's statistics for images in memory.
+        mean=(),
+        std=(),
+        # The data set that the recipe is for, and its normalisation. Images of this
+        # data set and of TFDS are decoded as stored. All others honour EXIF
+        # orientation, with transparency over white.
+        recipe=dict(name="", mean=(), std=()),
+        photograph_mean=DATA_SETS[IMAGENET].mean,
+        photograph_std=DATA_SETS[IMAGENET].std,
     )
-    config.augment = ConfigDict(  # within the train step, after crop and flip
-        dict(
-            jigsaw=False,  # GUNN: random cyclic shift
-            jitter=0.0,  # brightness, contrast and saturation (fb.resnet.torch: 0.4)
-            lighting=0.0,  # std along the principal colour axes (fb.resnet.torch: 0.1)
-            hls=(),  # largest change of hue, lightness, saturation (IGC: 36, 50, 50)
-            autoaugment=False,  # the policies found for CIFAR-10
-            randaugment_ops=0,  # operations per image; 0: off
-            randaugment_magnitude=9.0,  # of 30
-            cutout=0,  # side of the square in pixels; 0: off
-            # At most one of mixup, cutmix and ricap: the parameter of its Beta
-            # distribution; 0: off.
-            mixup=0.0,
-            cutmix=0.0,
-            cutmix_probability=0.5,  # share of batches to which CutMix applies
-            ricap=0.0,
-        )
+    config.augment = dict(  # within the train step, after crop and flip
+        jigsaw=False,  # GUNN: random cyclic shift
+        jitter=0.0,  # brightness, contrast and saturation (fb.resnet.torch: 0.4)
+        lighting=0.0,  # std along the principal colour axes (fb.resnet.torch: 0.1)
+        hls=(),  # largest change of hue, lightness, saturation (IGC: 36, 50, 50)
+        autoaugment=False,  # the policies found for CIFAR-10
+        randaugment_ops=0,  # operations per image; 0: off
+        randaugment_magnitude=9.0,  # of 30
+        cutout=0,  # side of the square in pixels; 0: off
+        # At most one of mixup, cutmix and ricap: the parameter of its Beta
+        # distribution; 0: off.
+        mixup=0.0,
+        cutmix=0.0,
+        cutmix_probability=0.5,  # share of batches to which CutMix applies
+        ricap=0.0,
     )
-    config.train = ConfigDict(
-        dict(
-            batch_size=64,  # over all devices
-            # The last batch of an epoch: 'fill' takes the missing images from the next
-            # epoch, 'partial' is smaller.
-            last_batch="fill",
-            label_smoothing=0.0,  # share of the target spread over all classes
-            ema=0.0,  # decay per step of averaged weights, used in evaluation; 0: off
-            epochs=300.0,  # passes over the training images
-            steps_per_dispatch=1,  # pipeline='device': train steps per compiled call
-            dtype="float32",  # of activations; parameters are always float32
-            # Ghost batch norm: splits the batch into this many groups with separate
-            # statistics, like the GPUs of the original. 1: statistics of the whole
-            # batch, synchronised over devices (SyncBN). 0: per device.
-            batch_norm_groups=1,
-            log_every_steps=100,  # progress line and TensorBoard
-            tensorboard=True,  # whether to write events for TensorBoard
-            profile_steps=(),  # (first, last): traces these steps to WORKDIR/profile
-            compilation_cache=True,  # stores compiled programs in the cache directory
-        )
+    config.train = dict(
+        batch_size=64,  # over all devices
+        # The last batch of an epoch: 'fill' takes the missing images from the next
+        # epoch, 'partial' is smaller.
+        last_batch="fill",
+        label_smoothing=0.0,  # share of the target spread over all classes
+        ema=0.0,  # decay per step of averaged weights, used in evaluation; 0: off
+        epochs=300.0,  # passes over the training images
+        steps_per_dispatch=1,  # pipeline='device': train steps per compiled call
+        dtype="float32",  # of activations; parameters are always float32
+        # Ghost batch norm: splits the batch into this many groups with separate
+        # statistics, like the GPUs of the original. 1: statistics of the whole
+        # batch, synchronised over devices (SyncBN). 0: per device.
+        batch_norm_groups=1,
+        log_every_steps=100,  # progress line and TensorBoard
+        tensorboard=True,  # whether to write events for TensorBoard
+        profile_steps=(),  # (first, last): traces these steps to WORKDIR/profile
+        compilation_cache=True,  # stores compiled programs in the cache directory
     )
-    config.optimizer = ConfigDict(
-        dict(
-            name="sgd",  # or adamw: optimizers.OPTIMIZERS
-            learning_rate=0.1,
-            schedule="steps",  # or cosine, one_cycle: optimizers.SCHEDULES
-            warmup_epochs=0.0,  # linear from 0, for 'steps' and 'cosine'
-            drop_epochs=(150.0, 225.0),  # 'steps': epochs (from 0) that lower the rate
-            drop_factor=0.1,  # 'steps': multiplies the rate at each drop
-            min_learning_rate=0.0,
-            momentum=0.9,  # momentum, nesterov, rate_in_velocity: of SGD
-            nesterov=True,
-            rate_in_velocity=False,  # neon: v <- momentum v - rate g (optimizers.py)
-            beta1=0.9,  # beta1, beta2, epsilon: of AdamW
-            beta2=0.999,
-            epsilon=1e-8,
-            weight_decay=1e-4,  # sgd: L2; adamw: decoupled, times the learning rate
-            # The parameters that decay: 'all', or 'kernels' without batch norm and
-            # biases. 'auto': all with sgd, as in all originals; kernels with adamw.
-            decay_on="auto",
-            clip_norm=0.0,  # largest global norm of a gradient; 0: off
-            # Averages the gradients of this many steps for one update. docs/recipes.md
-            # explains what this means for batch norm.
-            accumulate_steps=1,
-        )
+    config.optimizer = dict(
+        name="sgd",  # or adamw: optimizers.OPTIMIZERS
+        learning_rate=0.1,
+        schedule="steps",  # or cosine, one_cycle: optimizers.SCHEDULES
+        warmup_epochs=0.0,  # linear from 0, for 'steps' and 'cosine'
+        drop_epochs=(150.0, 225.0),  # 'steps': epochs (from 0) that lower the rate
+        drop_factor=0.1,  # 'steps': multiplies the rate at each drop
+        min_learning_rate=0.0,
+        momentum=0.9,  # momentum, nesterov, rate_in_velocity: of SGD
+        nesterov=True,
+        rate_in_velocity=False,  # neon: v <- momentum v - rate g (optimizers.py)
+        beta1=0.9,  # beta1, beta2, epsilon: of AdamW
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=1e-4,  # sgd: L2; adamw: decoupled, times the learning rate
+        # The parameters that decay: 'all', or 'kernels' without batch norm and
+        # biases. 'auto': all with sgd, as in all originals; kernels with adamw.
+        decay_on="auto",
+        clip_norm=0.0,  # largest global norm of a gradient; 0: off
+        # Averages the gradients of this many steps for one update. docs/recipes.md
+        # explains what this means for batch norm.
+        accumulate_steps=1,
     )
-    config.eval = ConfigDict(
-        dict(
-            batch_size=250,
-            every_epochs=1.0,  # may be a fraction; a checkpoint follows each evaluation
-            checkpoint="best",  # --mode=eval: best, last or a step
-            # --mode=eval: 'center': as during training. 'flip': averages the logits of
-            # the image and its mirror image. 'tencrop': averages the logits of centre
-            # and four corners of a photograph and its mirror image. Results are then
-            # named test_accuracy_flip and so on.
-            views="center",
-        )
+    config.eval = dict(
+        batch_size=250,
+        every_epochs=1.0,  # may be a fraction; a checkpoint follows each evaluation
+        checkpoint="best",  # --mode=eval: best, last or a step
+        # --mode=eval: 'center': as during training. 'flip': averages the logits of
+        # the image and its mirror image. 'tencrop': averages the logits of centre
+        # and four corners of a photograph and its mirror image. Results are then
+        # named test_accuracy_flip and so on.
+        views="center",
     )
-    config.checkpoint = ConfigDict(
-        dict(
-            keep=2,  # number of recent checkpoints to keep, besides the best
-            every_steps=0,  # extra checkpoints between evaluations; 0: off
-        )
+    config.checkpoint = dict(
+        keep=2,  # number of recent checkpoints to keep, besides the best
+        every_steps=0,  # extra checkpoints between evaluations; 0: off
     )
     return config
 

@@ -16,59 +16,34 @@ from configs.data_sets import IMAGENET
 README = "GUNN README: best of all epochs on the test set"
 DERIVED = f"{README}; the net is derived, not published"
 
-CIFAR_15 = {"channels": (240, 300, 360), "segments": (20, 25, 30)}
-CIFAR_24 = {"channels": (720, 900, 1080), "segments": (20, 25, 30), "expansion": 3}
+SEGMENTS = (20, 25, 30)
+CIFAR_15 = dict(channels=(240, 300, 360), segments=SEGMENTS, shortcuts=("projection",))
 
 
-def _imagenet(channels, segments, parameters, errors, source, printed):
+def _24(second_shortcut, *parameters):
+    net = dict(channels=(720, 900, 1080), segments=SEGMENTS, expansion=3)
+    net["shortcuts"] = ("projection", second_shortcut)
+    return common.cifar_variant(net, parameters, (3.21, 16.69), DERIVED, "29.6M")
+
+
+def _imagenet(channels, parameters, top1, top5, source, printed):
+    segments = tuple(count // 40 for count in channels)
     net = dict(channels=channels, segments=segments, form="imagenet")
-    top1, top5 = errors
+    net["shortcuts"] = ("none",)
     published = Published(top1, "best", source, printed, top5)
-    return Variant(
-        net | {"shortcuts": ("none",)},
-        {IMAGENET: parameters},
-        {IMAGENET: published},
-    )
+    return Variant(net, {IMAGENET: parameters}, {IMAGENET: published})
 
 
 VARIANTS = {
     "15": common.cifar_variant(
-        CIFAR_15 | {"shortcuts": ("projection",)},
-        (1_585_746, 1_618_236),
-        (4.15, 20.45),
-        README,
-        "1.6M",
+        CIFAR_15, (1_585_746, 1_618_236), (4.15, 20.45), README, "1.6M"
     ),
-    "18": _imagenet(
-        (400, 800, 1600, 2000),
-        (10, 20, 40, 50),
-        28_909_736,
-        (21.65, 5.87),
-        README,
-        "28.9M",
-    ),
+    "18": _imagenet((400, 800, 1600, 2000), 28_909_736, 21.65, 5.87, README, "28.9M"),
     "wide-18": _imagenet(
-        (1200, 1600, 2000, 2000),
-        (30, 40, 50, 50),
-        45_624_936,
-        (20.59, 5.52),
-        DERIVED,
-        "45.6M",
+        (1200, 1600, 2000, 2000), 45_624_936, 20.59, 5.52, DERIVED, "45.6M"
     ),
-    "24": common.cifar_variant(
-        CIFAR_24 | {"shortcuts": ("projection", "projection")},
-        (29_636_706, 29_733_996),
-        (3.21, 16.69),
-        DERIVED,
-        "29.6M",
-    ),
-    "24-identity": common.cifar_variant(
-        CIFAR_24 | {"shortcuts": ("projection", "identity")},
-        (29_534_106, 29_631_396),
-        (3.21, 16.69),
-        DERIVED,
-        "29.6M",
-    ),
+    "24": _24("projection", 29_636_706, 29_733_996),
+    "24-identity": _24("identity", 29_534_106, 29_631_396),
 }
 
 

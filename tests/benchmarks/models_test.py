@@ -65,7 +65,7 @@ def test_without_peers_lowerings_compete():
 
 
 def test_every_default_net_has_a_configuration():
-    for variant, (batch_size, twin) in models.NETS.items():
+    for variant, (batch_size, twin, *_) in models.NETS.items():
         for name in filter(None, (variant, twin)):
             family, _, row = name.partition(":")
             assert row in importlib.import_module(f"configs.{family}").VARIANTS
