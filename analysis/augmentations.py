@@ -12,6 +12,7 @@ for each entry of GALLERY, below the fields that it sets.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -73,32 +74,21 @@ def versions(
     check(config.augment, images)
     normalization = dict(mean=facts.mean, std=facts.std)
 
-    @jax.jit
-    def step(batch, key):
-        return augment.augment(
-            batch["image"],
-            batch["label"],
-            options=config.augment.to_dict(),
-            normalization=normalization,
-            num_classes=images,
-            key=key,
-            first_row=0,
-        )
-
+    options = dict(options=config.augment.to_dict(), normalization=normalization)
+    options |= dict(num_classes=images, first_row=0)
+    step = jax.jit(functools.partial(augment.augment, **options))
     (test,) = input_pipeline.batches(config, "test", examples=split)
-    x = augment.normalize(test["image"], **normalization)
-    plain = augment.denormalize(x, **normalization)
     batches = input_pipeline.batches(config, "train", examples=split, mean=facts.mean)
     augmented, shares = [], []
     for number, batch in zip(range(count), batches, strict=False):
         order = np.argsort(batch["label"])
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        x, targets = step(batch, key)
+        x, targets = step(batch["image"], batch["label"], key=key)
         if targets.ndim == 1:
             targets = np.eye(images)[targets]
         augmented.append(augment.denormalize(x, **normalization)[order])
         shares.append(np.asarray(targets)[order])
-    return plain, np.stack(augmented), np.stack(shares)
+    return test["image"], np.stack(augmented), np.stack(shares)
 
 
 def _spread(split, count: int):
@@ -107,12 +97,8 @@ def _spread(split, count: int):
     if not 0 < count <= total:
         raise ValueError(f"--images must lie between 1 and {total}, got {count}")
     chosen = np.arange(count) * total // count  # files may be sorted by class
-    names = tuple(map(str, range(count)))
-    return dataclasses.replace(
-        split.take(chosen),
-        labels=np.arange(count, dtype=np.int32),
-        class_names=names,
-    )
+    labels, names = np.arange(count, dtype=np.int32), tuple(map(str, range(count)))
+    return dataclasses.replace(split.take(chosen), labels=labels, class_names=names)
 
 
 def sheet(plain: np.ndarray, augmented: np.ndarray, shares: np.ndarray) -> Image.Image:

@@ -15,7 +15,6 @@ compress=N is compared with N groups and N primary groups, and each of these lik
 a dense net with those of its config.
 """
 
-import collections
 import dataclasses
 import functools
 import sys
@@ -31,7 +30,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import nets
-from analysis import connectivity_figure, graphs, twins
+from analysis import graphs, summary, twins
 from analysis.graphs import Measures, show_range
 from configs.data_sets import DATA_SETS
 from nets import cost
@@ -63,20 +62,18 @@ def layers(config, graph_seeds: int = 1) -> dict[str, tuple[str, list[Measures]]
     size = DATA_SETS[config.data.name].image_size
     net = cost.build(config.net)
     order = [layer.path for layer in cost.layers(net, (1, size, size, 3))]
-    rank = {path: i for i, path in enumerate(order)}
     # Dense layers of equal shape, and the same layer for all seeds, share one graph.
     measure_once = functools.cache(
         lambda shape, data: graphs.measure(np.frombuffer(data, bool).reshape(shape))
     )
-    found = collections.defaultdict(list)
-    kinds = {}
+    found = {}
     for seed in range(config.net.graph_seed, config.net.graph_seed + graph_seeds):
         nets.configure(net, graph_seed=seed)
         for path, (kind, graph) in graphs.of(net).items():
-            kinds[path] = kind
-            found[path].append(measure_once(graph.shape, graph.tobytes()))
-    ordered = sorted(found, key=lambda path: rank[path.partition("[")[0]])
-    return {path: (kinds[path], found[path]) for path in ordered}
+            _, measures = found.setdefault(path, (kind, []))
+            measures.append(measure_once(graph.shape, graph.tobytes()))
+    rank = lambda item: order.index(item[0].partition("[")[0])
+    return dict(sorted(found.items(), key=rank))
 
 
 def csv_rows(found: dict[str, tuple[str, list[Measures]]], graph_seed: int) -> list:
@@ -127,14 +124,13 @@ def main(_):
     config, seeds = flags.FLAGS.config, flags.FLAGS.graph_seeds
     try:
         if flags.FLAGS.out:
-            connectivity_figure.check(flags.FLAGS.out)
+            twins.check_image(flags.FLAGS.out)
         found = layers(config, seeds)
         if flags.FLAGS.csv:
             rows = csv_rows(found, config.net.graph_seed)
             write_text(flags.FLAGS.csv, as_csv(rows))
-        _print(HEADER, WIDTHS)
-        for layer, measures in found.items():
-            _print(table_row(layer, *measures), WIDTHS)
+        rows = (table_row(layer, *measures) for layer, measures in found.items())
+        summary.show(HEADER, rows, WIDTHS)
         print()
         _compare(config, seeds)
     except (ValueError, OSError) as error:
@@ -143,7 +139,7 @@ def main(_):
 
 def _compare(config, seeds: int) -> None:
     compared = []
-    for twin in twins.compare(config, seeds):
+    for twin in twins.compare(config, seeds):  # the net itself comes first
         if isinstance(twin, str):
             print(twin, flush=True)
             continue
@@ -154,22 +150,16 @@ def _compare(config, seeds: int) -> None:
                 f"paths from {sources} output channels of {found.source} to {channels} "
                 f"input channels of {found.last}"
             )
-            _print(twins.HEADER, twins.WIDTHS)
+            summary.print_row(twins.HEADER, twins.WIDTHS)
         compared.append(twin)
-        _print(twins.row(twin), twins.WIDTHS)
+        summary.print_row(twins.row(twin), twins.WIDTHS)
     if flags.FLAGS.paths_csv:
         seed = config.net.graph_seed
         rows = [row for twin in compared for row in twins.csv_rows(twin, seed)]
         write_text(flags.FLAGS.paths_csv, as_csv(rows))
     if flags.FLAGS.out:
-        layer, drawn = twins.panels(compared)
         name = f"{config.net.name} {config.variant}"
-        connectivity_figure.write(flags.FLAGS.out, name, layer, drawn)
-
-
-def _print(row: Sequence[str], widths: Sequence[str]) -> None:
-    cells = (f"{x:{width}}" for x, width in zip(row, widths, strict=True))
-    print("  ".join(cells).rstrip(), flush=True)
+        twins.write_image(flags.FLAGS.out, name, compared)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -49,10 +49,9 @@ def weights(net: DelugeNet) -> list[np.ndarray]:
     following = [block.opening.cross for block in blocks[1:]] + [net.cross]
     found = []
     for block, after in zip(blocks, following, strict=True):
-        matrix = np.full((len(block.layers) + 1, len(block.norms)), math.nan)
-        for row, cross in zip(
-            matrix, [*(layer.cross for layer in block.layers), after], strict=True
-        ):
+        readers = [*(layer.cross for layer in block.layers), after]
+        matrix = np.full((len(readers), len(block.norms)), math.nan)
+        for row, cross in zip(matrix, readers, strict=True):
             # The first layer of a block has one source and thus no weights.
             known = np.ones(1) if cross is None else relative_weights(cross)
             row[: len(known)] = known

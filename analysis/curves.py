@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
-from analysis import summary
-from configs.common import Published
+from configs.common import FAMILIES, Published, load_family
 from runtime.workdir import load_config, read_rows
 
 Curve = list[dict[str, float]]
@@ -97,7 +96,7 @@ def _runs(arguments) -> Iterator[tuple[pathlib.Path, ConfigDict]]:
         if file and not pathlib.Path(argument).exists():
             family, _, row = name.partition(":")
             _check_metrics(pathlib.Path(file))
-            runs = [(pathlib.Path(file), summary.load_family(family).get_config(row))]
+            runs = [(pathlib.Path(file), load_family(family).get_config(row))]
         else:
             runs = [(path, None) for path in _workdirs(pathlib.Path(argument))]
         for path, config in runs:
@@ -142,8 +141,7 @@ def describe(config: ConfigDict) -> str:
 
 def find_published(config: ConfigDict) -> Published | None:
     """Returns the published result of a configuration's net and data set, if any."""
-    for name in summary.FAMILIES:
-        family = summary.load_family(name)
+    for family in map(load_family, FAMILIES):
         row = family.VARIANTS.get(config.variant)
         if row and config.data.name in row.published:
             named = family.get_config(f"{config.variant},{config.data.name}")
@@ -188,15 +186,8 @@ def figure(groups: dict[str, Group]) -> Figure:
         for j, curve in enumerate(group.curves):
             epochs = [row["epoch"] for row in curve]
             label = None if j else f"{name}, {group.seeds}"
-            marker = "o" if len(curve) <= MARKED else ""
-            axes.plot(
-                *(epochs, errors(curve)),
-                f"C{i}",
-                lw=1,
-                marker=marker,
-                ms=4,
-                label=label,
-            )
+            style = dict(lw=1, ms=4, marker="o" if len(curve) <= MARKED else "")
+            axes.plot(epochs, errors(curve), f"C{i}", label=label, **style)
         if published := group.published:
             net = name.partition(",")[0]
             label = f"{net}, published: {published.error:g} % ({published.selection})"

@@ -57,22 +57,17 @@ class Measures:
 
 def measure(graph: np.ndarray) -> Measures:
     """Returns the measures of a graph, a boolean (in, out) matrix."""
-    matrix = scipy.sparse.csr_array(graph, dtype=float)
-    inputs, outputs = graph.sum(1), graph.sum(0)
+    edges, inputs, outputs = int(graph.sum()), graph.sum(1), graph.sum(0)
     unused = int((inputs == 0).sum()), int((outputs == 0).sum())
-    components = _count_components(matrix)
-    first, second = 0.0, 0.0
-    if matrix.nnz:
-        # Every component with an edge contributes exactly one singular value of 1.
-        first = 1.0
-        connected = components - sum(unused) == 1
-        second = _second_singular_value(matrix) if connected else 1.0
-    biregular = bool(np.ptp(inputs) == np.ptp(outputs) == 0 < matrix.nnz)
+    components = _count_components(graph)
+    # Every component with an edge contributes exactly one singular value of 1.
+    second = 1.0 if components - sum(unused) > 1 else _second_singular_value(graph)
+    biregular = bool(np.ptp(inputs) == np.ptp(outputs) == 0 < edges)
     bound = ramanujan_bound(int(inputs[0]), int(outputs[0])) if biregular else None
     return Measures(
         *graph.shape,
-        edges=matrix.nnz,
-        density=matrix.nnz / graph.size,
+        edges=edges,
+        density=edges / graph.size,
         min_in_degree=int(inputs.min()),
         max_in_degree=int(inputs.max()),
         min_out_degree=int(outputs.min()),
@@ -80,7 +75,7 @@ def measure(graph: np.ndarray) -> Measures:
         unused_inputs=unused[0],
         unused_outputs=unused[1],
         components=components,
-        first=first,
+        first=1.0 if edges else 0.0,
         second=second,
         bound=bound,
         is_ramanujan=biregular and components == 1 and second <= bound + ROUNDING,
@@ -112,12 +107,9 @@ def of(net: nnx.Module) -> dict[str, tuple[str, np.ndarray]]:
         if isinstance(module, Expander):
             edges = np.asarray(module.edges[...])
             ends = module.in_channels, module.out_channels
-            if edges.ndim == 1:
-                found[path] = kind, connectivity.to_matrix(edges, *ends)
-            else:
-                for i, unit in enumerate(edges):
-                    graph = connectivity.to_matrix(unit, *ends)
-                    found[f"{path}[{i}]"] = kind, graph
+            for i, unit in enumerate(np.atleast_2d(edges)):
+                name = path if edges.ndim == 1 else f"{path}[{i}]"
+                found[name] = kind, connectivity.to_matrix(unit, *ends)
         elif isinstance(module, (Conv, Linear)):
             groups = getattr(module, "groups", 1)
             inputs, outputs = module.kernel.shape[-2:]
@@ -139,37 +131,33 @@ def _secondary(module: SecondaryConv) -> np.ndarray:
     return groups[:, None] == np.arange(channels) % secondary
 
 
-def _count_components(matrix: scipy.sparse.csr_array) -> int:
-    graph = scipy.sparse.block_array([[None, matrix], [matrix.T, None]])
-    return int(scipy.sparse.csgraph.connected_components(graph, False)[0])
+def _count_components(graph: np.ndarray) -> int:
+    matrix = scipy.sparse.csr_array(graph)
+    matrix = scipy.sparse.block_array([[None, matrix], [matrix.T, None]])
+    return int(scipy.sparse.csgraph.connected_components(matrix, False)[0])
 
 
 def singular_values(graph: np.ndarray) -> np.ndarray:
     """Returns all singular values of a graph, a boolean (in, out) matrix."""
-    normalised = _normalise(scipy.sparse.csr_array(graph, dtype=float))
-    return np.linalg.svd(normalised.toarray(), compute_uv=False)
+    return np.linalg.svd(_normalise(graph), compute_uv=False)
 
 
-def _normalise(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-    scales = []
-    for axis in (1, 0):
-        degrees = matrix.sum(axis)
-        scales.append(scipy.sparse.diags_array(np.maximum(degrees, 1) ** -0.5))
-    return scales[0] @ matrix @ scales[1]
+def _normalise(graph: np.ndarray) -> np.ndarray:
+    degrees = graph.sum(1, keepdims=True), graph.sum(0)
+    scales = [np.maximum(x, 1) ** -0.5 for x in degrees]
+    return scales[0] * graph * scales[1]
 
 
-def _second_singular_value(matrix: scipy.sparse.csr_array) -> float:
-    if matrix.nnz == math.prod(matrix.shape) or min(matrix.shape) == 1:
-        return 0.0  # complete, or of rank 1
-    normalised = _normalise(matrix)
-    if min(matrix.shape) <= SVD_CHANNELS:
-        return float(np.linalg.svd(normalised.toarray(), compute_uv=False)[1])
-    start = np.random.default_rng(0).normal(size=min(matrix.shape))
-    return float(
-        scipy.sparse.linalg.svds(
-            normalised, k=2, v0=start, return_singular_vectors=False
-        ).min()
-    )
+def _second_singular_value(graph: np.ndarray) -> float:
+    """Returns the second singular value of a graph with one component, or no edge."""
+    if graph.all() or not graph.any() or min(graph.shape) == 1:
+        return 0.0  # of rank 1 or 0
+    if min(graph.shape) <= SVD_CHANNELS:
+        return float(singular_values(graph)[1])
+    start = np.random.default_rng(0).normal(size=min(graph.shape))
+    matrix = scipy.sparse.csr_array(_normalise(graph))
+    options = dict(k=2, v0=start, return_singular_vectors=False)
+    return float(scipy.sparse.linalg.svds(matrix, **options).min())
 
 
 def show_range(values: Sequence[int]) -> str:

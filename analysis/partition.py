@@ -22,13 +22,13 @@ from nets import cost
 
 KERNEL_AREA = 9
 STAGE_WIDTHS = (1, 2, 4)  # relative to the first stage
+HEADER = "    L     M  width   parameters          MACs  regular  L / (9 M) by stage"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A pair (L, M) and the counts of its net.
+    """A pair (L, M) and the counts of its net. macs: multiply-adds for one image.
 
-    primary, secondary: L and M. macs: multiply-adds for one image.
     balance: L / (9 M) in each stage, 1 where a pair is widest for its weights.
     """
 
@@ -61,37 +61,28 @@ class Plan:
 def best_partitions(
     budget: float,
     *,
-    depth: int = 20,
-    num_classes: int = 10,
-    grow: str = "M",
     objective: str = "width",
     count: str = "parameters",
     min_secondary: int = 2,
+    grow: str = "M",
+    **net: int,
 ) -> list[Plan]:
     """Returns the plans within a budget of `count` ("parameters", "macs"), best first.
 
-    grow: whether "M" (IGCNets for CIFAR) or "L" doubles with the width.
     objective: "width", then the smaller count; or "balance", then width, among the
       widest nets of each M.
     min_secondary: smallest M; 1 admits depthwise-separable pairs.
+    grow, net: see plan.
     """
-    for name, given, choices in (
-        ("grow", grow, ("M", "L")),
-        ("objective", objective, ("width", "balance")),
-        ("count", count, ("parameters", "macs")),
-    ):
-        if given not in choices:
-            raise ValueError(f"unknown {name} {given!r}: choose from {choices}")
     if min_secondary < 1 or not math.isfinite(budget):
         raise ValueError(
             "min_secondary must be at least 1 and the budget finite, got "
             f"{min_secondary} and {budget}"
         )
-    net = {"depth": depth, "num_classes": num_classes, "grow": grow}
     step = 2 if grow == "L" else 1  # see plan
     plans = []
     for secondary in itertools.count(math.ceil(min_secondary / step) * step, step):
-        candidates = (plan(primary, secondary, **net) for primary in itertools.count(1))
+        candidates = (plan(i, secondary, grow=grow, **net) for i in itertools.count(1))
         # The counts grow with both L and M.
         fitting = itertools.takewhile(lambda p: getattr(p, count) <= budget, candidates)
         if not (found := list(fitting)):
@@ -103,30 +94,25 @@ def best_partitions(
     return sorted(widest.values(), key=lambda p: (p.imbalance, -p.width))
 
 
-def plan(
-    primary: int,
-    secondary: int,
-    *,
-    depth: int = 20,
-    num_classes: int = 10,
-    grow: str = "M",
-) -> Plan:
+def plan(primary: int, secondary: int, *, grow: str = "M", **net: int) -> Plan:
     """Returns the plan of a pair (L, M). Raises ValueError if no net has these groups.
 
-    If L grows, M must be even: the block that doubles L still has the narrow input.
+    grow: whether "M" (IGCNets for CIFAR) or "L" doubles with the width. If L grows, M
+      must be even: the block that doubles L still has the narrow input.
+    net: `depth` and `num_classes` of the net.
     """
     if grow == "L" and secondary % 2:
         raise ValueError(
             f"{2 * primary} partitions do not divide {primary * secondary} channels"
         )
-    counts = _terms(primary, secondary) @ _coefficients(depth, num_classes, grow)
+    counts = _terms(primary, secondary) @ _coefficients(grow, **net)
     first = primary / (KERNEL_AREA * secondary)
     balance = tuple(first * x if grow == "L" else first / x for x in STAGE_WIDTHS)
     return Plan(primary, secondary, *counts.tolist(), balance)
 
 
 @functools.cache
-def _coefficients(depth: int, num_classes: int, grow: str) -> np.ndarray:
+def _coefficients(grow: str, depth: int = 20, num_classes: int = 10) -> np.ndarray:
     """Returns the coefficients (4, 2) of _terms in the parameters and macs of a net.
 
     Counting a net takes a second, too long for a search. But the counts of each layer
@@ -153,9 +139,7 @@ def _terms(primary: int, secondary: int) -> np.ndarray:
 
 def table(plans: Sequence[Plan]) -> str:
     """Returns a header and one line of text per plan."""
-    lines = [
-        "    L     M  width   parameters          MACs  regular  L / (9 M) by stage"
-    ]
+    lines = [HEADER]
     for p in plans:
         balance = " ".join(f"{value:.2f}" for value in p.balance)
         lines.append(

@@ -189,10 +189,11 @@ def _count(net, image_size, digits) -> Paths | None:
     channels = stem.kernel.shape[-1]
     replace(net, last, Identity())
     found = {path: [] for path in (*shown, last)}
-    step = _chunk(channels, digits * size**2)
+    step = max(1, BATCH_PIXELS // (digits * size**2))
     for start in range(0, channels, step):
-        replace(net, first, Source(stem, range(start, start + step)))
-        images = jnp.zeros((digits * step, size, size, 3))
+        chosen = range(start, min(start + step, channels))
+        replace(net, first, Source(stem, chosen))
+        images = jnp.zeros((digits * len(chosen), size, size, 3))
         maps = intermediates.outputs(net, images)
         for path, parts in found.items():
             counts = _decode(maps[path][-1], digits)
@@ -279,20 +280,13 @@ def _lost(module: nnx.Module) -> int:
 
 def _order(net, digits: int, sizes) -> tuple[int, list[str]]:
     """Returns the first image size that the net accepts, and its layers in order."""
-    for i, size in enumerate(sizes):
+    for size in sizes:
         try:
             layers = cost.layers(net, (digits, size, size, 3))
-        except ValueError:
-            if i == len(sizes) - 1:
-                raise
-        else:
             return size, [x.path for x in layers if x.kind == Edges.__name__]
-
-
-def _chunk(channels: int, pixels: int) -> int:
-    """Returns how many source channels a batch holds: a divisor of their number."""
-    most = max(1, BATCH_PIXELS // pixels)
-    return max(n for n in range(1, channels + 1) if channels % n == 0 and n <= most)
+        except ValueError:
+            if size == sizes[-1]:
+                raise
 
 
 def _decode(x: jax.Array, digits: int) -> np.ndarray | None:

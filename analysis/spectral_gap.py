@@ -90,10 +90,7 @@ def measure(net_config) -> tuple[float, float] | None:
     ]
     if not found:
         return None
-    return (
-        float(np.mean([x.density for x in found])),
-        float(np.mean([1 - x.second for x in found])),
-    )
+    return tuple(np.mean([(x.density, 1 - x.second) for x in found], axis=0).tolist())
 
 
 def read(workdir: pathlib.Path) -> list[Row]:
@@ -106,14 +103,15 @@ def read(workdir: pathlib.Path) -> list[Row]:
         raise ValueError(
             f"{path} does not exist: WORKDIR must be that of python -m analysis.study"
         )
-    with path.open(newline="") as file:
-        lines = [x for x in csv.DictReader(file) if x["finished"] == "True"]
     rows = []
-    for line in lines:
-        config = load_config(workdir / line["run"] / f"seed{line['seed']}")
-        if measured := measure(config.net):
-            seed, error = int(line["seed"]), float(line["final_error"])
-            rows.append(Row(line["run"], seed, *measured, error))
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            if line["finished"] != "True":
+                continue
+            config = load_config(workdir / line["run"] / f"seed{line['seed']}")
+            if measured := measure(config.net):
+                seed, error = int(line["seed"]), float(line["final_error"])
+                rows.append(Row(line["run"], seed, *measured, error))
     return rows
 
 
@@ -122,17 +120,13 @@ def within_nets(rows: Sequence[Row]) -> tuple[list[float], list[float], int]:
 
     Leaves out nets whose gaps are all equal.
     """
-    gaps, errors, count = [], [], 0
+    pairs, count = [], 0
     for net in dict.fromkeys(row.net for row in rows):
-        runs = [row for row in rows if row.net == net]
-        own = np.array([row.gap for row in runs])
-        if np.ptp(own) == 0:
-            continue
-        count += 1
-        gaps += list(np.round(own - own.mean(), 12))  # otherwise ties are lost
-        own = np.array([row.error for row in runs])
-        errors += list(np.round(own - own.mean(), 12))
-    return gaps, errors, count
+        own = np.array([(row.gap, row.error) for row in rows if row.net == net])
+        if np.ptp(own[:, 0]) > 0:
+            count += 1
+            pairs += np.round(own - own.mean(0), 12).tolist()  # otherwise ties are lost
+    return [gap for gap, _ in pairs], [error for _, error in pairs], count
 
 
 def report(rows: Sequence[Row]) -> str:

@@ -102,16 +102,10 @@ def collect(runs: Sequence[Run]) -> list[study_results.Row]:
 
 def write_results(study: Study, runs: Sequence[Run], workdir: pathlib.Path) -> None:
     """Writes the results of all runs, whichever process trained them."""
+    options = {x: getattr(study, x) for x in ("claim", "equal", "reference", "columns")}
     rows, written = collect(runs), None
     while rows != written:  # another process may have finished a run meanwhile
-        study_results.write(
-            workdir,
-            rows,
-            claim=study.claim,
-            equal=study.equal,
-            reference=study.reference,
-            columns=study.columns,
-        )
+        study_results.write(workdir, rows, **options)
         rows, written = collect(runs), rows
 
 

@@ -204,25 +204,24 @@ def figure(rows: Sequence[Row], title: str = ""):
     wirings = list(dict.fromkeys(row.wiring for row in rows))
     backbones = list(dict.fromkeys(row.backbone for row in rows))
     for axes, (price, heading) in zip(panels, PANELS.items(), strict=True):
-        known = [row for row in rows if row.finished and getattr(row, price)]
-        groups = group(known)
-        medians = {
-            key: statistics.median(getattr(row, price) for row in runs)
-            for key, runs in groups.items()
-        }
-        largest = max(medians.values(), default=0)
-        for key, runs in groups.items():
-            backbone, _, wiring = key
+        groups = group([row for row in rows if row.finished and getattr(row, price)])
+        medians = [
+            statistics.median(getattr(row, price) for row in runs)
+            for runs in groups.values()
+        ]
+        largest = max(medians, default=0)
+        for ((backbone, _, wiring), runs), x in zip(
+            groups.items(), medians, strict=True
+        ):
             index = wirings.index(wiring)
-            x = medians[key] + SHIFT * largest * (index - (len(wirings) - 1) / 2)
+            x += SHIFT * largest * (index - (len(wirings) - 1) / 2)
             errors = [row.final_error for row in runs]
             spread = statistics.stdev(errors) if len(errors) > 1 else None
-            color = f"C{index % 10}"
-            marker = "osD^v"[backbones.index(backbone) % 5]
-            mean, name = statistics.mean(errors), f"{backbone} {wiring}"
+            color, marker = f"C{index % 10}", "osD^v"[backbones.index(backbone) % 5]
+            name = f"{backbone} {wiring}"
             label = f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
             style = dict(color=color, fmt=marker, capsize=3, label=label)
-            axes.errorbar(x, mean, spread, **style)
+            axes.errorbar(x, statistics.mean(errors), spread, **style)
             if runs[0].published is not None:
                 style = dict(color=color, marker="x", ls="", label=f"{name}, published")
                 axes.plot(x, runs[0].published, **style)

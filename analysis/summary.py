@@ -15,17 +15,14 @@ import argparse
 import csv
 import difflib
 import fnmatch
-import importlib
 import itertools
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from configs.common import Published
+from configs.common import FAMILIES, Published, load_family
 from configs.data_sets import DATA_SETS
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-FAMILIES = sorted({p.stem for p in CONFIGS.glob("*.py")} - {"common", "data_sets"})
 TABLE = pathlib.Path(__file__).with_name("variants.csv")
 KEY = ("family", "variant", "data")
 COUNTS = ("parameters", "dense", "macs", "layers")  # layers: those with multiply-adds
@@ -67,14 +64,15 @@ def select(patterns: Sequence[str], data: str = "") -> list[tuple[str, str, str]
                 f"no variant has data set {data!r}: choose from {', '.join(sets)}"
             )
         rows = [row for row in rows if row[2] == data]
+    names = {row: (*row[:2], ":".join(row[:2])) for row in rows}
     found = []
     for pattern in patterns or ["*"]:
         path, *rest = pattern.split(":", 1)
         pattern = ":".join([pathlib.Path(path).name.removesuffix(".py"), *rest])
-        matching = [row for row in rows if _matches(row, pattern)]
+        matching = [row for row in rows if fnmatch.filter(names[row], pattern)]
         if not matching:
-            names = [name for row in rows for name in _names(row)]
-            near = difflib.get_close_matches(pattern, names, n=1)
+            known = itertools.chain(*names.values())
+            near = difflib.get_close_matches(pattern, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"no variant{f' with {data}' if data else ''} matches {pattern!r}: "
@@ -85,30 +83,18 @@ def select(patterns: Sequence[str], data: str = "") -> list[tuple[str, str, str]
     return list(dict.fromkeys(found))
 
 
-def _names(row: tuple[str, str, str]) -> tuple[str, ...]:
-    family, variant, _ = row
-    return family, variant, f"{family}:{variant}"
-
-
-def _matches(row: tuple[str, str, str], pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in _names(row))
-
-
-def rows(selected: Iterable[tuple[str, str, str]], *, recount: bool = False) -> list:
+def rows(selected: Sequence[tuple[str, str, str]], *, recount: bool = False) -> list:
     """Returns a dict for each selected variant: KEY, COUNTS and the published figures.
 
     recount: whether to count all of them, instead of only those not in the table.
     """
-    selected = list(selected)
     known = {} if recount else read_table()
     if missing := [key for key in selected if key not in known]:
         from tqdm import tqdm
 
         # disable=None: no bar if standard error is not a terminal
-        known |= {
-            key: _count(*key)
-            for key in tqdm(missing, "counting", unit="variant", disable=None)
-        }
+        for key in tqdm(missing, "counting", unit="variant", disable=None):
+            known[key] = _count(*key)
     return [
         dict(zip(KEY, key, strict=True)) | known[key] | _published(*key)
         for key in selected
@@ -183,10 +169,14 @@ def _layer_counts(layer) -> tuple[str, ...]:
 def show(
     header: tuple[str, ...], rows: Iterable[tuple[str, ...]], widths: tuple[str, ...]
 ) -> None:
-    """Prints a table."""
+    """Prints a table, each row as soon as it is known."""
     for row in itertools.chain([header], rows):
-        cells = (f"{x:{width}}" for x, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+        print_row(row, widths)
+
+
+def print_row(row: Sequence[str], widths: Sequence[str]) -> None:
+    cells = (f"{x:{width}}" for x, width in zip(row, widths, strict=True))
+    print("  ".join(cells).rstrip(), flush=True)
 
 
 def main() -> None:
@@ -252,15 +242,6 @@ def _update() -> None:
     names = (*KEY, *COUNTS)
     write_text(TABLE, as_csv([{name: row[name] for name in names} for row in counted]))
     print(f"wrote {TABLE}: {len(counted)} variants")
-
-
-def load_family(family: str):
-    """Returns the module configs.FAMILY; raises ValueError if there is none."""
-    if family not in FAMILIES:
-        raise ValueError(
-            f"unknown family {family!r}: choose from {', '.join(FAMILIES)}"
-        )
-    return importlib.import_module(f"configs.{family}")
 
 
 if __name__ == "__main__":

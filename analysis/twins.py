@@ -1,14 +1,18 @@
-"""Compares the paths through a net with those through its twins of other wirings."""
+"""Compares the paths through a net with those through its twins of other wirings.
+
+The figure shows reach by depth and singular values, in one column for each wiring.
+"""
 
 import dataclasses
 import decimal
+import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from flax import nnx
 
 import nets
-from analysis import connectivity_figure, graphs, paths
+from analysis import graphs, paths
 from configs.data_sets import DATA_SETS
 from nets import cost
 from nets.layers.expander import Expander
@@ -19,6 +23,7 @@ HEADER = (
     *("fewest paths", "mean", "most"),
 )
 WIDTHS = ("24", ">11", ">9", ">18", ">14", ">12", ">12", ">12")
+BINS = np.linspace(0, 1.0001, 41)  # of singular values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,26 +92,22 @@ def compare(config, graph_seeds: int = 1) -> Iterator[Twin | str]:
                 raise
             yield f"{wiring}: {error}"
             continue
-        yield _count_paths(net, wiring, section["graph_seed"], graph_seeds, size)
+        price = cost.total(cost.layers(net, (1, size, size, 3)))
+        is_random = any(isinstance(x, Expander) for _, x in nnx.iter_modules(net))
+        counted, first = [], None
+        for seed in range(graph_seeds if is_random else 1):
+            nets.configure(net, graph_seed=section["graph_seed"] + seed)
+            first = first or graphs.of(net)
+            counted.append(paths.count(net, size))
+        yield Twin(wiring, price, _join(first), counted)
 
 
-def _count_paths(net, wiring: str, graph_seed: int, graph_seeds: int, size) -> Twin:
-    price = cost.total(cost.layers(net, (1, size, size, 3)))
-    first, counted = None, []
-    is_random = any(isinstance(module, Expander) for _, module in nnx.iter_modules(net))
-    for seed in range(graph_seed, graph_seed + (graph_seeds if is_random else 1)):
-        nets.configure(net, graph_seed=seed)
-        first = first or {x: graph for x, (_, graph) in graphs.of(net).items()}
-        counted.append(paths.count(net, size))
-    return Twin(wiring, price, _join(first), counted)
-
-
-def _join(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _join(found: dict[str, tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
     joined = {}
-    for path, graph in found.items():
+    for path, (_, graph) in found.items():
         if path.endswith(".secondary"):
             path = path.removesuffix(".secondary")
-            graph = found[f"{path}.primary"].astype(int) @ graph > 0
+            graph = found[f"{path}.primary"][1].astype(int) @ graph > 0
         joined.setdefault(path.partition("[")[0], graph)
     return {path: x for path, x in joined.items() if not path.endswith(".primary")}
 
@@ -116,11 +117,9 @@ def row(twin: Twin) -> tuple[str, ...]:
     counts = [found.counts for found in twin.paths]
     depths = [found.depth for found in twin.paths]
     reached = [depth for depth in depths if depth]
-    after = (
-        f"{graphs.show_range(reached)} of {len(twin.paths[0].layers)}"
-        if reached
-        else "never"
-    )
+    after = "never"
+    if reached:
+        after = f"{graphs.show_range(reached)} of {len(twin.paths[0].layers)}"
     if len(depths) > 1:
         after += f" ({len(reached)}/{len(depths)})"
     pairs = sum(x.size for x in counts)
@@ -153,39 +152,90 @@ def csv_rows(twin: Twin, graph_seed: int) -> list[dict]:
     for seed, found in enumerate(twin.paths, graph_seed):
         layers = found.layers | {found.last: paths.summarize(found.counts)}
         for depth, (path, count) in enumerate(layers.items(), 1):
-            rows.append(
-                dict(wiring=twin.wiring, graph_seed=seed, layer=path, depth=depth)
-                | dict(sources=len(count.reach), channels=count.reach.shape[1])
-                | dict(reach=float(count.reach.mean()), smallest=count.smallest)
-                | dict(total=count.total, largest=count.largest)
-            )
+            row = dict(wiring=twin.wiring, graph_seed=seed, layer=path, depth=depth)
+            row["sources"], row["channels"] = count.reach.shape
+            row |= dict(reach=float(count.reach.mean()), smallest=count.smallest)
+            row |= dict(total=count.total, largest=count.largest)
+            rows.append(row)
     return rows
 
 
-def panels(twins: Sequence[Twin]) -> tuple[str, list[connectivity_figure.Panel]]:
-    """Returns the layer whose singular values a figure shows, and its panels.
+def check_image(path: str) -> None:
+    """Raises ValueError if the suffix of a path is not that of an image format."""
+    from matplotlib.backend_bases import FigureCanvasBase
 
-    The layer is the largest of those that are not complete under every wiring.
-    """
-    size = lambda path: min(twins[0].graphs[path].shape)
-    layers = [path for path in twins[0].graphs if size(path) <= graphs.SVD_CHANNELS]
-    sparse = [
-        path for path in layers if not all(twin.graphs[path].all() for twin in twins)
-    ]
-    layer = max(sparse or layers, key=size)
-    found = []
-    for twin in twins:
-        graph = twin.graphs[layer]
-        degrees = [max(1, graph.sum() / channels) for channels in graph.shape]
-        depth = twin.paths[0].depth
-        seen = f"after layer {depth}, all see all" if depth else "some never see some"
-        reach = [count.reach.mean(1) for count in twin.paths[0].layers.values()]
-        found.append(
-            connectivity_figure.Panel(
-                title=f"{twin.wiring}\n{twin.price.parameters:,} parameters\n{seen}",
-                reach=np.stack(reach, axis=1),
-                values=graphs.singular_values(graph),
-                bound=graphs.ramanujan_bound(*degrees),
-            )
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if pathlib.Path(path).suffix[1:] not in formats:
+        raise ValueError(
+            f"--out={path} does not end in a known image format: choose from "
+            f"{', '.join(f'.{name}' for name in sorted(formats))}"
         )
-    return layer, found
+
+
+def draw(name: str, twins: Sequence[Twin]):
+    """Returns a matplotlib figure: heat maps above, histograms below.
+
+    name: of the net. The histograms show the singular values of one layer, the largest
+    of those that are not complete under every wiring, and the bound of its mean
+    degrees.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(3.2 * len(twins), 6.2), layout="constrained")
+    figure.suptitle(name)
+    axes = figure.subplots(2, len(twins), sharey="row", squeeze=False)
+    layer = _choose_layer([twin.graphs for twin in twins])
+    # (source channels, layers): share of a layer's channels that see a source channel.
+    shares = [
+        np.stack([x.reach.mean(1) for x in twin.paths[0].layers.values()], axis=1)
+        for twin in twins
+    ]
+    # Later layers see everything, or as much as these.
+    sources, depth = shares[0].shape
+    shown = min(depth, max(map(_first_constant, shares)) + 3)
+    style = dict(aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    style["extent"] = (0.5, shown + 0.5, sources - 0.5, -0.5)
+    for (heat, histogram), twin, reach in zip(axes.T, twins, shares, strict=True):
+        image = heat.imshow(reach[:, :shown], **style)
+        after = twin.paths[0].depth
+        seen = f"after layer {after}, all see all" if after else "some never see some"
+        price = f"{twin.price.parameters:,} parameters"
+        heat.set_title(f"{twin.wiring}\n{price}\n{seen}", fontsize=10)
+        heat.set_xlabel(f"layer, {shown} of {depth}")
+        heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+        graph = twin.graphs[layer]
+        counts, _ = np.histogram(graphs.singular_values(graph), BINS)
+        bound = graphs.ramanujan_bound(*(max(1, graph.sum() / n) for n in graph.shape))
+        histogram.stairs(counts, BINS, fill=True, color="#33658a")
+        histogram.axvline(bound, color="#f26419", ls="--", label="bound")
+        histogram.set(xlim=(-0.03, 1.03), yscale="symlog", xlabel="singular value")
+    axes[0, 0].set_ylabel("output channel of the stem")
+    axes[0, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[1, 0].set_ylabel(f"singular values of\n{layer}")
+    axes[1, 0].legend()
+    colours = figure.colorbar(image, ax=axes[0, :].tolist(), pad=0.01)
+    colours.set_label("share of the layer's\nchannels that see it")
+    return figure
+
+
+def _choose_layer(found: Sequence[dict[str, np.ndarray]]) -> str:
+    size = lambda path: min(found[0][path].shape)
+    layers = [path for path in found[0] if size(path) <= graphs.SVD_CHANNELS]
+    sparse = [path for path in layers if not all(x[path].all() for x in found)]
+    return max(sparse or layers, key=size)
+
+
+def _first_constant(reach: np.ndarray) -> int:
+    """Returns the number of the first layer from which on the columns are equal."""
+    different = np.flatnonzero((reach != reach[:, -1:]).any(0))
+    return int(different[-1]) + 2 if len(different) else 1
+
+
+def write_image(path: str, name: str, twins: Sequence[Twin]) -> None:
+    """Writes an image of `draw`. A kill leaves either the old file or the new."""
+    path = pathlib.Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(name, twins).savefig(draft, format=path.suffix[1:], dpi=120)
+    draft.replace(path)

@@ -5,8 +5,9 @@ python -m analysis.wiring --wirings interleaved gradual cross_layer --out=wiring
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from flax import nnx
@@ -19,19 +20,30 @@ from nets import connectivity
 from nets.layers.interleaved import InterleavedConv
 
 INPUT_COLOUR, OUTPUT_COLOUR, EDGE_COLOUR = "#33658a", "#f26419", "#8d99ae"
+TITLES = {
+    "dense": "dense",
+    "grouped": "grouped",
+    "per_output": "expander, each output draws {degree}",
+    "per_input": "expander, each input draws {degree}",
+    "block": "expander, blocks of 2",
+    "ramanujan": "Ramanujan expander",
+}
 SOURCES = 4  # earlier layers in the picture of a cross-layer connection
 
 
 def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str) -> None:
     """Draws inputs above, outputs below and a line for each of the edges (E,)."""
     graph = connectivity.to_matrix(edges, *shape)
-    degrees = sorted({int(graph.sum(0).min()), int(graph.sum(0).max())})
-    spread = " to ".join(map(str, degrees))
+    spread = _spread(graph.sum(0))
     count = f"{graph.sum()} of {graph.size} connections, {spread} per output"
     _connect(axes, graph, 1, 0)
     _place(axes, shape[0], 1, "inputs", INPUT_COLOUR)
     _place(axes, shape[1], 0, "outputs", OUTPUT_COLOUR)
     _finish(axes, f"{title}\n{count}")
+
+
+def _spread(values: np.ndarray) -> str:
+    return " to ".join(map(str, sorted({values.min(), values.max()})))
 
 
 def _connect(axes: Axes, graph: np.ndarray, top: float, bottom: float, **style):
@@ -70,37 +82,25 @@ def _equal(shape: tuple[int, int], wiring: str) -> int:
 
 
 def draw_graph(
-    title: str, connect: Callable[..., np.ndarray]
-) -> Callable[[Axes, tuple[int, int], int, int], None]:
-    """Returns a function that draws the edges connect(in, out, degree, seed)."""
-
-    def draw_layer(axes, shape, degree, seed):
-        edges = connect(*shape, degree, seed)
-        draw(axes, edges, shape, title.format(degree=degree))
-
-    return draw_layer
-
-
-def _sample(sampling: str, block: int = 1) -> Callable[..., np.ndarray]:
-    def connect(in_channels, out_channels, degree, seed):
+    axes: Axes, shape: tuple[int, int], degree: int, seed: int, wiring: str
+) -> None:
+    """Draws a layer of one graph, one of TITLES."""
+    if wiring in ("dense", "grouped"):
+        groups = 1 if wiring == "dense" else shape[0] // degree
+        edges = connectivity.connect_groups(*shape, groups)
+    else:
+        sampling, block = ("per_output", 2) if wiring == "block" else (wiring, 1)
         rng = connectivity.make_layer_rng(seed, sampling)
-        shape = in_channels, out_channels
-        return connectivity.draw_expander(*shape, degree, sampling, rng, block)
-
-    return connect
+        edges = connectivity.draw_expander(*shape, degree, sampling, rng, block)
+    draw(axes, edges, shape, TITLES[wiring].format(degree=degree))
 
 
 def draw_interleaved(axes: Axes, shape: tuple[int, int], degree: int, seed: int):
     """Draws an interleaved pair whose primary groups have `degree` inputs each."""
-    groups = shape[0] // degree
+    primary = shape[0] // degree
+    groups = dict(primary_groups=primary, secondary_groups=shape[1] // primary)
     pair = nnx.eval_shape(
-        lambda: InterleavedConv(
-            *shape,
-            1,
-            primary_groups=groups,
-            secondary_groups=shape[1] // groups,
-            rngs=nnx.Rngs(0),
-        )
+        lambda: InterleavedConv(*shape, 1, **groups, rngs=nnx.Rngs(0))
     )
     primary, secondary = (graph for _, graph in graphs.of(pair).values())
     _connect(axes, primary, 1, 0.5)
@@ -109,8 +109,7 @@ def draw_interleaved(axes: Axes, shape: tuple[int, int], degree: int, seed: int)
     _place(axes, shape[1], 0.5, "between", EDGE_COLOUR)
     _place(axes, shape[1], 0, "outputs", OUTPUT_COLOUR)
     count = f"{primary.sum()} + {secondary.sum()} connections"
-    paths = primary.astype(int) @ secondary
-    spread = " to ".join(map(str, sorted({paths.min(), paths.max()})))
+    spread = _spread(primary.astype(int) @ secondary)
     paths = f"{spread} path{'' if spread == '1' else 's'}"
     _finish(axes, f"interleaved\n{count}, {paths} from each input to each output")
 
@@ -152,20 +151,7 @@ def draw_cross_layer(axes: Axes, shape: tuple[int, int], degree: int, seed: int)
     _finish(axes, f"cross-layer, {SOURCES} earlier layers\n{count}")
 
 
-WIRINGS = {
-    "dense": draw_graph("dense", lambda i, o, degree, seed: np.arange(i * o)),
-    "grouped": draw_graph(
-        "grouped",
-        lambda i, o, degree, seed: connectivity.connect_groups(i, o, i // degree),
-    ),
-    "per_output": draw_graph(
-        "expander, each output draws {degree}", _sample("per_output")
-    ),
-    "per_input": draw_graph(
-        "expander, each input draws {degree}", _sample("per_input")
-    ),
-    "block": draw_graph("expander, blocks of 2", _sample("per_output", block=2)),
-    "ramanujan": draw_graph("Ramanujan expander", _sample("ramanujan")),
+WIRINGS = {name: functools.partial(draw_graph, wiring=name) for name in TITLES} | {
     "interleaved": draw_interleaved,
     "gradual": draw_gradual,
     "cross_layer": draw_cross_layer,
