@@ -175,11 +175,9 @@ def figure(
     columns = min(2, len(wirings))
     rows = -(-len(wirings) // columns)
     canvas = Figure(figsize=(5 * columns, 2.5 * rows), layout="constrained")
-    axes = canvas.subplots(rows, columns, squeeze=False).flatten()
-    for axis, wiring in zip(axes, wirings, strict=False):
-        WIRINGS[wiring](axis, (in_channels, out_channels), degree, seed)
-    for axis in axes[len(wirings) :]:
-        axis.remove()
+    for number, wiring in enumerate(wirings, start=1):
+        axes = canvas.add_subplot(rows, columns, number)
+        WIRINGS[wiring](axes, (in_channels, out_channels), degree, seed)
     return canvas
 
 

@@ -64,7 +64,7 @@ def _ratio(ratio: str, goals: tuple[float, float] | None) -> list[str]:
 
 def draw(nets: dict[str, dict[str, dict]]) -> None:
     """Draws the speeds relative to PyTorch's to FIGURE, one group of bars per net."""
-    figure = Figure(figsize=(8, 0.38 * len(nets) + 1.2), layout="tight")
+    figure = Figure(figsize=(8, 0.38 * len(nets) + 1.2))
     axes = figure.subplots()
     styles = {
         "ours": ("ours", "#1f5fa8", -0.19),
@@ -86,6 +86,7 @@ def draw(nets: dict[str, dict[str, dict]]) -> None:
     axes.set_xlabel("images/s, divided by PyTorch's")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
+    figure.tight_layout()
     figure.savefig(FIGURE, dpi=150)
 
 

@@ -80,8 +80,7 @@ def cifar_variant(
 
 def load_family(name: str):
     """Returns the module configs.NAME; raises ValueError if there is none."""
-    if name not in FAMILIES:
-        raise ValueError(f"unknown family {name!r}: choose from {', '.join(FAMILIES)}")
+    _check_choice("family", name, FAMILIES)
     return importlib.import_module(f"configs.{name}")
 
 

@@ -153,13 +153,7 @@ def get_config(argument: str = ""):
         batch_norm_groups=gpus,
         last_batch="fill",
     )
-    config.optimizer.drop_epochs = tuple(
-        _epoch(milestone, data, batch_size) for milestone in milestones
-    )
-    return common.apply_recipe(config)
-
-
-def _epoch(milestone: int, data: str, batch_size: int) -> float:
-    """Converts a milestone of the original, which counts only full batches."""
     images = DATA_SETS[data].num_train
-    return milestone * (images // batch_size) * batch_size / images
+    whole = images // batch_size * batch_size  # milestones count only full batches
+    config.optimizer.drop_epochs = tuple(x * whole / images for x in milestones)
+    return common.apply_recipe(config)

@@ -12,40 +12,32 @@ from configs import common
 from configs.common import Published, Variant
 
 LOG = "Deep-Expander-Networks training log: best of 300 epochs on the test set"
-PARAMETERS = {
-    "11": 9_488_266,
-    "11-expander": 1_233_802,
-    "11-bn": 9_493_770,
-    "11-bn-expander": 1_239_178,
-    "13": 9_672_778,
-    "13-expander": 1_279_882,
-    "13-bn": 9_678_666,
-    "13-bn-expander": 1_285_642,
-    "16": 14_982_474,
-    "16-expander": 754_762,
-    "16-bn": 14_990_922,
-    "16-bn-expander": 763_082,
-    "19": 20_292_170,
-    "19-expander": 2_606_986,
-    "19-bn": 20_303_178,
-    "19-bn-expander": 2_617_866,
+SUFFIXES = ("", "-expander", "-bn", "-bn-expander")
+COUNTS = {  # parameters, in the order of SUFFIXES
+    11: (9_488_266, 1_233_802, 9_493_770, 1_239_178),
+    13: (9_672_778, 1_279_882, 9_678_666, 1_285_642),
+    16: (14_982_474, 754_762, 14_990_922, 763_082),
+    19: (20_292_170, 2_606_986, 20_303_178, 2_617_866),
 }
 ERRORS = {"16-bn": 6.00, "16-bn-expander": 6.93}
 
 
-def _variant(name):
-    depth, *options = name.split("-")
-    net = dict(depth=int(depth), batch_norm="bn" in options)
-    if "expander" in options:
+def _variant(depth, suffix, parameters):
+    net = dict(depth=depth, batch_norm="-bn" in suffix)
+    if suffix.endswith("-expander"):
         # Degrees are those in nets/vgg.py; the log has the latest code's sampling rule.
         net |= dict(wiring=dict(kind="expander", sampling="smaller_side"))
     published = {}
-    if name in ERRORS:
-        published["cifar10"] = Published(ERRORS[name], "best", LOG)
-    return Variant(net, {"cifar10": PARAMETERS[name]}, published)
+    if error := ERRORS.get(f"{depth}{suffix}"):
+        published["cifar10"] = Published(error, "best", LOG)
+    return Variant(net, {"cifar10": parameters}, published)
 
 
-VARIANTS = {name: _variant(name) for name in PARAMETERS}
+VARIANTS = {
+    f"{depth}{suffix}": _variant(depth, suffix, count)
+    for depth, counts in COUNTS.items()
+    for suffix, count in zip(SUFFIXES, counts, strict=True)
+}
 
 
 def get_config(argument: str = ""):
