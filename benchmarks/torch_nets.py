@@ -171,15 +171,12 @@ def _pool(x):
 # DenseNet.
 
 
-@forward(densenet.BasicLayer)
-def _basic_layer(self, x):
-    return _drop(self.dropout, self.conv1(F.relu_(self.norm1(x))))
-
-
-@forward(densenet.BottleneckLayer)
-def _bottleneck_layer(self, x):
+@forward(densenet.BasicLayer, densenet.BottleneckLayer)
+def _dense_layer(self, x):
     x = _drop(self.dropout, self.conv1(F.relu_(self.norm1(x))))
-    return _drop(self.dropout, self.conv2(F.relu_(self.norm2(x))))
+    if hasattr(self, "conv2"):
+        x = _drop(self.dropout, self.conv2(F.relu_(self.norm2(x))))
+    return x
 
 
 @forward(densenet.Transition)
@@ -188,18 +185,11 @@ def _dense_transition(self, x):
     return F.avg_pool2d(_drop(self.dropout, x), 2)
 
 
-@forward(densenet.DenseNet)
+@forward(densenet.DenseNet, densenet.ImageNetDenseNet)
 def _densenet(self, x):
-    return _dense_blocks(self, self.stem(x))
-
-
-@forward(densenet.ImageNetDenseNet)
-def _imagenet_densenet(self, x):
-    x = F.relu_(self.stem_norm(self.stem(x)))
-    return _dense_blocks(self, F.max_pool2d(x, 3, 2, 1))
-
-
-def _dense_blocks(self, x):
+    x = self.stem(x)
+    if hasattr(self, "stem_norm"):  # for ImageNet
+        x = F.max_pool2d(F.relu_(self.stem_norm(x)), 3, 2, 1)
     for i, layers in enumerate(self.blocks):
         x = self.transitions[i - 1](x) if i else x
         for layer in layers:
@@ -223,35 +213,22 @@ def _shortcut(self, x):
     return x if self.norm is None else self.norm(x)
 
 
-@forward(resnet.BasicBlock)
-def _basic_block(self, x):
-    y = F.relu_(self.norm1(self.conv1(x)))
-    y = self.norm2(self.conv2(y))
+@forward(resnet.BasicBlock, resnet.BottleneckBlock)
+def _block(self, x):
+    y = self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x)))))
+    if hasattr(self, "conv3"):
+        y = self.norm3(self.conv3(F.relu_(y)))
     return F.relu_(y.add_(self.shortcut(x)))
 
 
-@forward(resnet.BottleneckBlock)
-def _bottleneck_block(self, x):
-    y = F.relu_(self.norm1(self.conv1(x)))
-    y = F.relu_(self.norm2(self.conv2(y)))
-    y = self.norm3(self.conv3(y))
-    return F.relu_(y.add_(self.shortcut(x)))
-
-
-@forward(resnet.PreactBasicBlock)
-def _preact_basic_block(self, x):
+@forward(resnet.PreactBasicBlock, resnet.PreactBottleneckBlock)
+def _preact_block(self, x):
     y = x if self.norm1 is None else F.relu_(self.norm1(x))
     shortcut = self.shortcut(y if self.activation == "both" else x)
     y = self.conv2(F.relu_(self.norm2(self.conv1(y))))
+    if hasattr(self, "conv3"):
+        y = self.conv3(F.relu_(self.norm3(y)))
     return y.add_(shortcut)
-
-
-@forward(resnet.PreactBottleneckBlock)
-def _preact_bottleneck_block(self, x):
-    y = x if self.norm1 is None else F.relu_(self.norm1(x))
-    shortcut = self.shortcut(y if self.activation == "both" else x)
-    y = self.conv2(F.relu_(self.norm2(self.conv1(y))))
-    return self.conv3(F.relu_(self.norm3(y))).add_(shortcut)
 
 
 @forward(resnet.ResNet)
@@ -368,11 +345,6 @@ def _gunn_unit(self, x):
     return _through([self.bottlenecks], x)
 
 
-@forward(gunn.Transition)
-def _gunn_transition(self, x):
-    return F.relu_(self.norm(self.conv(x)))
-
-
 @forward(gunn.Gunn)
 def _gunn(self, x):
     x = F.relu_(self.stem_norm(self.stem(x)))
@@ -389,8 +361,8 @@ def _gunn(self, x):
 # VGG, MobileNet, AlexNet.
 
 
-@forward(vgg.ConvBlock)
-def _vgg_block(self, x):
+@forward(vgg.ConvBlock, gunn.Transition)
+def _conv_relu(self, x):
     x = self.conv(x)
     return F.relu_(x if self.norm is None else self.norm(x))
 

@@ -39,35 +39,31 @@ IMAGENET_ROWS = {  # parameters, top-1 and top-5 error
 }
 
 
-def _net(network, depth, form, shortcut):
-    preactivation = network == "preresnet"
-    net = dict(name="resnet", depth=depth, form=form, shortcut=shortcut)
-    return net | {"preactivation": preactivation}
+def _net(name, form, shortcut):
+    network, depth = name.split("-")
+    net = dict(name="resnet", depth=int(depth), form=form, shortcut=shortcut)
+    return net | {"preactivation": network == "preresnet"}
 
 
-def _cifar(network, depth):
-    parameters, error = CIFAR[depth]
+def _cifar(name, parameters, error):
     counts = {"cifar10": parameters, "cifar100": parameters + 90 * 65}
-    published = {}
-    if network == "resnet" and error:
-        published["cifar10"] = Published(error, "last", HE)
-    return Variant(_net(network, int(depth), "cifar", "A"), counts, published)
+    published = {"cifar10": Published(error, "last", HE)} if error else {}
+    return Variant(_net(name, "cifar", "A"), counts, published)
 
 
 def _imagenet(name, parameters, top1, top5):
-    network, depth = name.split("-")
-    published = {}
-    if top1:
-        published[IMAGENET] = Published(top1, "best", README, top5=top5)
-    net = _net(network, int(depth), "imagenet", "B")
-    return Variant(net, {IMAGENET: parameters}, published)
+    published = {IMAGENET: Published(top1, "best", README, top5=top5)} if top1 else {}
+    return Variant(_net(name, "imagenet", "B"), {IMAGENET: parameters}, published)
 
 
 VARIANTS = {
-    f"{network}-{depth}": _cifar(network, depth)
-    for network in ("resnet", "preresnet")
-    for depth in CIFAR
-} | {name: _imagenet(name, *row) for name, row in IMAGENET_ROWS.items()}
+    **{f"resnet-{depth}": _cifar(f"resnet-{depth}", *CIFAR[depth]) for depth in CIFAR},
+    **{
+        f"preresnet-{depth}": _cifar(f"preresnet-{depth}", count, None)
+        for depth, (count, _) in CIFAR.items()
+    },
+    **{name: _imagenet(name, *row) for name, row in IMAGENET_ROWS.items()},
+}
 
 
 def get_config(argument: str = ""):

@@ -62,11 +62,8 @@ def _variant(name, parameters, error=None, top5=None, epochs=""):
         # The sampling rule at the time of the logs.
         wiring = dict(kind="expander", compress=int(*compress), sampling="per_output")
         net |= dict(wiring=wiring)
-    published = {}
-    if error:
-        row = Published(error, "best", f"{LOG} {epochs}", top5=top5)
-        published[IMAGENET] = row
-    return Variant(net, {IMAGENET: parameters}, published)
+    row = Published(error, "best", f"{LOG} {epochs}", top5=top5)
+    return Variant(net, {IMAGENET: parameters}, {IMAGENET: row} if error else {})
 
 
 VARIANTS = {name: _variant(name, *row) for name, row in NETS.items()}

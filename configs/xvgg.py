@@ -27,9 +27,8 @@ def _variant(depth, suffix, parameters):
     if suffix.endswith("-expander"):
         # Degrees are those in nets/vgg.py; the log has the latest code's sampling rule.
         net |= dict(wiring=dict(kind="expander", sampling="smaller_side"))
-    published = {}
-    if error := ERRORS.get(f"{depth}{suffix}"):
-        published["cifar10"] = Published(error, "best", LOG)
+    error = ERRORS.get(f"{depth}{suffix}")
+    published = {"cifar10": Published(error, "best", LOG)} if error else {}
     return Variant(net, {"cifar10": parameters}, published)
 
 
