@@ -87,9 +87,8 @@ def ramanujan_bound(d1: float, d2: float) -> float:
 
     For all d1, d2 >= 3 there are infinitely many (d1, d2)-biregular graphs whose second
     singular value does not exceed it (Marcus, Spielman and Srivastava, Interlacing
-    families I, 2015, arXiv 1304.4132). As the graphs grow, no
-    family stays below it by a fixed margin (Feng and Li 1996); a small or dense graph
-    may.
+    families I, 2015, arXiv 1304.4132). As the graphs grow, no family stays below it by
+    a fixed margin (Feng and Li 1996); a small or dense graph may.
     """
     return (math.sqrt(d1 - 1) + math.sqrt(d2 - 1)) / math.sqrt(d1 * d2)
 

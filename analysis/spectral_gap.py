@@ -5,16 +5,11 @@ python -m analysis.spectral_gap WORKDIR
 WORKDIR is that of analysis.study, or holds its study.csv beside the runs. The gap of a
 layer is 1 minus the second singular value of its graph (analysis/graphs.py); the gap of
 a net is the mean over its expander layers. The command prints the gap and the final
-error of each finished run with expanders, then Spearman's rho between the two:
-
-- over all runs, where the rule that draws a graph also changes more than the gap;
-- over the runs of each density, if there are several and at least MIN_RUNS runs;
-- within nets: after subtracting the means over the seeds of each net, so that only
-  the random graphs of one rule are compared. Nets whose runs have equal gaps are left
-  out, because they say nothing.
-
-A negative rho means that a larger gap goes with a smaller error. The 95 % interval is
-that of Bonett and Wright (2000), which takes the runs as independent.
+error of each finished run with expanders, then Spearman's rho between the two: over all
+runs, over the runs of each density, and within nets, after subtracting the means over
+the seeds of each net (docs/studies.md). A negative rho means that a larger gap goes
+with a smaller error. The 95 % interval is that of Bonett and Wright (2000), which takes
+the runs as independent.
 """
 
 import argparse

@@ -205,16 +205,15 @@ def figure(rows: Sequence[Row], title: str = ""):
     backbones = list(dict.fromkeys(row.backbone for row in rows))
     for axes, (price, heading) in zip(panels, PANELS.items(), strict=True):
         groups = group([row for row in rows if row.finished and getattr(row, price)])
-        medians = [
-            statistics.median(getattr(row, price) for row in runs)
-            for runs in groups.values()
-        ]
-        largest = max(medians, default=0)
-        for ((backbone, _, wiring), runs), x in zip(
-            groups.items(), medians, strict=True
-        ):
+        medians = {
+            key: statistics.median(getattr(row, price) for row in runs)
+            for key, runs in groups.items()
+        }
+        largest = max(medians.values(), default=0)
+        for key, runs in groups.items():
+            backbone, _, wiring = key
             index = wirings.index(wiring)
-            x += SHIFT * largest * (index - (len(wirings) - 1) / 2)
+            x = medians[key] + SHIFT * largest * (index - (len(wirings) - 1) / 2)
             errors = [row.final_error for row in runs]
             spread = statistics.stdev(errors) if len(errors) > 1 else None
             color, marker = f"C{index % 10}", "osD^v"[backbones.index(backbone) % 5]

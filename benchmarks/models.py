@@ -4,15 +4,11 @@ python -m benchmarks.models --peers
 python -m benchmarks.models --peers --variants cfmz:20 gunn:15 --rounds 3
 python -m benchmarks.models --variants cfmz:20 --lowerings auto plain --reference=DIR
 
-Each contestant runs in its own process, so that its peak memory can be measured. The
-rounds of the contestants are interleaved, because machines are shared and noisy:
-compare the ratios, which are medians over rounds. A step is forward pass, loss,
-backward pass and update on a batch in memory; ours also crops, flips and normalises.
-Batch statistics cover the whole batch, and colours are not augmented. The lowering
-`plain` is `auto` without the C++ kernels. --peers adds our regular twin of a wired net
-and the same net in PyTorch (torch_nets.py), in its faster memory format; it requires
-`pip install torch==2.13.0`. --reference adds the same steps in another checkout of this
-repository, such as a git worktree of an older commit.
+docs/speed.md says what a step is. Machines are shared and noisy: compare the ratios,
+which are medians over interleaved rounds. The lowering `plain` is `auto` without the
+C++ kernels. --peers adds our regular twin of a wired net and the same net in PyTorch
+(torch_nets.py); it requires `pip install torch==2.13.0`. --reference adds the same
+steps in another checkout of this repository, such as a git worktree of an older commit.
 
 Each variant is written to results/ as soon as it is measured, so a long table can be
 measured in parts. With JAX_COMPILATION_CACHE_DIR set, a second run compiles nothing.
@@ -35,6 +31,7 @@ from typing import NamedTuple
 
 import benchmarks
 from configs import common
+from configs.data_sets import DATA_SETS
 from runtime import processes
 
 CHECKOUT = pathlib.Path(__file__).parents[1]
@@ -247,10 +244,6 @@ def configure(variant: str, options):
     return config
 
 
-def image_side(config) -> int:
-    return 32 if config.data.crop == "pad" else config.data.image_size
-
-
 def ours(variant: str, lowering: str, options):
     """Compiles our train step; returns (step, facts, memory in MiB) for `compete`."""
     import jax
@@ -262,7 +255,8 @@ def ours(variant: str, lowering: str, options):
 
     config = configure(variant, options)
     config.net.lowering = "auto" if lowering == "plain" else lowering
-    rng, size, side = np.random.default_rng(0), options.batch_size, image_side(config)
+    size, side = options.batch_size, DATA_SETS[config.data.name].image_size
+    rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (size, side, side, 3), np.uint8)
     label = rng.integers(0, config.net.num_classes, size).astype(np.int32)
     names = tuple(map(str, range(config.net.num_classes)))
@@ -316,7 +310,7 @@ def pytorch(variant: str, _, options):
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     net = torch_nets.Twin(nets.create(config.net, nnx.Rngs(0))).to(device)
-    size, side = options.batch_size, image_side(config)
+    size, side = options.batch_size, DATA_SETS[config.data.name].image_size
     x = torch.randn(size, 3, side, side, device=device)
     y = torch.randint(config.net.num_classes, (size,), device=device)
     optimizer = None

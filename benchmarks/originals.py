@@ -5,10 +5,9 @@ python -m benchmarks.originals xnets --rounds 3 --steps 2
 
 cfmz: the table of its README, by depth. xnets: the seconds per epoch of its training
 logs on CIFAR-10, of dense nets and of the expanders with the same growth; "of dense" is
-the time relative to the dense net. Ours are measured as in benchmarks.models, with the
-recipe's batch size, without input pipeline and evaluation. An expander and its dense
-net take turns, because machines are shared and noisy. Our memory is the peak of the
-process. Our errors are those of the runs in results/.
+the time relative to the dense net, with which an expander takes turns. Ours are
+measured as in benchmarks.models, with the recipe's batch size, without input pipeline
+and evaluation; our memory is the peak of the process.
 """
 
 import argparse
