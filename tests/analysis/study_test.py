@@ -5,11 +5,14 @@ import itertools
 import pathlib
 import sys
 
+import jax
 import pytest
+from flax import nnx
 
 import train
 from analysis import study, study_plan
 from analysis.study_plan import Study
+from nets import cost
 from runtime import processes
 from runtime.workdir import as_csv, read_rows
 
@@ -258,9 +261,17 @@ def test_study_files_are_valid(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_study_files_meet_their_prices(path):
+def test_study_files_meet_their_prices(path, monkeypatch):
+    def count_parameters(net, _):
+        """Returns the cost without the multiply-adds, which take half of the time."""
+        leaves = jax.tree.leaves(nnx.state(cost.build(net), nnx.Param))
+        return [cost.Cost(sum(x.size for x in leaves), 0, 0, 0)]
+
+    monkeypatch.setattr(cost, "of", count_parameters)
     for form in forms(path):
-        for net in study_plan.expand(study_plan.load(f"{path}{form}")):
+        the_study = study_plan.load(f"{path}{form}")
+        assert the_study.equal != "macs"
+        for net in study_plan.expand(the_study):
             assert abs(net.remainder) <= 0.02
 
 
