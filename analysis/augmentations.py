@@ -54,9 +54,7 @@ GALLERY: tuple[tuple[dict[str, Any], int], ...] = (
 )
 
 
-def versions(
-    config: ConfigDict, images: int, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def versions(config: ConfigDict, images: int, count: int) -> tuple[np.ndarray, ...]:
     """Augments `images` training images in each of `count` steps.
 
     Returns:
@@ -73,7 +71,6 @@ def versions(
     split = _spread(split, images)
     check(config.augment, images)
     normalization = dict(mean=facts.mean, std=facts.std)
-
     options = dict(options=config.augment.to_dict(), normalization=normalization)
     options |= dict(num_classes=images, first_row=0)
     step = jax.jit(functools.partial(augment.augment, **options))

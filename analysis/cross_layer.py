@@ -37,7 +37,6 @@ def weights(net: DelugeNet) -> list[np.ndarray]:
 
     Readers are the layers of the block and, last, what follows it. Sources are the
     opening of the block and the outputs of its layers.
-
     Raises ValueError if the net has no cross-layer connections.
     """
     blocks = getattr(net, "blocks", ())

@@ -159,7 +159,7 @@ def _second_singular_value(graph: np.ndarray) -> float:
     return float(scipy.sparse.linalg.svds(matrix, **options).min())
 
 
-def show_range(values: Sequence[int]) -> str:
+def show_range(values: Sequence[int], to: str = "..") -> str:
     """Formats the extremes of some values, such as "3..5"."""
     low, high = min(values), max(values)
-    return f"{low}" if low == high else f"{low}..{high}"
+    return f"{low}" if low == high else f"{low}{to}{high}"

@@ -168,11 +168,9 @@ def count(net: nnx.Module, image_size: int) -> Paths:
     """
     digits = FIRST_DIGITS
     with jax.enable_x64(True):
-        while True:
-            paths = _count(net, image_size, digits)
-            if paths is not None:
-                return paths
+        while (paths := _count(net, image_size, digits)) is None:
             digits *= 2
+    return paths
 
 
 def _count(net, image_size, digits) -> Paths | None:

@@ -166,9 +166,7 @@ def _layer_counts(layer) -> tuple[str, ...]:
     return f"{layer.parameters:,}", f"{layer.dense_parameters:,}", f"{layer.macs:,}"
 
 
-def show(
-    header: tuple[str, ...], rows: Iterable[tuple[str, ...]], widths: tuple[str, ...]
-) -> None:
+def show(header: Sequence[str], rows: Iterable, widths: Sequence[str]) -> None:
     """Prints a table, each row as soon as it is known."""
     for row in itertools.chain([header], rows):
         print_row(row, widths)

@@ -34,16 +34,12 @@ SOURCES = 4  # earlier layers in the picture of a cross-layer connection
 def draw(axes: Axes, edges: np.ndarray, shape: tuple[int, int], title: str) -> None:
     """Draws inputs above, outputs below and a line for each of the edges (E,)."""
     graph = connectivity.to_matrix(edges, *shape)
-    spread = _spread(graph.sum(0))
+    spread = graphs.show_range(graph.sum(0), " to ")
     count = f"{graph.sum()} of {graph.size} connections, {spread} per output"
     _connect(axes, graph, 1, 0)
     _place(axes, shape[0], 1, "inputs", INPUT_COLOUR)
     _place(axes, shape[1], 0, "outputs", OUTPUT_COLOUR)
     _finish(axes, f"{title}\n{count}")
-
-
-def _spread(values: np.ndarray) -> str:
-    return " to ".join(map(str, sorted({values.min(), values.max()})))
 
 
 def _connect(axes: Axes, graph: np.ndarray, top: float, bottom: float, **style):
@@ -109,7 +105,7 @@ def draw_interleaved(axes: Axes, shape: tuple[int, int], degree: int, seed: int)
     _place(axes, shape[1], 0.5, "between", EDGE_COLOUR)
     _place(axes, shape[1], 0, "outputs", OUTPUT_COLOUR)
     count = f"{primary.sum()} + {secondary.sum()} connections"
-    spread = _spread(primary.astype(int) @ secondary)
+    spread = graphs.show_range((primary.astype(int) @ secondary).ravel(), " to ")
     paths = f"{spread} path{'' if spread == '1' else 's'}"
     _finish(axes, f"interleaved\n{count}, {paths} from each input to each output")
 
@@ -169,7 +165,6 @@ def figure(
     """Draws one layer under some of WIRINGS, in two columns.
 
     degree: connections of each channel in sparse graphs; channels of a group.
-
     Raises ValueError if a wiring does not exist for these sizes.
     """
     columns = min(2, len(wirings))

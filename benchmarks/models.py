@@ -223,8 +223,7 @@ def compete(framework: str, variant: str, name: str, options) -> None:
     step, facts, memory = make(variant, name, options)
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
-        # The first step after another contestant's round must allocate anew: up to
-        # 1.4 s.
+        # The first step after another contestant's round allocates anew: up to 1.4 s.
         step(wait=True)
         start = time.perf_counter()
         for _ in range(options.steps - 1):
