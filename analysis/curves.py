@@ -176,10 +176,7 @@ def _spread(values: list[float]) -> tuple[str, str]:
 
 
 def figure(groups: dict[str, Group]) -> Figure:
-    """Plots test error over epochs: a colour per row, a line per run.
-
-    Published errors are dashed lines.
-    """
+    """Plots test errors: a colour per row, a line per run, dashed if published."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for i, (name, group) in enumerate(groups.items()):

@@ -89,10 +89,7 @@ def measure(net_config) -> tuple[float, float] | None:
 
 
 def read(workdir: pathlib.Path) -> list[Row]:
-    """Returns the finished runs of a study that have expander layers.
-
-    Raises ValueError if there is no study.csv.
-    """
+    """Returns the finished runs with expanders; ValueError without a study.csv."""
     path = workdir / "study.csv"
     if not path.is_file():
         raise ValueError(
@@ -113,7 +110,7 @@ def read(workdir: pathlib.Path) -> list[Row]:
 def within_nets(rows: Sequence[Row]) -> tuple[list[float], list[float], int]:
     """Returns gaps and errors minus the mean of their net, and the number of nets.
 
-    Leaves out nets whose gaps are all equal.
+    Leaves out nets whose gaps are all equal, because they say nothing.
     """
     pairs, count = [], 0
     for net in dict.fromkeys(row.net for row in rows):

@@ -114,12 +114,10 @@ MEAN_AND_STD = {
     "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
     "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
     "svhn_cropped": ((111.609, 113.161, 120.565), (50.498, 51.259, 50.244)),
-    SVHN: ((111.609, 113.161, 120.565), (50.498, 51.259, 50.244)),
     IMAGENET: ((123.370, 112.757, 99.406), (68.998, 66.093, 68.292)),
 }
 EPOCHS_AND_MILESTONES = {
     "svhn_cropped": (40, (20, 30, 35)),
-    SVHN: (40, (20, 30, 35)),
     IMAGENET: (120, (30, 60, 90)),
 }
 
@@ -135,15 +133,16 @@ def get_config(argument: str = ""):
     # The pad operator of the authors' MXNet has a fill colour since 2016-11-22
     # (zlmzju/mxnet, commit 12857d1d).
     config.data.border = "dataset_mean"
-    if data in MEAN_AND_STD:
-        mean, std = MEAN_AND_STD[data]
+    name = data.removesuffix("_extra")
+    if name in MEAN_AND_STD:
+        mean, std = MEAN_AND_STD[name]
         config.data.recipe.update(mean=mean, std=std)
     if data.startswith("svhn"):
         config.data.pad = 0  # with flip=False: no augmentation at all
     if data == IMAGENET:
         config.data.crop = "scale_aspect"
         config.augment.hls = (36, 50, 50)
-    epochs, milestones = EPOCHS_AND_MILESTONES.get(data, (400, (200, 300, 350)))
+    epochs, milestones = EPOCHS_AND_MILESTONES.get(name, (400, (200, 300, 350)))
     # Two GPUs for a batch of 64, eight for 256 on ImageNet.
     batch_size, gpus = (256, 8) if data == IMAGENET else (64, 2)
     # MXNet fills the last batch of an epoch from the next one, which starts after it.
