@@ -89,7 +89,7 @@ def measure(net_config) -> tuple[float, float] | None:
 
 
 def read(workdir: pathlib.Path) -> list[Row]:
-    """Returns the finished runs with expanders; ValueError without a study.csv."""
+    """Returns the finished runs with expanders. Raises ValueError without study.csv."""
     path = workdir / "study.csv"
     if not path.is_file():
         raise ValueError(

@@ -79,7 +79,10 @@ def _describe(wiring: dict) -> str:
 
 
 def compare(config, graph_seeds: int = 1) -> Iterator[Twin | str]:
-    """Yields the net, then its twins; for one that cannot be built, a line with why."""
+    """Yields a configuration's net, then its twins of the other kinds of wiring.
+
+    A twin that cannot be built yields a line that says why.
+    """
     size = DATA_SETS[config.data.name].image_size
     for number, (wiring, section) in enumerate(sections(config.net).items()):
         try:

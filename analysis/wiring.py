@@ -93,11 +93,9 @@ def draw_graph(
 
 def draw_interleaved(axes: Axes, shape: tuple[int, int], degree: int, seed: int):
     """Draws an interleaved pair whose primary groups have `degree` inputs each."""
-    primary = shape[0] // degree
-    groups = dict(primary_groups=primary, secondary_groups=shape[1] // primary)
-    pair = nnx.eval_shape(
-        lambda: InterleavedConv(*shape, 1, **groups, rngs=nnx.Rngs(0))
-    )
+    groups = shape[0] // degree
+    sizes = dict(primary_groups=groups, secondary_groups=shape[1] // groups)
+    pair = nnx.eval_shape(lambda: InterleavedConv(*shape, 1, **sizes, rngs=nnx.Rngs(0)))
     primary, secondary = (graph for _, graph in graphs.of(pair).values())
     _connect(axes, primary, 1, 0.5)
     _connect(axes, secondary, 0.5, 0)
