@@ -3,6 +3,8 @@
 import functools
 import os
 import pathlib
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,12 +28,21 @@ SPEC = jax.sharding.PartitionSpec
 
 
 @pytest.fixture
-def kernels():
-    """Loads the kernels for one test; skips without a C++ compiler."""
+def kernels(request):
+    """Loads the kernels for one test; skips without a C++ compiler.
+
+    request.param: the compiler, if not the first one found, and additional flags.
+    """
     compiler = os.environ.pop("CXX")
+    chosen, *flags = getattr(request, "param", [""])
     build.reset()
     try:
-        if build.load() is None:
+        if chosen:
+            if shutil.which(chosen) is None:
+                pytest.skip(f"{chosen} is not installed")
+            os.environ["CXX"] = chosen
+            assert build.load(tuple(flags)), "the build failed"
+        elif build.load() is None:
             pytest.skip("the C++ kernels could not be compiled here")
         yield
     finally:
@@ -134,6 +145,19 @@ def test_convolutions_and_gradients_are_xlas(kernels, case):
 def test_sparse_convolutions_and_gradients_are_those_of_the_dense_kernel(kernels, case):
     shape, x, _ = shape_of(*SPARSE[case])
     compare_sparse(shape, x, degree=3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize(
+    "kernels", [("g++", "-mno-avx512f"), ("clang++",)], ids=" ".join, indirect=True
+)
+def test_other_instructions_and_compilers(kernels):
+    for case in CASES.values():
+        compare(*shape_of(*case))
+    for case in SPARSE.values():
+        shape, x, _ = shape_of(*case)
+        compare_sparse(shape, x, degree=3)
 
 
 @pytest.mark.slow

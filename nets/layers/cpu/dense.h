@@ -8,7 +8,9 @@
 
 #include "work.h"
 
-namespace dense {
+// Hidden, or GCC shares the tables of `Tiles` among all libraries of a process, also with
+// those for other instructions.
+namespace [[gnu::visibility("hidden")]] dense {
 
 struct Convolution {
   Map map;  // of one image
