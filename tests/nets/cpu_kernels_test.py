@@ -50,8 +50,8 @@ def kernels(request):
         build.reset()
 
 
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+def normal(shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def shape_of(images, size, inputs, outputs, window, stride=1, padding=0, groups=1):
@@ -67,7 +67,7 @@ def with_gradients(convolve, x, weights):
     @compiling.run_once
     def compute(x, weights):
         y, transpose = jax.vjp(convolve, x, weights)
-        return y, *transpose(normal(y.shape, seed=2))
+        return y, *transpose(normal(y.shape, seed=2, dtype=y.dtype))
 
     return compute(x, weights)
 
@@ -158,6 +158,46 @@ def test_other_instructions_and_compilers(kernels):
     for case in SPARSE.values():
         shape, x, _ = shape_of(*case)
         compare_sparse(shape, x, degree=3)
+
+
+def compare_rounded(found, expected, x, weights):
+    """Compares with `expected`, which computes in float32 and rounds its results."""
+
+    def rounded(x, weights):
+        y = expected(x.astype(jnp.float32), weights.astype(jnp.float32))
+        return y.astype(jnp.bfloat16)
+
+    found, expected = (with_gradients(f, x, weights) for f in (found, rounded))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        a, b = (z.astype(jnp.float32) for z in (a, b))
+        # Values at the edge between two bfloat16 numbers may round to either.
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=2e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("case", ["strided", "groups of 4"])
+def test_bfloat16_convolutions_are_rounded_float32_convolutions(kernels, case):
+    shape, *arrays = shape_of(*CASES[case])
+    x, kernel = (normal(s, i, jnp.bfloat16) for i, s in enumerate(arrays))
+    compare_rounded(
+        lambda x, k: calls.convolution(x, k, shape),
+        lambda x, k: native(x, k, shape),
+        *(x, kernel),
+    )
+
+
+def test_bfloat16_sparse_convolutions_are_rounded_float32_convolutions(kernels):
+    shape, x, _ = shape_of(*SPARSE["3x3"])
+    edges = graph(shape.in_channels, shape.out_channels, degree=3)
+    sizes = shape.in_channels, shape.out_channels
+    x, values = (
+        normal(s, i, jnp.bfloat16) for i, s in enumerate((x, (3, 3, len(edges))))
+    )
+    compare_rounded(
+        lambda x, v: calls.sparse_convolution(x, v, edges, shape),
+        lambda x, v: native(x, dense(v, edges, *sizes), shape),
+        *(x, values),
+    )
 
 
 @pytest.mark.slow
@@ -313,11 +353,15 @@ def test_sparse_expanders_alone_compute_with_edges(kernels, degree):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
-def test_other_types_use_other_lowerings(kernels, dtype):
+@pytest.mark.parametrize("lowering", ["auto", "cpp"])
+def test_bfloat16_uses_the_kernels_and_float64_other_lowerings(
+    kernels, lowering, dtype
+):
     with jax.enable_x64(True):
-        x, kernel = (normal(s).astype(dtype) for s in ((4, 6, 6, 8), (3, 3, 8, 8)))
-        step = sharded(lambda x, kernel: convolution(x, kernel, lowering="cpp"))
-        assert "wirings" not in step.lower(x, kernel).as_text()
+        x, kernel = (normal(s, dtype=dtype) for s in ((4, 6, 6, 8), (3, 3, 8, 8)))
+        step = sharded(lambda x, kernel: convolution(x, kernel, lowering=lowering))
+        used = "wirings" in step.lower(x, kernel).as_text()
+        assert used == (dtype == jnp.bfloat16)
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from nets.layers.cpu import build
 def usable(x: jax.Array) -> bool:
     """Returns whether the kernels can compute with x here.
 
-    They require a CPU, float32 and a C++ compiler. XLA cannot partition a call, so
-    with several devices they also require a shard_map over all axes, as in train.py.
+    They require a CPU, float32 or bfloat16, and a C++ compiler. XLA cannot partition a
+    call, so with several devices they also require a shard_map over all axes, as in
+    train.py.
     """
-    if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
+    if jax.default_backend() != "cpu" or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if jax.device_count() > 1 and not (mesh.axis_names and mesh.are_all_axes_manual):
@@ -163,10 +164,14 @@ def _values_gradient(x, dy, edges, shape):
 
 
 def _call(name: str, size: tuple[int, ...], arrays: tuple, **attributes) -> jax.Array:
+    """Computes in float32, also for bfloat16; returns the dtype of the first array."""
+    a, b, *edges = arrays
+    floats = (x.astype(jnp.float32) for x in (a, b))
     result = jax.ShapeDtypeStruct(size, jnp.float32)
     # "sequential": jax.vmap becomes a loop.
     call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
-    return call(*arrays, **{k: np.int64(v) for k, v in attributes.items()})
+    y = call(*floats, *edges, **{k: np.int64(v) for k, v in attributes.items()})
+    return y.astype(a.dtype)
 
 
 _convolution = _differentiable(_convolve, _input_gradient, _kernel_gradient)
