@@ -33,6 +33,7 @@ from nets.layers.interleaved import InterleavedConv, SecondaryConv
 from nets.layers.norm import BatchNorm, Measured
 
 LAYERS = (Conv, Linear, Expander, SecondaryConv)
+WHOLE = (Gradual, InterleavedConv)  # count as one layer each
 # A digit is below 2**25 after a carry. Between two carries it may grow by 2**28: the
 # inputs of an output times the maps that are summed.
 DIGIT = 2**24
@@ -167,24 +168,16 @@ def count(net: nnx.Module, image_size: int) -> Paths:
     """
     digits = FIRST_DIGITS
     with jax.enable_x64(True):
-        while True:
-            paths = _count(net, image_size, digits)
-            if paths is not None:
-                return paths
+        while (paths := _count(net, image_size, digits)) is None:
             digits *= 2
+    return paths
 
 
 def _count(net, image_size, digits) -> Paths | None:
     """Returns the paths, or None if a count has more than `digits` - 1 digits."""
-    shown = _shown(net)
     net = _replace_layers(net, digits)
-    size, order = _order(net, digits, (*IMAGE_SIZES, image_size))
-    first, last = order[0], order[-1]
-    rank = {path: i for i, path in enumerate(order)}
-    shown = sorted(
-        (path for path in shown if path not in (first, last)),
-        key=lambda path: max(rank[x] for x in order if f"{x}.".startswith(f"{path}.")),
-    )
+    size, (first, *inner, last) = _order(net, digits, (*IMAGE_SIZES, image_size))
+    shown = _join_parts(net, inner)
     stem = _get(net, first)
     channels = stem.kernel.shape[-1]
     replace(net, last, Identity())
@@ -230,13 +223,14 @@ def _modules(net: nnx.Module) -> dict[str, nnx.Module]:
     return {".".join(map(str, path)): x for path, x in nnx.iter_modules(net)}
 
 
-def _shown(net: nnx.Module) -> list[str]:
-    """Returns the paths of layers, but not of the parts of a layer."""
-    modules = _modules(net)
-    whole = [x for x, m in modules.items() if isinstance(m, (Gradual, InterleavedConv))]
-    inside = tuple(f"{path}." for path in whole)
-    layers = [path for path, module in modules.items() if isinstance(module, LAYERS)]
-    return [path for path in whole + layers if not path.startswith(inside)]
+def _join_parts(net: nnx.Module, order: list[str]) -> list[str]:
+    """Replaces the paths of a layer's parts by that of the layer, at the last part."""
+    whole = [x for x, m in _modules(net).items() if isinstance(m, WHOLE)]
+    layers = [
+        min((x for x in whole if path.startswith(f"{x}.")), key=len, default=path)
+        for path in order
+    ]
+    return list(dict.fromkeys(reversed(layers)))[::-1]
 
 
 def _replace_layers(net: nnx.Module, digits: int) -> nnx.Module:
