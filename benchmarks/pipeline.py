@@ -98,6 +98,7 @@ def small_paths() -> dict:
     """Returns the pipelines for small images, in the form that `measure` takes."""
     config = common.base()
     config.train.batch_size = BATCH_SIZE["small"]
+    config.data.pipeline = "tf.data"  # 'auto' is the device
     examples = small_examples()
     tf_data = input_pipeline.batches(config, "train", examples=examples)
     device = device_batches(config, examples)
@@ -157,6 +158,7 @@ def waits(variant: str) -> dict:
     """Trains a variant for a few steps; returns the share of time spent waiting."""
     config = benchmarks.get_config(variant)
     config.train.batch_size = BATCH_SIZE["small"]
+    config.data.pipeline = "tf.data"  # 'auto' is the device
     examples = small_examples()
     mesh, waited = devices.make_mesh(), []
     facts = input_pipeline.facts(config.data, examples)
