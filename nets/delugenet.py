@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear
-from nets.layers.cross_layer import CrossLayer, Source
+from nets.layers.cross_layer import CrossLayer, Source, make_source
 from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
@@ -96,17 +96,24 @@ class Block(nnx.Module):
         self.layers = nnx.List(layers)
         self.norms = nnx.List(norms) if cross_layer else None
 
-    def sources(self, previous: Sequence[Source]) -> list[Source]:
-        """Computes the sources of this block from the previous one's, oldest first."""
+    def sources(
+        self, previous: Sequence[Source], reader: CrossLayer | None
+    ) -> list[Source]:
+        """Computes the sources of this block from the previous one's, oldest first.
+
+        reader: of all sources, after this block.
+        """
         x = checkpoint_name(self.opening(previous), "block")
         if self.norms is None:
             for layer in self.layers:
                 x = checkpoint_name(layer([Source(x)]), "block")
             return [Source(x)]
-        sources = [Source(x, self.norms[0](x))]
-        for layer, norm in zip(self.layers, self.norms[1:], strict=True):
+        readers = [layer.cross for layer in self.layers if layer.cross is not None]
+        readers.append(reader)
+        sources = [make_source(x, self.norms[0], 0, readers)]
+        for i, layer in enumerate(self.layers, start=1):
             x = checkpoint_name(layer(sources), "block")
-            sources.append(Source(x, norm(x)))
+            sources.append(make_source(x, self.norms[i], i, readers))
         return sources
 
 
@@ -163,8 +170,10 @@ class DelugeNet(nnx.Module):
         if self.stem_norm is not None:
             x = max_pool(nnx.relu(self.stem_norm(x)), 3, stride=2, padding=1)
         sources = [Source(x)]
-        for block in self.blocks:
-            sources = block.sources(sources)
+        # Of the sources of each block.
+        readers = [block.opening.cross for block in list(self.blocks)[1:]]
+        for block, reader in zip(self.blocks, [*readers, self.cross], strict=True):
+            sources = block.sources(sources, reader)
         x = nnx.relu(self.norm(_combine(self.cross, sources)))
         return self.classifier(global_average_pool(x))
 

@@ -6,7 +6,7 @@ shift of that normalisation. In training, all readers of a source use the same
 statistics, so here the layer that computes a source normalises it once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,15 +14,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from nets.layers.cpu import calls
+from nets.layers.norm import BatchNorm
+
 
 class Source(NamedTuple):
-    """The output (N, H, W, C) of a layer, and the same normalised.
+    """The output `raw` (N, H, W, C) of a layer, which its readers normalise.
 
-    The reader applies gain and shift.
+    scale, shift: scale * raw + shift is the normalised map; (groups, C).
+    copies: equal to `raw`, for the reader of each number of sources.
     """
 
     raw: jax.Array
-    normalised: jax.Array | None = None
+    scale: jax.Array | None = None
+    shift: jax.Array | None = None
+    copies: dict[int, jax.Array] | None = None
 
 
 class CrossLayer(nnx.Module):
@@ -47,12 +53,127 @@ class CrossLayer(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
-        # Stacking the sources, or looping over a buffer of them, takes 1.5 to 2.6 times
-        # the memory of a sum of products (benchmarks/results/cross_layer-*.csv).
-        mixed = self.bias[...].sum(0)
-        for scale, source in zip(self.scale[...], sources, strict=True):
-            mixed = mixed + scale * source.normalised
-        return _compute_once(mixed.astype(sources[0].raw.dtype))
+        # The normalised maps are never computed.
+        scales, shifts = (
+            jnp.stack(each, axis=1)
+            for each in zip(*((s.scale, s.shift) for s in sources), strict=True)
+        )
+        weights = self.scale[...] * scales
+        shift = (self.scale[...] * shifts + self.bias[...]).sum(1)
+        x = sources[0].raw
+        maps = [source.copies[len(sources)] for source in sources]
+        mixed = _read(maps, weights, shift)
+        return mixed if _usable(x) else _compute_once(mixed)
+
+
+def make_source(
+    x: jax.Array, norm: BatchNorm, index: int, readers: Sequence[CrossLayer]
+) -> Source:
+    """Returns the source of an index for those of the readers that read it."""
+    readers = [reader for reader in readers if len(reader.scale) > index]
+    scale, shift = (
+        each.reshape(-1, x.shape[-1]) for each in norm.coefficients([norm.measure(x)])
+    )
+    gains = jnp.stack([reader.scale[index] for reader in readers])
+    copies = _lend(x, gains * scale[:, None])
+    numbers = [len(reader.scale) for reader in readers]
+    return Source(x, scale, shift, dict(zip(numbers, copies, strict=True)))
+
+
+# Each reader weights the sources and adds them up. The weighting is differentiated by
+# source, not by reader: when the gradients of all products of a source are known, one
+# pass over them yields its gradient and those of its weights. So `_read` computes the
+# weighting, too, but returns only the gradients of the sum, and `_lend` does the rest.
+
+
+@jax.custom_vjp
+def _lend(x: jax.Array, weights: jax.Array) -> list[jax.Array]:
+    """Returns a copy of x (N, ..., C) for each of the weights (groups, readers, C)."""
+    return [x] * weights.shape[1]
+
+
+@jax.custom_vjp
+def _read(maps: Sequence[jax.Array], weights: jax.Array, shift: jax.Array) -> jax.Array:
+    """Adds a shift (groups, C) and copies of sources, each times its weights.
+
+    maps: (N, ..., C) from `_lend`. weights: (groups, maps, C), those lent for. Groups
+    are equal runs of images.
+    """
+    return _weighted_sum(maps, weights, shift)
+
+
+def _read_gradients(residuals, dy):
+    weights, shift = residuals
+    dshift = dy.reshape(len(shift), -1, shift.shape[-1]).sum(1, dtype=shift.dtype)
+    return [dy] * weights.shape[1], jnp.zeros_like(weights), dshift
+
+
+_lend.defvjp(
+    lambda x, weights: ([x] * weights.shape[1], (x, weights)),
+    lambda residuals, dys: _products_gradients(*residuals, dys),
+)
+_read.defvjp(lambda *args: (_weighted_sum(*args), args[1:]), _read_gradients)
+
+
+def _usable(x: jax.Array) -> bool:
+    # Not for bfloat16, which would need copies of all sources in float32.
+    return x.dtype == jnp.float32 and calls.usable(x)
+
+
+def _in_cpp(kernel: Callable) -> Callable:
+    """Decorates a function that a C++ kernel computes if it is usable.
+
+    Derivatives are those of the function.
+    """
+
+    def decorate(function):
+        @jax.custom_vjp
+        def compute(*args):
+            usable = _usable(jax.tree.leaves(args)[0])
+            return kernel(*args) if usable else function(*args)
+
+        def backward(args, gradient):
+            return jax.vjp(function, *args)[1](gradient)
+
+        compute.defvjp(lambda *args: (compute(*args), args), backward)
+        return compute
+
+    return decorate
+
+
+def _cpp_sum(maps, weights, shift):
+    y = calls.weighted_sum(_flatten(maps, weights), weights, shift)
+    return y.reshape(maps[0].shape)
+
+
+@_in_cpp(_cpp_sum)
+def _weighted_sum(maps, weights, shift):
+    # Stacking the maps, or looping over a buffer of them, takes 1.5 to 2.6 times the
+    # memory of a sum of products (benchmarks/results/cross_layer-*.csv).
+    y = shift[:, None]
+    for i, x in enumerate(_flatten(maps, weights)):
+        y = y + weights[:, i, None] * x
+    return y.astype(maps[0].dtype).reshape(maps[0].shape)
+
+
+def _cpp_gradients(x, weights, dys):
+    flat, *dys = _flatten([x, *dys], weights)
+    dx, dweights = calls.weights_gradients(flat, weights, dys)
+    return dx.reshape(x.shape), dweights
+
+
+@_in_cpp(_cpp_gradients)
+def _products_gradients(x, weights, dys):
+    """Returns the gradients of x and weights, from those of the products, dys."""
+    flat, *dys = _flatten([x, *dys], weights)
+    dx = sum(weights[:, i, None] * dy for i, dy in enumerate(dys))
+    dweights = jnp.stack([(flat * dy.astype(dx.dtype)).sum(1) for dy in dys], axis=1)
+    return dx.astype(x.dtype).reshape(x.shape), dweights.astype(weights.dtype)
+
+
+def _flatten(maps: Sequence[jax.Array], weights: jax.Array) -> list[jax.Array]:
+    """(N, ..., C) -> (groups, pixels, C)"""
+    return [x.reshape(len(weights), -1, x.shape[-1]) for x in maps]
 
 
 @jax.custom_vjp

@@ -63,6 +63,21 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: jax.Array | Sequence[Measured]) -> jax.Array:
         """Normalises x (N, ..., C), or measured maps, which it concatenates."""
         maps = x if isinstance(x, Sequence) else [self.measure(x)]
+        scale, shift = self.coefficients(maps)
+        # Concatenating first takes up to a third more memory.
+        ends = np.cumsum([each.x.shape[-1] for each in maps])[:-1]
+        split = zip(jnp.split(scale, ends, -1), jnp.split(shift, ends, -1), strict=True)
+        normalised = [
+            self._affine(each.x, *pair) for each, pair in zip(maps, split, strict=True)
+        ]
+        return jnp.concatenate(normalised, axis=-1)
+
+    def coefficients(self, maps: Sequence[Measured]) -> tuple[jax.Array, jax.Array]:
+        """Returns the scale and shift that normalise concatenated measured maps.
+
+        Both are (groups, 1, ..., C), or (C,) in evaluation. In training, also updates
+        the running averages.
+        """
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
@@ -75,13 +90,7 @@ class BatchNorm(nnx.Module):
         shift = -mean * scale
         if self.bias is not None:
             shift = self.bias[...] + shift
-        # Concatenating first takes up to a third more memory.
-        ends = np.cumsum([each.x.shape[-1] for each in maps])[:-1]
-        split = zip(jnp.split(scale, ends, -1), jnp.split(shift, ends, -1), strict=True)
-        normalised = [
-            self._affine(each.x, *pair) for each, pair in zip(maps, split, strict=True)
-        ]
-        return jnp.concatenate(normalised, axis=-1)
+        return scale, shift
 
     def measure(self, x: jax.Array) -> Measured:
         """Returns x with its batch statistics, for this and other norms that read it.

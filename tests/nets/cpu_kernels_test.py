@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nets.layers.cpu import build, calls
+from nets.layers.cross_layer import CrossLayer, make_source
 from nets.layers.expander import ExpanderConv
 from nets.layers.lowerings import Shape, convolution, native
+from nets.layers.norm import BatchNorm
 from tests.support import compiling
 
 CHECKOUT = pathlib.Path(__file__).parents[2]
@@ -267,6 +269,58 @@ def test_second_derivatives_of_a_sparse_convolution(kernels):
     assert_equal(found, expected)
 
 
+class Mixing(nnx.Module):
+    """Two cross-layer convolutions of the same sources, with weights that differ."""
+
+    def __init__(self, channels, counts):
+        options = dict(channels=channels, affine=False)
+        self.norms = nnx.List([BatchNorm(**options) for _ in range(max(counts))])
+        self.readers = nnx.List([CrossLayer(channels, count) for count in counts])
+        for i, reader in enumerate(self.readers):
+            reader.scale[...] = normal(reader.scale.shape, seed=i)
+            reader.bias[...] = normal(reader.bias.shape, seed=i + 2)
+
+    def __call__(self, maps):
+        pairs = enumerate(zip(maps, self.norms, strict=True))
+        sources = [make_source(x, norm, i, self.readers) for i, (x, norm) in pairs]
+        return [reader(sources[: len(reader.scale)]) for reader in self.readers]
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "channels", "counts", "order"),
+    [((17, 19), 1, 36, (2, 5), 1), ((5, 4), 2, 20, (2, 2), 2)],
+)
+def test_cross_layer_convolutions_and_gradients_are_xlas(
+    kernels, monkeypatch, size, groups, channels, counts, order
+):
+    """The first derivatives, or the second ones, too."""
+    mixing = Mixing(channels, counts)
+    for norm in mixing.norms:
+        norm.groups = groups
+    graphdef, params, rest = nnx.split(mixing, nnx.Param, ...)
+    maps = [normal((4, *size, channels), seed) for seed in range(max(counts))]
+
+    def loss(params, maps):
+        mixed = nnx.merge(graphdef, params, rest, copy=True)(maps)
+        return sum(jnp.sum(jnp.sin(y) * (i + 1)) for i, y in enumerate(mixed))
+
+    def slope(params, maps):
+        gradients = jax.grad(loss, (0, 1))(params, maps)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(gradients))
+
+    def compute(calls_kernels):
+        functions = [jax.value_and_grad(f, (0, 1)) for f in (loss, slope)[:order]]
+        program = sharded(lambda maps, params: [f(params, maps) for f in functions], 1)
+        lowered = program.lower(maps, params)
+        assert (f"{build.load()}weighted_sum" in lowered.as_text()) == calls_kernels
+        return jax.tree.leaves(lowered.compile(compiling.options())(maps, params))
+
+    found = compute(True)
+    monkeypatch.setattr(calls, "usable", lambda x: False)
+    jax.clear_caches()
+    assert_equal(found, compute(False))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_nan_and_infinity_travel_as_far_as_in_xla(kernels, value, groups):
@@ -296,15 +350,33 @@ def test_a_call_that_does_not_fit_is_an_error(
     result = jax.ShapeDtypeStruct(result, jnp.float32)
     call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
     values = {k: np.int64(v) for k, v in zip(names, attributes, strict=True)}
-    with pytest.raises(jax.errors.JaxRuntimeError, match="shapes of a convolution"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="arrays do not fit"):
         jax.block_until_ready(call(*map(normal, arrays), **values))
+
+
+@pytest.mark.parametrize(
+    ("maps", "weights", "shift"),
+    [
+        ([(1, 6, 4), (1, 5, 4)], (1, 2, 4), (1, 4)),
+        ([(1, 6, 4), (1, 6, 4)], (1, 3, 4), (1, 4)),
+        ([(1, 6, 4), (1, 6, 4)], (1, 2, 4), (1, 5)),
+    ],
+)
+def test_a_sum_that_does_not_fit_is_an_error(kernels, maps, weights, shift):
+    maps, weights, shift = list(map(normal, maps)), normal(weights), normal(shift)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="arrays do not fit"):
+        jax.block_until_ready(calls.weighted_sum(maps, weights, shift))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="arrays do not fit"):
+        jax.block_until_ready(
+            calls.weights_gradients(normal((1, 6, shift.shape[1])), weights, maps)
+        )
 
 
 @pytest.mark.parametrize("edge", [-1, 48])
 def test_an_edge_outside_of_the_graph_is_an_error(kernels, edge):
     shape, x, _ = shape_of(2, (4, 5), 6, 8, 3, 1, 1)
     edges = jnp.array([3, edge], jnp.int32)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="shapes of a convolution"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="arrays do not fit"):
         jax.block_until_ready(
             calls.sparse_convolution(normal(x), normal((3, 3, 2)), edges, shape)
         )
@@ -522,6 +594,12 @@ for window in (1, 3):
     y, transpose = jax.vjp(sparse, x, v)
     for result in (y, *transpose(y)):
         digest.update(np.asarray(result).tobytes())
+maps, weights, shift = normal((3, 2, 45, 20)), normal((2, 3, 20)), normal((2, 20))
+for result in (
+    calls.weighted_sum([*maps], weights, shift),
+    *calls.weights_gradients(maps[0], weights, [*maps]),
+):
+    digest.update(np.asarray(result).tobytes())
 print(digest.hexdigest())
 """
 

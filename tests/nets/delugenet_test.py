@@ -14,7 +14,7 @@ import nets
 from convert.sources import to_reference
 from nets import cost
 from nets.layers.conv import Conv
-from nets.layers.cross_layer import CrossLayer, Source
+from nets.layers.cross_layer import CrossLayer, make_source
 from nets.layers.expander import ExpanderConv
 from nets.layers.norm import BatchNorm
 from tests.support.compiling import run_once
@@ -39,6 +39,13 @@ def maps(count, channels=5, size=4):
     ]
 
 
+def normalised(xs, reader):
+    """Returns sources for a reader, with statistics that change nothing."""
+    norm = BatchNorm(5, affine=False, eps=0.0)
+    norm.eval()
+    return [make_source(x, norm, i, [reader]) for i, x in enumerate(xs)]
+
+
 class Mixing(nnx.Module):
     """Normalises each of several maps once and mixes them; optionally a BN follows."""
 
@@ -52,7 +59,9 @@ class Mixing(nnx.Module):
 
     def __call__(self, maps):
         pairs = zip(maps, self.norms, strict=True)
-        sources = [Source(x, norm(x)) for x, norm in pairs]
+        sources = [
+            make_source(x, norm, i, [self.cross]) for i, (x, norm) in enumerate(pairs)
+        ]
         x = self.cross(sources)
         return x if self.norm is None else self.norm(x)
 
@@ -72,15 +81,16 @@ def test_one_normalisation_for_all_readers_equals_one_per_reader():
 
 def test_it_is_initialised_to_the_average_of_the_normalised_maps():
     layer = CrossLayer(5, 4)
-    sources = [Source(x, x) for x in maps(4)]
-    np.testing.assert_allclose(layer(sources), np.mean(maps(4), 0), atol=1e-6)
+    np.testing.assert_allclose(
+        layer(normalised(maps(4), layer)), np.mean(maps(4), 0), atol=1e-6
+    )
 
 
 def test_channels_and_pixels_do_not_mix():
     layer, (first, *others) = Mixing(3).cross, maps(3, size=2)
 
     def one(x):
-        return layer([Source(x, x), *(Source(y, y) for y in others)])[0, 1, 0, 2]
+        return layer(normalised([x, *others], layer))[0, 1, 0, 2]
 
     reached = np.argwhere(np.asarray(jax.grad(one)(first)))
     np.testing.assert_array_equal(reached, [[0, 1, 0, 2]])
@@ -126,7 +136,7 @@ def test_loops_against_recomputation_change_neither_map_nor_gradient(size):
     upstream = normal(*xs[0].shape, seed=9)
 
     def loss(xs):
-        return (layer([Source(x, x) for x in xs]) * upstream).sum()
+        return (layer(normalised(xs, layer)) * upstream).sum()
 
     expected = sum(scale * x for scale, x in zip(layer.scale[...], xs, strict=True))
     np.testing.assert_allclose(loss(xs), (expected * upstream).sum(), rtol=1e-5)

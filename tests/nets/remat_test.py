@@ -80,8 +80,13 @@ def deluge(layers):
     return dict(name="delugenet", width=0.25, layers=(layers,))
 
 
-@pytest.mark.parametrize("level", ["norm", "block"])
-@pytest.mark.parametrize("form", [dense, deluge])
+@pytest.mark.parametrize(
+    ("level", "form"),
+    [
+        *[("norm", dense), ("block", dense)],
+        *[("none", deluge), ("norm", deluge), ("block", deluge)],
+    ],
+)
 def test_kept_bytes_grow_linearly_with_the_depth(form, level):
     two, three, four = (kept_bytes(level, form, layers) for layers in (2, 3, 4))
     assert 0 < four - three == three - two

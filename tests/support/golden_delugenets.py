@@ -8,7 +8,7 @@ from flax import nnx
 from convert.delugenets import Reader, cross_layers
 from convert.sources import TORCH_LEAVES, assign, by_layer, empty
 from nets.delugenet import Block, CompositeLayer, Transition
-from nets.layers.cross_layer import CrossLayer, Source
+from nets.layers.cross_layer import CrossLayer, Source, make_source
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 from tests.support.golden_checks import Comparison, evaluate, train
@@ -45,10 +45,19 @@ class Unit(nnx.Module):
         self.norms = nnx.List(norms)
 
     def __call__(self, maps):
-        sources = [Source(x, n(x)) for x, n in zip(maps[::-1], self.norms, strict=True)]
-        if isinstance(self.unit, Block):
-            return [source.raw for source in self.unit.sources(sources)[::-1]]
-        return [self.unit(sources)]
+        block = self.unit if isinstance(self.unit, Block) else None
+        first = block.opening if block else self.unit
+        reader = first if isinstance(first, CrossLayer) else first.cross
+        pairs = enumerate(zip(maps[::-1], self.norms, strict=True))
+        sources = [
+            Source(x) if reader is None else make_source(x, norm, i, [reader])
+            for i, (x, norm) in pairs
+        ]
+        if not block:
+            return [self.unit(sources)]
+        # Blocks compute their sources for a reader behind them.
+        reader = CrossLayer(block.norms[0].mean.shape[0], len(block.norms))
+        return [source.raw for source in block.sources(sources, reader)[::-1]]
 
 
 def delugenet_layers(path: pathlib.Path) -> Comparison:

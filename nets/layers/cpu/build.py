@@ -23,7 +23,10 @@ import jax
 from absl import logging
 
 SOURCES = pathlib.Path(__file__).parent
-CALLS = ("convolve", "kernel_gradient", "sparse_convolve", "values_gradient")
+CALLS = (
+    *("convolve", "kernel_gradient", "sparse_convolve", "values_gradient"),
+    *("weighted_sum", "weights_gradients"),
+)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared"),

@@ -1,4 +1,4 @@
-"""Convolutions computed by the C++ kernels of this folder, through jax.ffi.
+"""The C++ kernels of this folder, called through jax.ffi.
 
 A convolution is linear in its input and in its weights, so each of its derivatives, of
 any order, is again one of the three functions that the kernels compute.
@@ -7,6 +7,7 @@ any order, is again one of the three functions that the kernels compute.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,22 @@ def sparse_convolution(x: jax.Array, values: jax.Array, edges: jax.Array, shape)
     shape = dataclasses.replace(shape, images=1, size=size)
     y = _sparse(x.reshape(1, *size, shape.in_channels), values, edges, shape)
     return y.reshape(*x.shape[:-1], shape.out_channels)
+
+
+def weighted_sum(maps: Sequence[jax.Array], weights: jax.Array, shift: jax.Array):
+    """Adds a shift (G, C) and maps (G, P, C), each times its weights (G, maps, C).
+
+    All arrays are float32. Has no derivative.
+    """
+    return _kernel("weighted_sum", maps[0].shape)(weights, shift, *maps)
+
+
+def weights_gradients(x: jax.Array, weights: jax.Array, dys: Sequence[jax.Array]):
+    """Returns dx and dweights of the products x weights_i, whose gradients are dys.
+
+    All arrays are float32. Has no derivative.
+    """
+    return _kernel("weights_gradients", x.shape, weights.shape)(x, weights, *dys)
 
 
 def _differentiable(convolve, input_gradient, weight_gradient):
@@ -167,11 +184,16 @@ def _call(name: str, size: tuple[int, ...], arrays: tuple, **attributes) -> jax.
     """Computes in float32, also for bfloat16; returns the dtype of the first array."""
     a, b, *edges = arrays
     floats = (x.astype(jnp.float32) for x in (a, b))
-    result = jax.ShapeDtypeStruct(size, jnp.float32)
+    attributes = {k: np.int64(v) for k, v in attributes.items()}
+    return _kernel(name, size)(*floats, *edges, **attributes).astype(a.dtype)
+
+
+def _kernel(name: str, *sizes: tuple[int, ...]) -> Callable:
+    """Returns the call of a kernel with one result, or several, of these sizes."""
+    results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+    results = results if len(results) > 1 else results[0]
     # "sequential": jax.vmap becomes a loop.
-    call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
-    y = call(*floats, *edges, **{k: np.int64(v) for k, v in attributes.items()})
-    return y.astype(a.dtype)
+    return jax.ffi.ffi_call(build.load() + name, results, vmap_method="sequential")
 
 
 _convolution = _differentiable(_convolve, _input_gradient, _kernel_gradient)

@@ -6,6 +6,7 @@
 
 #include "grouped.h"
 #include "sparse.h"
+#include "sums.h"
 
 namespace {
 
@@ -26,7 +27,7 @@ ffi::Error guarded(const F& f) {
     f();
     return ffi::Error::Success();
   } catch (const BadShape&) {
-    return ffi::Error::InvalidArgument("the shapes of a convolution do not fit");
+    return ffi::Error::InvalidArgument("the shapes of the arrays do not fit");
   } catch (const std::exception& error) {
     return ffi::Error::Internal(error.what());
   }
@@ -208,6 +209,56 @@ ffi::Error ValuesGradient(ffi::ThreadPool pool, Array x, Array dy, Edges edges,
   });
 }
 
+// weights (groups, maps, channels)
+sums::Shape sums_shape(ffi::Span<const int64_t> x, ffi::Span<const int64_t> weights,
+                       size_t maps) {
+  require(x.size() == 3 && weights.size() == 3);
+  require(weights[0] == x[0] && weights[2] == x[2]);
+  require(weights[1] == static_cast<int64_t>(maps));
+  return {x[0], x[1], x[2]};
+}
+
+sums::Maps maps_of(const ffi::RemainingArgs& arrays, const sums::Shape& shape) {
+  sums::Maps maps;
+  for (size_t i = 0; i < arrays.size(); i++) {
+    const auto array = arrays.get<Array>(i);
+    require(array.has_value());
+    const auto size = array->dimensions();
+    require(size.size() == 3 && size[0] == shape.groups && size[1] == shape.pixels);
+    require(size[2] == shape.channels);
+    maps.push_back(array->typed_data());
+  }
+  return maps;
+}
+
+ffi::Error WeightedSum(ffi::ThreadPool pool, Array weights, Array shift,
+                       ffi::RemainingArgs arrays, Result y) {
+  return guarded([&] {
+    const auto shape = sums_shape(y->dimensions(), weights.dimensions(), arrays.size());
+    const auto maps = maps_of(arrays, shape);
+    const auto size = shift.dimensions();
+    require(size.size() == 2 && size[0] == shape.groups && size[1] == shape.channels);
+    if (y->element_count() == 0) return;
+    sums::weighted_sum(pool, shape, maps, weights.typed_data(), shift.typed_data(),
+                       y->typed_data());
+  });
+}
+
+ffi::Error WeightsGradients(ffi::ThreadPool pool, Array x, Array weights,
+                            ffi::RemainingArgs arrays, Result dx, Result dweights) {
+  return guarded([&] {
+    const auto shape = sums_shape(x.dimensions(), weights.dimensions(), arrays.size());
+    const auto dy = maps_of(arrays, shape);
+    require(dx->dimensions() == x.dimensions());
+    require(dweights->dimensions() == weights.dimensions());
+    if (x.element_count() == 0) {
+      return zero(dweights->typed_data(), static_cast<Index>(dweights->element_count()));
+    }
+    sums::gradients(pool, shape, x.typed_data(), weights.typed_data(), dy, dx->typed_data(),
+                    dweights->typed_data());
+  });
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve, Convolve,
@@ -247,3 +298,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(values_gradient, ValuesGradient,
                                   .Arg<Edges>()
                                   .Ret<Array>()
                                   .Attr<int64_t>("padding"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(weighted_sum, WeightedSum,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .RemainingArgs()
+                                  .Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(weights_gradients, WeightsGradients,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .RemainingArgs()
+                                  .Ret<Array>()
+                                  .Ret<Array>());

@@ -1,0 +1,119 @@
+// Sums over several maps of equal shape (groups, pixels, channels), in one pass over each.
+#pragma once
+
+#include <vector>
+
+#include "work.h"
+
+namespace sums {
+
+using Maps = std::vector<const float*>;
+
+struct Shape {
+  Index groups, pixels, channels;
+
+  // Pixels of a chunk, which fits the first cache, and chunks of a group.
+  Index chunk() const { return std::max<Index>(1, 4096 / channels); }
+  Index chunks() const { return divide_up(pixels, chunk()); }
+};
+
+inline Vector load(const float* from, Index count) {
+  if (count >= kLanes) return ::load(from);
+  Vector v = {};
+  std::memcpy(&v, from, sizeof(float) * static_cast<size_t>(count));
+  return v;
+}
+
+// Calls f(pixel, channel, lanes), where lanes is the number of channels of a vector.
+template <typename F>
+inline void for_each_vector(Index pixels, Index channels, const F& f) {
+  for (Index p = 0; p < pixels; p++) {
+    Index c = 0;
+    for (; c + kLanes <= channels; c += kLanes) f(p * channels + c, c, Index{kLanes});
+    if (c < channels) f(p * channels + c, c, channels - c);
+  }
+}
+
+constexpr int kMaps = 4;  // that are read at the same time
+
+// y (pixels, channels) += the sum of N maps, each times its weights (channels,)
+template <int N>
+void add(const float* const* maps, Index offset, const float* weights, Index pixels,
+         Index channels, float* y) {
+  const float* x[N];
+  UNROLL for (int n = 0; n < N; n++) x[n] = maps[n] + offset;
+  for_each_vector(pixels, channels, [&](Index i, Index c, Index lanes) {
+    Vector sum = load(y + i, lanes);
+    UNROLL for (int n = 0; n < N; n++)
+      sum += load(weights + n * channels + c, lanes) * load(x[n] + i, lanes);
+    store(y + i, sum, lanes);
+  });
+}
+
+// weights (groups, maps, channels), shift (groups, channels) -> y
+inline void weighted_sum(ffi::ThreadPool& pool, const Shape& shape, const Maps& maps,
+                         const float* weights, const float* shift, float* y) {
+  const Index count = static_cast<Index>(maps.size()), channels = shape.channels;
+  parallel(pool, shape.groups * shape.chunks(), [&](Index item, Index) {
+    const Index group = item / shape.chunks(), first = item % shape.chunks() * shape.chunk();
+    const Index pixels = std::min(shape.chunk(), shape.pixels - first);
+    const Index offset = (group * shape.pixels + first) * channels;
+    for (Index p = 0; p < pixels; p++)
+      copy(y + offset + p * channels, shift + group * channels, channels);
+    in_parts<kMaps>(0, count, [&](auto n, Index m) {
+      add<n>(&maps[static_cast<size_t>(m)], offset, weights + (group * count + m) * channels,
+             pixels, channels, y + offset);
+    });
+  });
+}
+
+// Adds N output gradients, each times its weights (channels,), to dx (pixels, channels)
+// and their products with x, summed over pixels, to totals (N, channels).
+template <int N>
+void add_gradients(const float* x, const float* const* maps, Index offset,
+                   const float* weights, Index pixels, Index channels, float* dx,
+                   float* totals) {
+  const float* dy[N];
+  UNROLL for (int n = 0; n < N; n++) dy[n] = maps[n] + offset;
+  for_each_vector(pixels, channels, [&](Index i, Index c, Index lanes) {
+    const Vector value = load(x + i, lanes);
+    Vector sum = load(dx + i, lanes);
+    UNROLL for (int n = 0; n < N; n++) {
+      const Index k = n * channels + c;
+      const Vector gradient = load(dy[n] + i, lanes);
+      sum += load(weights + k, lanes) * gradient;
+      store(totals + k, load(totals + k, lanes) + value * gradient, lanes);
+    }
+    store(dx + i, sum, lanes);
+  });
+}
+
+// The gradients of y_n = weights_n x, for all dy_n (groups, pixels, channels) at once:
+// dx, and dweights (groups, maps, channels).
+inline void gradients(ffi::ThreadPool& pool, const Shape& shape, const float* x,
+                      const float* weights, const Maps& dy, float* dx, float* dweights) {
+  const Index count = static_cast<Index>(dy.size()), channels = shape.channels;
+  const Index size = count * channels, chunks = shape.chunks();
+  const Index parts = pieces(chunks, shape.groups * size);
+  Floats totals(parts * shape.groups * size);
+  parallel(pool, parts * shape.groups, [&](Index item, Index) {
+    const Index piece = item / shape.groups, group = item % shape.groups;
+    float* total = totals.data() + item * size;
+    zero(total, size);
+    for (Index i = piece * chunks / parts; i < (piece + 1) * chunks / parts; i++) {
+      const Index first = i * shape.chunk();
+      const Index pixels = std::min(shape.chunk(), shape.pixels - first);
+      const Index offset = (group * shape.pixels + first) * channels;
+      zero(dx + offset, pixels * channels);
+      in_parts<kMaps>(0, count, [&](auto n, Index m) {
+        add_gradients<n>(x + offset, &dy[static_cast<size_t>(m)], offset,
+                         weights + (group * count + m) * channels, pixels, channels,
+                         dx + offset, total + m * channels);
+      });
+    }
+  });
+  add_pieces(pool, totals.data(), parts, shape.groups * size);
+  copy(dweights, totals.data(), shape.groups * size);
+}
+
+}  // namespace sums
