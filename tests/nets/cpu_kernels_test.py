@@ -490,6 +490,16 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
     assert messages == [f"{NONE}no C++ compiler found (c++, g++, clang++)"]
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+def test_without_avx_one_line_says_so(compiler, caplog):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    compiler('exec g++ "$@" -march=x86-64')
+    (message,) = load_logged(caplog)
+    assert message.startswith(NONE)
+    assert "the kernels need AVX" in message
+
+
 def test_a_failing_build_leaves_nothing_behind(compiler, tmp_path, caplog):
     compiler('for out; do :; done; echo x > "$out"; echo "no space" >&2; exit 1')
     assert load_logged(caplog) == [f"{NONE}no space"]

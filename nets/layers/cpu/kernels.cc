@@ -1,6 +1,10 @@
 // The XLA calls of nets/layers/cpu/calls.py. Each checks the shapes once more: a call
 // that does not fit returns an error and reads nothing.
 
+#if defined(__x86_64__) && !defined(__AVX__)
+#error "the kernels need AVX: with SSE they take fifty times as long"
+#endif
+
 #include <exception>
 #include <string>
 
