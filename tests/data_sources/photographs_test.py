@@ -384,7 +384,7 @@ def test_a_net_learns_the_classes_of_the_folders(config, tmp_path):
     trained = cfmz.get_config("20,cifar10")
     trained.data.update(config.data)
     trained.data.flip = False  # a mirrored wave belongs to another class
-    trained.net.num_classes = 4
+    trained.net.update(depth=8, num_classes=4)
     trained.train.update(batch_size=40, epochs=24.0, tensorboard=False)
     trained.optimizer.update(learning_rate=0.05, drop_epochs=(18.0,))
     trained.eval.update(batch_size=24, every_epochs=12.0)

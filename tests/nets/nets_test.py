@@ -28,20 +28,13 @@ EVERY_NET_RUN = pytest.mark.parametrize(
         for x in nets.names()
     ],
 )
+WIRINGS = (*KINDS, "blocks")
 # Each pair compiles a train step, which takes seconds: only a few of them are fast.
 FAST = ("cfmz_resnet", "densenet", "igc_resnet", "plain", "resnet")
 FAST_PAIRS = [("cfmz_resnet", "blocks"), *((name, "expander") for name in FAST)]
-EVERY_PAIR = pytest.mark.parametrize(
-    ("name", "wiring"),
-    [
-        pytest.param(
-            *(name, wiring),
-            marks=() if (name, wiring) in FAST_PAIRS else pytest.mark.slow,
-        )
-        for name in nets.names()
-        for wiring in (*KINDS, "blocks")
-    ],
-)
+# GUNN's layers run in a loop.
+PAIRS = {(name, "expander") for name in nets.names()} | {("cfmz_resnet", "blocks")}
+PAIRS |= {(x, y) for x in ("densenet", "gunn", "plain", "resnet") for y in WIRINGS}
 
 
 @functools.cache
@@ -81,7 +74,13 @@ def test_a_net_without_a_tiny_form_is_tested_as_its_smallest_row():
         tiny.config("densnet")
 
 
-@EVERY_PAIR
+@pytest.mark.parametrize(
+    ("name", "wiring"),
+    [
+        pytest.param(*pair, marks=() if pair in FAST_PAIRS else pytest.mark.slow)
+        for pair in sorted(PAIRS)
+    ],
+)
 def test_every_wiring_trains_on_eight_devices(name, wiring, tmp_path):
     """One compiled train step, twice on the same batch.
 
@@ -117,6 +116,26 @@ def test_every_wiring_trains_on_eight_devices(name, wiring, tmp_path):
     )
     assert next_totals["loss"] - totals["loss"] < totals["loss"]
     assert bad_step == -1
+
+
+@pytest.mark.slow
+@EVERY_NET
+def test_every_net_has_gradients_with_every_wiring(name):
+    """From shapes alone. The test above trains the pairs that differ in more."""
+    x = jax.ShapeDtypeStruct(images(name, 4).shape, "float32")
+    for wiring in WIRINGS:
+        kind = dict(kind="expander", block=2) if wiring == "blocks" else wiring
+        definition, variables = nets.split(abstract(tiny.config(name, kind)))
+
+        def loss(params, variables, x, definition=definition):
+            variables = variables | {"params": params}
+            return definition.apply(variables, x, train=True)[0].sum()
+
+        gradient = jax.eval_shape(jax.grad(loss), variables["params"], variables, x)
+        same = jax.tree.map(
+            lambda a, b: a.shape == b.shape, gradient, dict(variables["params"])
+        )
+        assert all(jax.tree.leaves(same)), wiring
 
 
 @EVERY_NET_RUN
