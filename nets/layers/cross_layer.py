@@ -22,8 +22,7 @@ class Source(NamedTuple):
     """The output `raw` (N, H, W, C) of a layer, which its readers normalise.
 
     scale, shift: scale * raw + shift is the normalised map; (groups, C).
-    copies: equal to `raw`, for the reader of each number of sources. In float64, both
-      copies and `shift` are those of the centred map.
+    copies: equal to `raw`, for the reader of each number of sources.
     """
 
     raw: jax.Array
@@ -75,14 +74,8 @@ def make_source(
     scale, shift = (
         each.reshape(-1, x.shape[-1]) for each in norm.coefficients([norm.measure(x)])
     )
-    lent = x
-    if x.dtype == jnp.float64:
-        # Serves parity rather than speed: sums of centred maps lose fewer digits.
-        mean = lax.stop_gradient(-shift / scale)
-        (flat,) = _flatten([x], scale)
-        lent, shift = (flat - mean[:, None]).reshape(x.shape), shift + scale * mean
     gains = jnp.stack([reader.scale[index] for reader in readers])
-    copies = _lend(lent, gains * scale[:, None])
+    copies = _lend(x, gains * scale[:, None])
     numbers = [len(reader.scale) for reader in readers]
     return Source(x, scale, shift, dict(zip(numbers, copies, strict=True)))
 
