@@ -142,6 +142,10 @@ class Concatenation(nnx.Module):
     def measure(self, x: jax.Array) -> Measured:
         return Measured(x)
 
+    def coefficients(self, maps: Sequence[Measured]) -> tuple[jax.Array, jax.Array]:
+        channels = sum(each.x.shape[-1] for each in maps)
+        return jnp.ones(channels), jnp.zeros(channels)
+
     def __call__(self, x: jax.Array | Sequence[Measured]) -> jax.Array:
         if isinstance(x, Sequence):
             return jnp.concatenate([each.x for each in x], axis=-1)

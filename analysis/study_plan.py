@@ -24,7 +24,7 @@ from runtime.workdir import flatten
 STUDIES = pathlib.Path(__file__).parents[1] / "configs" / "studies"
 EQUAL = ("parameters", "macs", "width")
 BACKBONE_FIELDS = ("config", "width", "widths")
-WIRING_FIELDS = ("net", "width")
+CHANGES = ("net", "data", "augment", "train", "optimizer")  # of a wiring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Study:
     claim: what the study tests, and who claims it; the head of table.md.
     backbones: name -> `config`, a value of --config; `width`, the fields of config.net
       for a width of 1, which are multiplied by the width; `widths`, of the reference.
-    wirings: name -> `net`, changes of config.net; and `width` instead of the
-      backbone's, if it widens in other fields.
+    wirings: name -> changes of the configuration: `net`, or other parts of it to
+      compare recipes; and `width` instead of the backbone's, if it widens in other
+      fields.
     reference: the wiring to compare with.
     equal: "parameters" or "macs": every other wiring takes the width whose count is
       nearest the reference's; or "width".
@@ -65,7 +66,7 @@ class Study:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         for kind, sections, fields, required in (
             ("backbones", self.backbones, BACKBONE_FIELDS, BACKBONE_FIELDS),
-            ("wirings", self.wirings, WIRING_FIELDS, ()),
+            ("wirings", self.wirings, ("width", *CHANGES), ()),
         ):
             if not sections:
                 raise ValueError(f"{kind} must not be empty")
@@ -192,6 +193,10 @@ def _contestants(study, backbone, width, overrides) -> list[Contestant]:
         counted = study.equal if study.equal != "width" else "parameters"
         target = target or getattr(total, counted)
         config = configure(own)
+        try:
+            checks.check_values(config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         contestant = Contestant(
             backbone=backbone,
             wiring=wiring,
@@ -210,7 +215,7 @@ def _contestants(study, backbone, width, overrides) -> list[Contestant]:
 def _configure(base: ConfigDict, backbone, wiring, width: int) -> ConfigDict:
     """Returns the configuration of a backbone with a wiring, at a width."""
     config = base.copy_and_resolve_references()
-    _update(config, {"net": wiring.get("net", {})})
+    _update(config, {part: wiring[part] for part in CHANGES if part in wiring})
     unit = wiring.get("width", backbone["width"])
     _update(config, {"net": _scale(unit, width)})
     return config

@@ -129,6 +129,26 @@ def test_fields_of_all_runs_can_be_overridden():
     assert run.name == "densenet-expander-8/seed5"
 
 
+def test_recipes_are_compared_in_the_same_net():
+    adamw = dict(optimizer=dict(name="adamw"), train=dict(label_smoothing=0.1))
+    recipes = dict(sgd={}, adamw=adamw)
+    sgd, other = study_plan.expand(
+        make_study(wirings=recipes, reference="sgd", equal="width")
+    )
+    assert (sgd.config.optimizer.name, sgd.config.train.label_smoothing) == ("sgd", 0)
+    assert (other.config.optimizer.name, other.remainder) == ("adamw", 0.0)
+    assert other.config.train.label_smoothing == 0.1
+    assert other.config.net == sgd.config.net
+
+
+def test_a_bad_recipe_is_refused_before_any_run():
+    bad = dict(optimizer=dict(weight_decay=-1.0))
+    with pytest.raises(ValueError, match=r"densenet bad: .*weight_decay"):
+        study_plan.expand(
+            make_study(wirings=dict(sgd={}, bad=bad), reference="sgd", equal="width")
+        )
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
