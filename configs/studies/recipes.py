@@ -1,4 +1,4 @@
-"""Ablation of recipes: one cycle plus one change at a time, in the same net.
+"""Ablation of recipes: one cycle plus one change, or several, in the same net.
 
 python -m analysis.study configs/studies/recipes.py:small --workdir=/tmp/recipes-small
 python -m analysis.study configs/studies/recipes.py --workdir=/tmp/recipes
@@ -44,6 +44,9 @@ def get_config(form: str = "full"):
             rate_0_2=dict(optimizer=dict(learning_rate=0.2)),
             decay_2e_4=dict(optimizer=dict(weight_decay=2e-4)),
             decay_5e_4=dict(optimizer=dict(weight_decay=5e-4)),
+            decay_5e_4_rate_0_2=dict(
+                optimizer=dict(weight_decay=5e-4, learning_rate=0.2)
+            ),
             decay_on_kernels=dict(optimizer=dict(decay_on="kernels")),
             heavy_ball=dict(optimizer=dict(nesterov=False)),
             label_smoothing=dict(train=dict(label_smoothing=0.1)),

@@ -267,8 +267,9 @@ def test_a_modern_recipe_trains_the_same_net(argument):
     last = Clock.of(modern, images).total - 1
     assert float(rate(last)) < 1e-3 * modern.optimizer.learning_rate
     chosen = dict(schedule="one_cycle", min_learning_rate=0.0, nesterov=True)
-    photographs = modern.data.crop != "pad"
-    faithfully = faithful.optimizer.weight_decay
-    chosen["weight_decay"] = faithfully if photographs else 5e-4
+    decay, peak = (faithful.optimizer[x] for x in ("weight_decay", "learning_rate"))
+    if modern.data.crop == "pad":
+        decay, peak = 5e-4, 2 * peak
+    chosen |= dict(weight_decay=decay, learning_rate=peak)
     assert {field: modern.optimizer[field] for field in chosen} == chosen
     assert not modern.optimizer.rate_in_velocity
