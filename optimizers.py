@@ -120,7 +120,7 @@ def sgd(
 def kernels(params: dict) -> dict:
     """Returns a tree of booleans: True for kernels.
 
-    Not for biases, batch norm, and DelugeNet's cross-layer weights, whose norm has no
+    False for biases, batch norm and DelugeNet's cross-layer weights, whose norm has no
     effect.
     """
     return jax.tree_util.tree_map_with_path(

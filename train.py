@@ -123,7 +123,7 @@ def _create_program(
 
 
 def _averages(config: ConfigDict, variables: dict) -> dict:
-    """Returns the first moving averages: copies, because the originals are donated."""
+    """Returns the initial moving averages, copied because the variables are donated."""
     kinds = ("params", "stats") if config.train.ema else ()
     return {kind: jax.tree.map(jnp.copy, variables[kind]) for kind in kinds}
 

@@ -150,7 +150,7 @@ def _normalise(graph: np.ndarray) -> np.ndarray:
 def _second_singular_value(graph: np.ndarray) -> float:
     """Returns the second singular value of a graph with one component, or no edge."""
     if graph.all() or not graph.any() or min(graph.shape) == 1:
-        return 0.0  # of rank 1 or 0
+        return 0.0  # the rank is at most 1
     if min(graph.shape) <= SVD_CHANNELS:
         return float(singular_values(graph)[1])
     start = np.random.default_rng(0).normal(size=min(graph.shape))

@@ -228,7 +228,7 @@ def _modules(net: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def _join_parts(net: nnx.Module, order: list[str]) -> list[str]:
-    """Replaces the paths of a layer's parts by that of the layer, at the last part."""
+    """Replaces the parts of a layer by the layer itself, in the place of the last."""
     whole = [x for x, m in _modules(net).items() if isinstance(m, WHOLE)]
     layers = [
         min((x for x in whole if path.startswith(f"{x}.")), key=len, default=path)

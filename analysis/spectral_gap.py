@@ -110,14 +110,14 @@ def read(workdir: pathlib.Path) -> list[Row]:
 def within_nets(rows: Sequence[Row]) -> tuple[list[float], list[float], int]:
     """Returns gaps and errors minus the mean of their net, and the number of nets.
 
-    Leaves out nets whose gaps are all equal, because they say nothing.
+    Skips nets whose gaps are all equal, because they carry no information.
     """
     pairs, count = [], 0
     for net in dict.fromkeys(row.net for row in rows):
         own = np.array([(row.gap, row.error) for row in rows if row.net == net])
         if np.ptp(own[:, 0]) > 0:
             count += 1
-            pairs += np.round(own - own.mean(0), 12).tolist()  # otherwise ties are lost
+            pairs += np.round(own - own.mean(0), 12).tolist()  # so that ties stay ties
     return [gap for gap, _ in pairs], [error for _, error in pairs], count
 
 

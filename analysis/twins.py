@@ -161,7 +161,7 @@ def csv_rows(twin: Twin, graph_seed: int) -> list[dict]:
 
 
 def check_image(path: str) -> None:
-    """Raises ValueError if the suffix of a path is not that of an image format."""
+    """Raises ValueError unless the suffix of a path names an image format."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
@@ -175,9 +175,9 @@ def check_image(path: str) -> None:
 def draw(name: str, twins: Sequence[Twin]):
     """Returns a matplotlib figure: heat maps above, histograms below.
 
-    name: of the net. The histograms show the singular values of one layer, the largest
-    of those that are not complete under every wiring, and the bound of its mean
-    degrees.
+    name: of the net. The histograms show the singular values of one layer, with the
+    bound for its mean degrees. It is the largest layer that at least one wiring does
+    not connect completely.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -227,13 +227,13 @@ def _choose_layer(found: Sequence[dict[str, np.ndarray]]) -> str:
 
 
 def _first_constant(reach: np.ndarray) -> int:
-    """Returns the number of the first layer from which on the columns are equal."""
+    """Returns the number of the first layer of the final run of equal columns."""
     different = np.flatnonzero((reach != reach[:, -1:]).any(0))
     return int(different[-1]) + 2 if len(different) else 1
 
 
 def write_image(path: str, name: str, twins: Sequence[Twin]) -> None:
-    """Writes an image of `draw`. A kill leaves either the old file or the new."""
+    """Writes the figure of `draw`. A killed run leaves the old file or the new one."""
     path = pathlib.Path(path)
     draft = path.with_name(f".{path.name}.draft")
     path.parent.mkdir(parents=True, exist_ok=True)

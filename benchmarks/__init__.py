@@ -33,7 +33,7 @@ def get_config(variant: str) -> ConfigDict:
 
 
 def time_rounds(programs: Mapping[Hashable, Callable], rounds: int) -> dict:
-    """Returns program -> its seconds in each of some interleaved rounds."""
+    """Returns the seconds of each program in each of the interleaved rounds."""
     import jax
 
     seconds = {name: [] for name in programs}

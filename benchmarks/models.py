@@ -38,7 +38,7 @@ CHECKOUT = pathlib.Path(__file__).parents[1]
 
 
 class Net(NamedTuple):
-    """A row of the table: a net, and goals for its speed as (the least, the aim).
+    """A row of the table: a net, and goals for its speed as (floor, aim).
 
     twin: the regular net that a wired one replaces.
     of_pytorch, of_twin: goals for the speed relative to PyTorch and to the twin. At
@@ -140,7 +140,7 @@ def table(variant: str, options: argparse.Namespace) -> list[dict]:
 
 
 def play(players: Sequence["Player"], rounds: int) -> None:
-    """Lets all players play their rounds, by turns."""
+    """Runs the rounds of all players in turn."""
     for number in range(rounds):
         # Alternate the order, so that no contestant is always the first of a round.
         for player in players if number % 2 == 0 else reversed(players):

@@ -103,7 +103,7 @@ def export(
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        with contextlib.suppress(OSError):  # its directory is none, or is not empty
+        with contextlib.suppress(OSError):  # not a directory, or not empty
             draft.unlink(missing_ok=True)
             if is_new:
                 path.parent.rmdir()

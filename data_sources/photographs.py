@@ -191,14 +191,14 @@ class OnDisk:
         _log(failures, "not evaluated")
 
     def _decode(self, number: int, crop: Callable, out: np.ndarray) -> str:
-        """Decodes into `out`; if it fails, raises, or returns why (on_error='skip')."""
+        """Decodes into `out`. On failure, raises or (with 'skip') returns why."""
         failure = self._failure(number, lambda content: np.copyto(out, crop(content)))
         if failure and self.on_error == "raise":
             raise DataError(". ".join(failure))
         return failure[0] if failure else ""
 
     def _failure(self, number: int, use: Callable) -> tuple[str, str] | None:
-        """Calls use(encoded image); if it fails, returns the reason and the remedy."""
+        """Calls use(encoded image). On failure, returns the reason and the remedy."""
         try:
             use(self.read(number))
         except Exception as error:  # the decoders raise anything

@@ -83,7 +83,7 @@ def find(root: pathlib.Path, name: str) -> pathlib.Path | None:
 def nearest(root: pathlib.Path, name: str) -> list[str]:
     """Returns names similar to an unknown one, and nothing for a known one."""
     names = {*KNOWN, *(os.listdir(root) if root.is_dir() else [])}
-    if name not in names:  # a known one saves the seconds of the import
+    if name not in names:  # imported only for unknown names: it takes seconds
         import tensorflow_datasets as tfds
 
         names.update(tfds.list_builders(with_community_datasets=False))
@@ -324,7 +324,7 @@ def _verified(path: pathlib.Path) -> Iterator[bytes]:
 
 
 def _labels(parts: Sequence, read: Callable, label: Callable) -> np.ndarray:
-    """Returns the labels (N,) int64 of the records read(part), a thread for a part."""
+    """Returns the labels (N,) int64 of the records of all parts, read in threads."""
 
     def some(part):
         return [label(record) for record in read(part)]

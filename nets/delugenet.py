@@ -81,8 +81,8 @@ class Projection(nnx.Module):
 class Block(nnx.Module):
     """An opening unit that reads the previous block, then layers that read this block.
 
-    Every output is a source. `norms` normalises each source once for all its readers;
-    there are none without cross-layer connections.
+    Every output is a source. `norms` has the batch statistics of each source, which all
+    its readers share; it is None without cross-layer connections.
     """
 
     def __init__(self, opening, width, num_layers, *, cross_layer, wiring, rngs):
@@ -101,7 +101,7 @@ class Block(nnx.Module):
     ) -> list[Source]:
         """Computes the sources of this block from the previous one's, oldest first.
 
-        reader: of all sources, after this block.
+        reader: the cross-layer convolution after this block, which reads all sources.
         """
         x = checkpoint_name(self.opening(previous), "block")
         if self.norms is None:
@@ -170,7 +170,7 @@ class DelugeNet(nnx.Module):
         if self.stem_norm is not None:
             x = max_pool(nnx.relu(self.stem_norm(x)), 3, stride=2, padding=1)
         sources = [Source(x)]
-        # Of the sources of each block.
+        # For each block, the convolution that reads all its sources.
         readers = [block.opening.cross for block in list(self.blocks)[1:]]
         for block, reader in zip(self.blocks, [*readers, self.cross], strict=True):
             sources = block.sources(sources, reader)

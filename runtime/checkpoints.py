@@ -82,7 +82,7 @@ class Checkpoints:
         return sorted({int(match[1]) for match in found if match})
 
     def row(self, step: int) -> dict[str, float]:
-        """Returns the metrics of a step; empty if not evaluated or not readable."""
+        """Returns the metrics of a step; empty if it has none or is unreadable."""
         with contextlib.suppress(_DamageError):
             return self._table(step)["row"]
         return {}
@@ -99,7 +99,7 @@ class Checkpoints:
             ) from error
 
     def check_finite(self, bad_step: jax.Array) -> None:
-        """Raises FloatingPointError for a TrainState.bad_step; call before save()."""
+        """Raises FloatingPointError if a bad_step was recorded; call before save()."""
         if (bad := int(bad_step)) < 0:
             return
         self.wait()
@@ -183,7 +183,7 @@ class Checkpoints:
     def load(
         self, which: str | int, kinds: Collection[str]
     ) -> tuple[dict[str, np.ndarray], int]:
-        """Restores the arrays of `kinds`, such as params: ({path: array}, step)."""
+        """Returns the arrays of `kinds`, such as "params", by path, and their step."""
 
         def select(stored, _):
             return {x: stored[x] for x in stored if x.partition("/")[0] in kinds}
@@ -193,9 +193,9 @@ class Checkpoints:
     def _read_first(
         self, which: str | int, select: Callable[[dict, pathlib.Path], dict]
     ) -> tuple[dict[str, np.ndarray], int]:
-        """Reads the first candidate that is not damaged: (arrays, step).
+        """Returns the arrays and the step of the first undamaged candidate.
 
-        select: (table of a checkpoint, its path) -> the entries of the arrays to read.
+        select: maps the table and the path of a checkpoint to the entries to read.
         """
         self.wait()
         reasons = ""

@@ -124,8 +124,8 @@ SGD, ADAMW = {"optimizer.name": ("sgd",)}, {"optimizer.name": ("adamw",)}
 STEPS = {"optimizer.schedule": ("steps",)}
 IN_MEMORY = {"data.crop": ("pad",)}
 PHOTOGRAPHS = {"data.crop": input_pipeline.CHOICES["crop"][1:]}
-# What a field requires to have an effect: other fields and their values, or () for any
-# but 0, False and ().
+# The other fields, and their values, that a field requires to have an effect. () stands
+# for every value except 0, False and ().
 NEEDS = {
     "net.graph_seed": EXPANDER | RANDOM,
     "net.wiring.compress": EXPANDER,
@@ -175,7 +175,10 @@ def check_effects(config: ConfigDict, changed: Collection[str]) -> None:
 
 
 def has_effect(config: ConfigDict, field: str) -> bool:
-    """Returns whether a field has what it requires, or a misspelt value instead."""
+    """Returns whether all that a field requires is set.
+
+    An invalid value counts as set, because it is reported as an error of its own.
+    """
     values = flatten(config)
     choices = CHOICES | {"data.crop": input_pipeline.CHOICES["crop"]}
     return all(
@@ -302,7 +305,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 
 def _check_sections(config: ConfigDict, check_data: Callable) -> tuple:
-    """Returns the problems, the abstract net, and what check_data(config.data) does."""
+    """Returns the problems, the abstract net and the result of check_data."""
     check_fields(config)
     problems = [
         f"{field} {problem}, got {value!r}"
@@ -321,7 +324,7 @@ def _problem(field: str, value: Any) -> str:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             return "must be finite"
-        # Far beyond any net, but small enough to fail before time and memory do.
+        # Far larger than in any net; rejected before it exhausts time or memory.
         count = isinstance(number, int) and not rule
         if field.startswith("net.") and count and abs(number) > 1_000_000:
             return "must be at most 1,000,000"

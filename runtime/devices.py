@@ -67,7 +67,7 @@ def place(tree, mesh: Mesh, spec: PartitionSpec = REPLICATED):
 def on_mesh(step: Callable, mesh: Mesh, in_specs: tuple, donate: int) -> Callable:
     """Returns `step` compiled to run on every device; its results are replicated.
 
-    in_specs: how each argument is split. donate: the number of the donated argument.
+    in_specs: how each argument is split. donate: the index of the donated argument.
     """
     # check_vma: the custom gradients of the lowerings do not carry its annotations.
     mapped = jax.shard_map(

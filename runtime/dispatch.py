@@ -120,7 +120,7 @@ def _device_path(config, train_step, mesh, split, facts, state, step):
     steps = make_device_steps(train_step, mesh)
     sizes = input_pipeline.batch_sizes(config, len(split))
 
-    def stack(chunk):  # repeats the last plan: one shape, one program
+    def stack(chunk):  # repeats the last plan, so that one program fits all chunks
         size = len(chunk[0].index)
         # A smaller batch is dispatched alone.
         length = config.train.steps_per_dispatch if size == sizes[0] else 1

@@ -25,6 +25,7 @@ from runtime.workdir import (
     read_rows,
 )
 
+# Fields that cannot change within a run.
 FIXED = (
     *("optimizer.name", "optimizer.accumulate_steps", "optimizer.rate_in_velocity"),
     *("data.mean", "data.std"),
@@ -42,7 +43,7 @@ class Run:
     complete: bool  # the last step of its configuration is saved and evaluated
 
     def check(self, config: ConfigDict) -> None:
-        """Raises ValueError if `config` has another kind of state or normalisation."""
+        """Raises ValueError if `config` changes one of the FIXED fields."""
         old, new = flatten(self.config), flatten(config)
         for field in FIXED:
             if old[field] != new[field]:
@@ -56,7 +57,7 @@ class Run:
 def find(workdir: pathlib.Path) -> Run | None:
     """Returns the run in a workdir, or None if it has no checkpoint or config.json.
 
-    Checkpoints without a config.json are resumed without a comparison.
+    Training resumes checkpoints without a config.json, but cannot compare settings.
     """
     with Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()

@@ -3,7 +3,8 @@
 DelugeNets (arXiv 1611.05552; facts from the published code). The original normalises
 each source anew for every reader; the convolution's weight and bias are the gain and
 shift of that normalisation. In training, all readers of a source use the same
-statistics, so here the layer that computes a source normalises it once.
+statistics, so here they are computed once per source. Normalisation and convolution
+together are one weighted sum of the raw sources: no normalised map is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ from nets.layers.norm import BatchNorm
 class Source(NamedTuple):
     """The output `raw` (N, H, W, C) of a layer, which its readers normalise.
 
-    scale, shift: scale * raw + shift is the normalised map; (groups, C).
-    copies: equal to `raw`, for the reader of each number of sources.
+    scale, shift: (groups, C); the normalised map is scale * raw + shift.
+    copies: number of sources of a reader -> its own copy of `raw`, from `_lend`.
     """
 
     raw: jax.Array
@@ -53,7 +54,7 @@ class CrossLayer(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
-        # The normalised maps are never computed.
+        # scale (s raw + t) + bias = (scale s) raw + (scale t + bias)
         scales, shifts = (
             jnp.stack(each, axis=1)
             for each in zip(*((s.scale, s.shift) for s in sources), strict=True)
@@ -69,7 +70,7 @@ class CrossLayer(nnx.Module):
 def make_source(
     x: jax.Array, norm: BatchNorm, index: int, readers: Sequence[CrossLayer]
 ) -> Source:
-    """Returns the source of an index for those of the readers that read it."""
+    """Measures the output x of a layer for all readers that have a source `index`."""
     readers = [reader for reader in readers if len(reader.scale) > index]
     scale, shift = (
         each.reshape(-1, x.shape[-1]) for each in norm.coefficients([norm.measure(x)])
@@ -80,10 +81,12 @@ def make_source(
     return Source(x, scale, shift, dict(zip(numbers, copies, strict=True)))
 
 
-# Each reader weights the sources and adds them up. The weighting is differentiated by
-# source, not by reader: when the gradients of all products of a source are known, one
-# pass over them yields its gradient and those of its weights. So `_read` computes the
-# weighting, too, but returns only the gradients of the sum, and `_lend` does the rest.
+# A reader adds up weighted sources. The gradients of the products are computed for each
+# source, not for each reader: one pass over the gradients of all readers of a source
+# yields the gradients of the source and of its weights. `_read` therefore computes
+# products and sum, but differentiates only the sum: it passes its output gradient on as
+# that of each product, and zeros for the weights. `_lend`, which returns copies of the
+# source without using the weights, differentiates the products.
 
 
 @jax.custom_vjp
@@ -96,8 +99,8 @@ def _lend(x: jax.Array, weights: jax.Array) -> list[jax.Array]:
 def _read(maps: Sequence[jax.Array], weights: jax.Array, shift: jax.Array) -> jax.Array:
     """Adds a shift (groups, C) and copies of sources, each times its weights.
 
-    maps: (N, ..., C) from `_lend`. weights: (groups, maps, C), those lent for. Groups
-    are equal runs of images.
+    maps: (N, ..., C) from `_lend`. weights: (groups, maps, C), equal to those that
+    `_lend` was given. Groups are equal runs of images.
     """
     return _weighted_sum(maps, weights, shift)
 
@@ -116,14 +119,14 @@ _read.defvjp(lambda *args: (_weighted_sum(*args), args[1:]), _read_gradients)
 
 
 def _usable(x: jax.Array) -> bool:
-    # Not for bfloat16, which would need copies of all sources in float32.
+    # The kernels would need float32 copies of all bfloat16 sources.
     return x.dtype == jnp.float32 and calls.usable(x)
 
 
 def _in_cpp(kernel: Callable) -> Callable:
-    """Decorates a function that a C++ kernel computes if it is usable.
+    """Returns a decorator that computes a function by a C++ kernel if it is usable.
 
-    Derivatives are those of the function.
+    Derivatives are always those of the decorated function.
     """
 
     def decorate(function):
@@ -150,7 +153,8 @@ def _cpp_sum(maps, weights, shift):
 def _weighted_sum(maps, weights, shift):
     # Stacking the maps, or looping over a buffer of them, takes 1.5 to 2.6 times the
     # memory of a sum of products (benchmarks/results/cross_layer-*.csv).
-    # The order is the original's: rounding grows by a factor of 10,000 in a few steps.
+    # Added in the original's order, because a few steps of training amplify rounding
+    # errors 10,000 times.
     newest_first = reversed(list(enumerate(_flatten(maps, weights))))
     y = sum(weights[:, i, None] * x for i, x in newest_first) + shift[:, None]
     return y.astype(maps[0].dtype).reshape(maps[0].shape)
@@ -164,7 +168,7 @@ def _cpp_gradients(x, weights, dys):
 
 @_in_cpp(_cpp_gradients)
 def _products_gradients(x, weights, dys):
-    """Returns the gradients of x and weights, from those of the products, dys."""
+    """Returns the gradients of x and weights. dys: those of the products."""
     flat, *dys = _flatten([x, *dys], weights)
     dx = sum(weights[:, i, None] * dy for i, dy in enumerate(dys))
     dweights = jnp.stack([(flat * dy.astype(dx.dtype)).sum(1) for dy in dys], axis=1)
@@ -172,7 +176,7 @@ def _products_gradients(x, weights, dys):
 
 
 def _flatten(maps: Sequence[jax.Array], weights: jax.Array) -> list[jax.Array]:
-    """(N, ..., C) -> (groups, pixels, C)"""
+    """Reshapes maps (N, ..., C) to (groups, pixels, C)."""
     return [x.reshape(len(weights), -1, x.shape[-1]) for x in maps]
 
 

@@ -2,7 +2,8 @@
 
 The library is in $XDG_CACHE_HOME/wirings or ~/.cache/wirings, under a name that changes
 with the sources, the compiler, the processor and jaxlib. Without a C++ compiler, or if
-the build fails, `load` returns None and the lowerings in plain JAX are used.
+the build fails (as on x86-64 without AVX), `load` returns None and the lowerings in
+plain JAX are used.
 $CXX selects the compiler, with arguments if need be ("ccache g++"); CXX=none turns the
 kernels off.
 """
@@ -42,8 +43,8 @@ _lock, _loaded = threading.Lock(), {}
 def load(flags: tuple[str, ...] = ()) -> str | None:
     """Returns the prefix of the registered XLA calls, or None without kernels.
 
-    The first call in a process may compile, which takes some ten seconds, with
-    additional `flags`.
+    The first call in a process may compile, which takes about ten seconds. flags: added
+    to FLAGS.
     """
     with _lock:
         if "prefix" not in _loaded:

@@ -67,7 +67,7 @@ def weighted_sum(maps: Sequence[jax.Array], weights: jax.Array, shift: jax.Array
 
 
 def weights_gradients(x: jax.Array, weights: jax.Array, dys: Sequence[jax.Array]):
-    """Returns dx and dweights of the products x weights_i, whose gradients are dys.
+    """Returns the gradients of x and weights. dys: those of the products x weights_i.
 
     All arrays are float32. Has no derivative.
     """
@@ -181,7 +181,7 @@ def _values_gradient(x, dy, edges, shape):
 
 
 def _call(name: str, size: tuple[int, ...], arrays: tuple, **attributes) -> jax.Array:
-    """Computes in float32, also for bfloat16; returns the dtype of the first array."""
+    """Calls a kernel in float32; the result has the dtype of the first array."""
     a, b, *edges = arrays
     floats = (x.astype(jnp.float32) for x in (a, b))
     attributes = {k: np.int64(v) for k, v in attributes.items()}
@@ -189,7 +189,7 @@ def _call(name: str, size: tuple[int, ...], arrays: tuple, **attributes) -> jax.
 
 
 def _kernel(name: str, *sizes: tuple[int, ...]) -> Callable:
-    """Returns the call of a kernel with one result, or several, of these sizes."""
+    """Returns a function that calls a kernel. sizes: of each of its results."""
     results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
     results = results if len(results) > 1 else results[0]
     # "sequential": jax.vmap becomes a loop.

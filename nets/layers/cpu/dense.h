@@ -8,8 +8,8 @@
 
 #include "work.h"
 
-// Hidden, or GCC shares the tables of `Tiles` among all libraries of a process, also with
-// those for other instructions.
+// Hidden, because GCC otherwise shares the tables of `Tiles` among all libraries in a
+// process, even those built for other instruction sets.
 namespace [[gnu::visibility("hidden")]] dense {
 
 struct Convolution {

@@ -1,4 +1,5 @@
-// Sums over several maps of equal shape (groups, pixels, channels), in one pass over each.
+// Weighted sums of maps of equal shape (groups, pixels, channels), and their gradients, in
+// one pass over each map.
 #pragma once
 
 #include <vector>
@@ -12,11 +13,12 @@ using Maps = std::vector<const float*>;
 struct Shape {
   Index groups, pixels, channels;
 
-  // Pixels of a chunk, which fits the first cache, and chunks of a group.
+  // Number of pixels in a chunk, which fits the L1 cache, and of chunks in a group.
   Index chunk() const { return std::max<Index>(1, 4096 / channels); }
   Index chunks() const { return divide_up(pixels, chunk()); }
 };
 
+// Loads a vector of which only the first `count` lanes may exist; the others are 0.
 inline Vector load(const float* from, Index count) {
   if (count >= kLanes) return ::load(from);
   Vector v = {};
@@ -24,7 +26,8 @@ inline Vector load(const float* from, Index count) {
   return v;
 }
 
-// Calls f(pixel, channel, lanes), where lanes is the number of channels of a vector.
+// Calls f(i, channel, lanes) for each vector of a map: `lanes` channels of one pixel, of
+// which the first is `channel` and element i of the map.
 template <typename F>
 inline void for_each_vector(Index pixels, Index channels, const F& f) {
   for (Index p = 0; p < pixels; p++) {
@@ -34,9 +37,9 @@ inline void for_each_vector(Index pixels, Index channels, const F& f) {
   }
 }
 
-constexpr int kMaps = 4;  // that are read at the same time
+constexpr int kMaps = 4;  // number of maps read at the same time
 
-// y (pixels, channels) += the sum of N maps, each times its weights (channels,)
+// y (pixels, channels) += the sum of N maps, each times its weights (channels,).
 template <int N>
 void add(const float* const* maps, Index offset, const float* weights, Index pixels,
          Index channels, float* y) {
@@ -50,7 +53,8 @@ void add(const float* const* maps, Index offset, const float* weights, Index pix
   });
 }
 
-// weights (groups, maps, channels), shift (groups, channels) -> y
+// y = shift (groups, channels) + the sum of all maps, each times its weights. weights:
+// (groups, maps, channels).
 inline void weighted_sum(ffi::ThreadPool& pool, const Shape& shape, const Maps& maps,
                          const float* weights, const float* shift, float* y) {
   const Index count = static_cast<Index>(maps.size()), channels = shape.channels;
@@ -67,8 +71,8 @@ inline void weighted_sum(ffi::ThreadPool& pool, const Shape& shape, const Maps& 
   });
 }
 
-// Adds N output gradients, each times its weights (channels,), to dx (pixels, channels)
-// and their products with x, summed over pixels, to totals (N, channels).
+// For N output gradients: adds each times its weights (channels,) to dx (pixels, channels),
+// and its product with x, summed over pixels, to totals (N, channels).
 template <int N>
 void add_gradients(const float* x, const float* const* maps, Index offset,
                    const float* weights, Index pixels, Index channels, float* dx,
@@ -88,8 +92,8 @@ void add_gradients(const float* x, const float* const* maps, Index offset,
   });
 }
 
-// The gradients of y_n = weights_n x, for all dy_n (groups, pixels, channels) at once:
-// dx, and dweights (groups, maps, channels).
+// Computes the gradients dx and dweights (groups, maps, channels) of the products
+// y_n = weights_n x from all dy_n (groups, pixels, channels).
 inline void gradients(ffi::ThreadPool& pool, const Shape& shape, const float* x,
                       const float* weights, const Maps& dy, float* dx, float* dweights) {
   const Index count = static_cast<Index>(dy.size()), channels = shape.channels;
