@@ -4,11 +4,12 @@ python -m benchmarks.models --peers
 python -m benchmarks.models --peers --variants cfmz:20 gunn:15 --rounds 3
 python -m benchmarks.models --variants cfmz:20 --lowerings auto plain --reference=DIR
 
-docs/speed.md says what a step is. Machines are shared and noisy: compare the ratios,
-which are medians over interleaved rounds. The lowering `plain` is `auto` without the
-C++ kernels. --peers adds our regular twin of a wired net and the same net in PyTorch
-(torch_nets.py); it requires `pip install torch==2.13.0`. --reference adds the same
-steps in another checkout of this repository, such as a git worktree of an older commit.
+docs/speed.md defines a step. Times vary with the load of the machine, so compare the
+ratios, which are medians over interleaved rounds. The lowering `plain` is `auto`
+without the C++ kernels. --peers adds our regular twin of a wired net and the same net
+in PyTorch (torch_nets.py); it requires `pip install torch==2.13.0`. --reference adds
+the same steps in another checkout of this repository, such as a git worktree of an
+older commit.
 
 Each variant is written to results/ as soon as it is measured, so a long table can be
 measured in parts. With JAX_COMPILATION_CACHE_DIR set, a second run compiles nothing.
