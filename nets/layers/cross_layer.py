@@ -7,7 +7,7 @@ statistics, so here they are computed once per source. Normalisation and convolu
 together are one weighted sum of the raw sources: no normalised map is computed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -64,7 +64,7 @@ class CrossLayer(nnx.Module):
         x = sources[0].raw
         maps = [source.copies[len(sources)] for source in sources]
         mixed = _read(maps, weights, shift)
-        return mixed if _usable(x) else _compute_once(mixed)
+        return mixed if calls.usable_in_float32(x) else _compute_once(mixed)
 
 
 def make_source(
@@ -118,38 +118,12 @@ _lend.defvjp(
 _read.defvjp(lambda *args: (_weighted_sum(*args), args[1:]), _read_gradients)
 
 
-def _usable(x: jax.Array) -> bool:
-    # The kernels would need float32 copies of all bfloat16 sources.
-    return x.dtype == jnp.float32 and calls.usable(x)
-
-
-def _in_cpp(kernel: Callable) -> Callable:
-    """Returns a decorator that computes a function by a C++ kernel if it is usable.
-
-    Derivatives are always those of the decorated function.
-    """
-
-    def decorate(function):
-        @jax.custom_vjp
-        def compute(*args):
-            usable = _usable(jax.tree.leaves(args)[0])
-            return kernel(*args) if usable else function(*args)
-
-        def backward(args, gradient):
-            return jax.vjp(function, *args)[1](gradient)
-
-        compute.defvjp(lambda *args: (compute(*args), args), backward)
-        return compute
-
-    return decorate
-
-
 def _cpp_sum(maps, weights, shift):
     y = calls.weighted_sum(_flatten(maps, weights), weights, shift)
     return y.reshape(maps[0].shape)
 
 
-@_in_cpp(_cpp_sum)
+@calls.by_kernel(_cpp_sum)
 def _weighted_sum(maps, weights, shift):
     # Stacking the maps, or looping over a buffer of them, takes 1.5 to 2.6 times the
     # memory of a sum of products (benchmarks/results/cross_layer-*.csv).
@@ -166,7 +140,7 @@ def _cpp_gradients(x, weights, dys):
     return dx.reshape(x.shape), dweights
 
 
-@_in_cpp(_cpp_gradients)
+@calls.by_kernel(_cpp_gradients)
 def _products_gradients(x, weights, dys):
     """Returns the gradients of x and weights. dys: those of the products."""
     flat, *dys = _flatten([x, *dys], weights)

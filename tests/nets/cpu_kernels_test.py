@@ -321,6 +321,68 @@ def test_cross_layer_convolutions_and_gradients_are_xlas(
     assert_equal(found, compute(False))
 
 
+MOMENTS = {"map_moments", "gradient_moments"}
+NORMALISED = {
+    "whole vectors": ((4, 17, 19, 32), 1),
+    "an overlapping vector": ((4, 5, 3, 36), 2),
+    "fewer channels than lanes": ((6, 4, 5, 5), 3),
+    "no pixels": ((8, 10), 1),
+}
+
+
+def normalise(x, groups):
+    """Returns y, running statistics, gradients, and gradients of those of a BatchNorm.
+
+    The first result is the set of kernels that the program calls.
+    """
+    norm = BatchNorm(x.shape[-1])
+    norm.groups = groups
+    norm.scale[...] = normal(norm.scale.shape, seed=1)
+    graphdef, params, rest = nnx.split(norm, nnx.Param, ...)
+
+    def apply(params, x):
+        norm = nnx.merge(graphdef, params, rest, copy=True)
+        y = norm(x)
+        return jnp.sum(jnp.sin(y)), (y, norm.mean[...], norm.var[...])
+
+    def slope(params, x):
+        gradients = jax.grad(apply, (0, 1), has_aux=True)(params, x)[0]
+        return sum(jnp.sum(jnp.square(each)) for each in jax.tree.leaves(gradients))
+
+    def compute(x, params):
+        (_, results), gradients = jax.value_and_grad(apply, (0, 1), has_aux=True)(
+            params, x
+        )
+        return *results, gradients[1], gradients[0], jax.grad(slope, (0, 1))(params, x)
+
+    lowered = sharded(compute, 1).lower(x, params)
+    called = {name for name in MOMENTS if f"{build.load()}{name}" in lowered.as_text()}
+    return called, lowered.compile(compiling.options())(x, params)
+
+
+@pytest.mark.parametrize("case", NORMALISED)
+def test_batch_normalisation_and_its_gradients_are_xlas(kernels, monkeypatch, case):
+    shape, groups = NORMALISED[case]
+    called, found = normalise(normal(shape), groups)
+    assert called == MOMENTS
+    monkeypatch.setattr(calls, "usable", lambda x: False)
+    jax.clear_caches()
+    called, expected = normalise(normal(shape), groups)
+    assert not called
+    assert_equal(*map(jax.tree.leaves, (found, expected)))
+
+
+@pytest.mark.parametrize("channels", [5, 36])
+def test_nan_stays_in_its_channel_of_a_batch_normalisation(kernels, channels):
+    shape = (2, 3, 4, channels)
+    for channel in (0, channels - 1):
+        x = normal(shape).at[1, 2, 3, channel].set(np.nan)
+        _, results = normalise(x, 1)
+        for result in results[:4]:
+            spoilt = np.isnan(result).reshape(-1, channels).any(0)
+            np.testing.assert_array_equal(spoilt, np.arange(channels) == channel)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_nan_and_infinity_travel_as_far_as_in_xla(kernels, value, groups):
@@ -370,6 +432,23 @@ def test_a_sum_that_does_not_fit_is_an_error(kernels, maps, weights, shift):
         jax.block_until_ready(
             calls.weights_gradients(normal((1, 6, shift.shape[1])), weights, maps)
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "other", "result"),
+    [
+        ("map_moments", (1, 6, 4), (5,), (1, 2, 4)),
+        ("map_moments", (1, 6, 4), (4,), (2, 2, 4)),
+        ("map_moments", (6, 4), (4,), (1, 2, 4)),
+        ("gradient_moments", (1, 6, 4), (1, 5, 4), (1, 2, 4)),
+        ("gradient_moments", (1, 6, 4), (1, 6, 4), (1, 1, 4)),
+    ],
+)
+def test_moments_that_do_not_fit_are_an_error(kernels, name, x, other, result):
+    result = jax.ShapeDtypeStruct(result, jnp.float32)
+    call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="arrays do not fit"):
+        jax.block_until_ready(call(normal(x), normal(other)))
 
 
 @pytest.mark.parametrize("edge", [-1, 48])
@@ -610,6 +689,10 @@ for result in (
     *calls.weights_gradients(maps[0], weights, [*maps]),
 ):
     digest.update(np.asarray(result).tobytes())
+for channels in (5, 16, 20):
+    x, dy = normal((2, 3, 700, channels))
+    for result in (calls.map_moments(x, x[0, 0]), calls.gradient_moments(x, dy)):
+        digest.update(np.asarray(result).tobytes())
 print(digest.hexdigest())
 """
 

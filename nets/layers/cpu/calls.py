@@ -31,6 +31,37 @@ def usable(x: jax.Array) -> bool:
     return build.load() is not None
 
 
+def usable_in_float32(x: jax.Array) -> bool:
+    """Returns whether the kernels that take only float32 can compute with x here.
+
+    They would need a copy of a bfloat16 map.
+    """
+    return x.dtype == jnp.float32 and usable(x)
+
+
+def by_kernel(kernel: Callable) -> Callable:
+    """Returns a decorator: a function becomes `kernel` where its arrays are usable.
+
+    They are, if the first one is float32 and usable. Derivatives are always those of
+    the decorated function.
+    """
+
+    def decorate(function):
+        @jax.custom_vjp
+        @functools.wraps(function)
+        def compute(*args):
+            fits = usable_in_float32(jax.tree.leaves(args)[0])
+            return kernel(*args) if fits else function(*args)
+
+        def backward(args, gradient):
+            return jax.vjp(function, *args)[1](gradient)
+
+        compute.defvjp(lambda *args: (compute(*args), args), backward)
+        return compute
+
+    return decorate
+
+
 def convolution(x: jax.Array, kernel: jax.Array, shape) -> jax.Array:
     """Computes the convolution of `shape`, a lowerings.Shape with a square window."""
     return _convolution(x, kernel, None, shape)
@@ -72,6 +103,22 @@ def weights_gradients(x: jax.Array, weights: jax.Array, dys: Sequence[jax.Array]
     All arrays are float32. Has no derivative.
     """
     return _kernel("weights_gradients", x.shape, weights.shape)(x, weights, *dys)
+
+
+def map_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
+    """Sums x (G, P, C) - reference (C,), and its square, over pixels: (G, 2, C).
+
+    All arrays are float32. Has no derivative.
+    """
+    return _kernel("map_moments", (len(x), 2, x.shape[-1]))(x, reference)
+
+
+def gradient_moments(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Sums dy and dy x, both (G, P, C), over pixels: (G, 2, C).
+
+    All arrays are float32. Has no derivative.
+    """
+    return _kernel("gradient_moments", (len(x), 2, x.shape[-1]))(x, dy)
 
 
 def _differentiable(convolve, input_gradient, weight_gradient):
