@@ -7,19 +7,25 @@ lies between them: the pair is one linear map and counts as one layer of depth.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import GroupedConv, he_fan_in
-from nets.layers.lowerings import convolution
+from nets.layers.cpu import calls
+from nets.layers.lowerings import Shape, convolution
 
-# Forward and backward pass of 64 maps of 32x32 on two cores, ms, `mix_as_matrix` /
-# `mix` / `mix_literally`: 48 channels in 2 groups 10 / 20 / 220, in 24 groups 9 / 61 /
-# 3076. With 512 channels in 32 groups (16 maps) the matrix is slower: 334 / 138.
+# Forward pass and both gradients on two cores, ms, of `mix_as_matrix` / `mix` /
+# `mix_in_cpp`. Batches of 64, 2 groups: 48 channels at 32x32 6.9 / 13.5 / 9.2, 96 at
+# 16x16 7.7 / 7.0 / 6.0, 192 at 8x8 7.0 / 4.8 / 4.9; 8 groups: 32 channels at 32x32 4 /
+# 8.7 / 3.6, 128 at 8x8 3.3 / 2.4 / 1.2. Batches of 8, 2 groups: 200 channels at 56x56
+# 39 / 47 / 29, 400 at 28x28 40 / 24 / 26.
 MATRIX_CHANNELS = 256
+CPP_CHANNELS = 64
 
 
 def permute(x: jax.Array, branches: int) -> jax.Array:
@@ -73,6 +79,25 @@ def mix_as_matrix(
     return convolution(x, matrix.reshape(1, 1, size, size))
 
 
+def mix_in_cpp(
+    x: jax.Array, kernel: jax.Array, primary_groups: int, secondary_groups: int
+) -> jax.Array:
+    """Computes `mix_literally` over the connected pairs of channels, in C++."""
+    size, outputs = x.shape[-1], kernel.shape[2]
+    values = _axes(kernel, primary_groups, secondary_groups).transpose(1, 2, 0, 3)
+    # Input (l, g, c) is connected to the outputs (k, g) for all k.
+    inputs = np.arange(size).reshape(values.shape[:3])[..., None]
+    group = np.arange(secondary_groups)[:, None, None]
+    edges = inputs * size + np.arange(outputs) * secondary_groups + group
+    matrix = jax.ShapeDtypeStruct((1, 1, size, size), values.dtype)
+    return calls.sparse_convolution(
+        x,
+        values.reshape(1, 1, -1),
+        jnp.asarray(edges.reshape(-1), jnp.int32),
+        Shape.of(x, matrix, stride=1, padding=0, groups=1),
+    )
+
+
 def _axes(kernel: jax.Array, primary_groups: int, secondary_groups: int) -> jax.Array:
     """(1, 1, q, C) -> (r, L, groups, q); each group has q inputs and q outputs."""
     return kernel.reshape(-1, primary_groups, secondary_groups, kernel.shape[2])
@@ -81,9 +106,9 @@ def _axes(kernel: jax.Array, primary_groups: int, secondary_groups: int) -> jax.
 class SecondaryConv(nnx.Module):
     """1x1 convolution of (N, H, W, C), whose groups cross the primary groups.
 
-    The lowering "auto" avoids the permutations: `mix_as_matrix` on CPU if the matrix is
-    small, else `mix`. A named lowering computes the grouped convolution of
-    `mix_literally`.
+    The lowering "auto" avoids the permutations: by `mix_in_cpp` or `mix_as_matrix` on
+    CPU if the matrix is small, else by `mix`. A named lowering computes the grouped
+    convolution of `mix_literally`.
     """
 
     def __init__(
@@ -109,9 +134,15 @@ class SecondaryConv(nnx.Module):
         if self.lowering != "auto":
             y = mix_literally(x, kernel, *self.groups, self.lowering)
         else:
-            small = x.shape[-1] <= MATRIX_CHANNELS and jax.default_backend() == "cpu"
-            y = (mix_as_matrix if small else mix)(x, kernel, *self.groups)
+            y = self._form(x)(x, kernel, *self.groups)
         return checkpoint_name(y, "convolution")
+
+    def _form(self, x: jax.Array) -> Callable:
+        channels, few = x.shape[-1], self.groups[1] > 2
+        if jax.default_backend() != "cpu" or channels > MATRIX_CHANNELS:
+            return mix
+        in_cpp = (few or channels >= CPP_CHANNELS) and calls.usable(x)
+        return mix_in_cpp if in_cpp else mix_as_matrix
 
 
 class InterleavedConv(nnx.Module):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nets.layers.cpu import build, calls
 from nets.layers.cross_layer import CrossLayer, make_source
 from nets.layers.expander import ExpanderConv
+from nets.layers.interleaved import SecondaryConv, mix_literally
 from nets.layers.lowerings import Shape, convolution, native
 from nets.layers.norm import BatchNorm
 from tests.support import compiling
@@ -319,6 +320,30 @@ def test_cross_layer_convolutions_and_gradients_are_xlas(
     monkeypatch.setattr(calls, "usable", lambda x: False)
     jax.clear_caches()
     assert_equal(found, compute(False))
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "in_cpp"),
+    [(32, (4, 8), True), (64, (32, 2), True), (48, (24, 2), False)],
+)
+def test_secondary_convolutions_compute_with_connected_pairs(
+    kernels, monkeypatch, channels, groups, in_cpp
+):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    primary, secondary = groups
+    options = dict(primary_groups=primary, secondary_groups=secondary)
+    layer = SecondaryConv(channels, **options, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    x, kernel = normal((3, 5, 4, channels)), layer.kernel[...]
+
+    def mix(x, kernel):
+        return nnx.merge(graphdef, jax.tree.map(lambda _: kernel, state))(x)
+
+    text = jax.jit(mix).lower(x, kernel).as_text()
+    assert (f"{build.load()}sparse_convolve" in text) == in_cpp
+    found = with_gradients(mix, x, kernel)
+    literal = lambda x, kernel: mix_literally(x, kernel, *groups)
+    assert_equal(found, with_gradients(literal, x, kernel))
 
 
 MOMENTS = {"map_moments", "gradient_moments"}
@@ -664,6 +689,7 @@ import hashlib, os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import jax, numpy as np
 from nets.layers.cpu import build, calls
+from nets.layers.interleaved import SecondaryConv, mix_literally
 from nets.layers.lowerings import Shape
 if len(sys.argv) > 2:
     assert build.load(("-O1", *sys.argv[2:]))
