@@ -1,8 +1,9 @@
 """Average and max pooling."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 
@@ -32,21 +33,30 @@ def max_of_windows(x: jax.Array, size: int, stride: int, padding: int) -> jax.Ar
 
 
 def max_of_slices(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
-    """Computes `max_pool` from one strided slice per pixel of the window.
+    """Computes `max_pool` from strided slices, along the rows and then the columns.
 
-    On CPU the gradient of `max_of_windows` takes 16 times longer for 2x2 windows (74
-    instead of 4.7 ms for 64 maps of 32x32x64), 7 times for overlapping 3x3 windows.
+    On CPU the gradient of `max_of_windows` takes 10 times as long for 2x2 windows (43
+    instead of 4.4 ms for 64 maps of 32x32x64), 6 times for overlapping 3x3 windows.
+    One slice per pixel of a 3x3 window kept eight more maps (ResNet-18: 336 MiB instead
+    of 219).
     """
     edges = (padding, padding, 0)
     x = jax.lax.pad(
         x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), edges, edges, (0, 0, 0))
     )
-    rows, cols = (n - size + 1 for n in x.shape[1:3])
-    y = x[:, :rows:stride, :cols:stride]
-    for i, j in list(np.ndindex(size, size))[1:]:
-        z = x[:, i : i + rows : stride, j : j + cols : stride]
-        y = jnp.where((z > y) | jnp.isnan(z), z, y)
-    return y
+    # In this order, the first of equal values in a window is the one in the first row.
+    for axis in (2, 1):
+        end = x.shape[axis] - size + 1
+        slices = [
+            jax.lax.slice_in_dim(x, i, i + end, stride, axis) for i in range(size)
+        ]
+        x = functools.reduce(_larger, slices)
+    return x
+
+
+def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the maximum; of equal values, x receives the gradient."""
+    return jnp.where((y > x) | jnp.isnan(y), y, x)
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
