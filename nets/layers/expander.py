@@ -159,14 +159,14 @@ class ExpanderConv(Expander):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         values = self.kernel[...].astype(x.dtype)
-        if self._in_cpp(x):
-            return self._sparse(x, values)
         if self.dilation > 1:  # zeros between the taps suit every lowering
             between = (0, 0, self.dilation - 1)
             zero = jnp.zeros((), values.dtype)
             values = lax.pad(values, zero, (between, between, (0, 0, 0)))
         geometry = dict(stride=self.stride, padding=self.padding)
-        if self.uses_blocks:
+        if self._in_cpp(x):
+            y = self._sparse(x, values)
+        elif self.uses_blocks:
             y = self.in_blocks(x, values, **geometry)
         else:
             kernel = self.dense(values)
