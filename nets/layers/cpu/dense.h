@@ -278,7 +278,6 @@ inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
   const auto offsets = shape.runs();
   const Index pixel = shape.stride * shape.map.channels;
   const Steps step = {pixel, pixel * shape.columns(), parts.image_size};
-  const Steps dy_step = {channels, dy_row, parts.rows * dy_row};
   const Index scratch_size = parts.size() + parts.out_size(shape);
   Floats scratch(scratch_size * slots(pool, count * shares)), sums(sums_size * count);
   // Rows of which a panel of dy fits the first cache.
@@ -287,14 +286,20 @@ inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
     const Index piece = item / shares, share = item % shares;
     const auto begin = list.begin() + share * size / shares;
     const auto end = list.begin() + (share + 1) * size / shares;
-    float *in = scratch.data() + slot * scratch_size, *gradient = in + parts.size();
+    float *in = scratch.data() + slot * scratch_size, *copied = in + parts.size();
     float* total = sums.data() + piece * sums_size;
     for (auto panel = begin; panel < end; panel++)
       zero(total + panel->offset, depth * panel->vectors * kLanes);
     for (Index p = piece * parts.count / count; p < (piece + 1) * parts.count / count; p++) {
       const Part part(shape, parts, p);
       part.pad(shape, parts, x, in);
-      part.copy_outputs(shape, parts, dy, gradient);
+      // The last vector of the last pixel may reach beyond dy, but not beyond a copy.
+      const bool inside = outputs % kLanes == 0 || p + 1 < parts.count;
+      if (!inside) part.copy_outputs(shape, parts, dy, copied);
+      const float* gradient =
+          inside ? dy + part.image * shape.out_size() + part.row * dy_row : copied;
+      const Steps dy_step = {channels, dy_row,
+                             inside ? shape.out_size() : parts.rows * dy_row};
       for (Index i = 0; i < part.rows; i += band)
         for (auto panel = begin; panel < end; panel++)
           for (size_t r = 0; r < offsets.size(); r++)
