@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 from flax import nnx
@@ -59,16 +60,24 @@ def test_the_maps_shrink_as_published():
 BASIC = dict(name="densenet", growth=8, bottleneck=False)
 
 
+def equations(jaxpr):
+    """Yields the equations of a program and of the functions that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for called in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(called)
+
+
 def test_statistics_are_computed_once_per_map():
     """Two sums (moments) over each channel that enters or is appended to a block."""
     net = nnx.eval_shape(lambda: nets.create(BASIC | dict(depth=16), nnx.Rngs(0)))
     definition, variables = nets.split(net)
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
     step = functools.partial(definition.apply, train=True)
-    equations = jax.make_jaxpr(step)(variables, x).jaxpr.eqns
+    program = jax.make_jaxpr(step)(variables, x).jaxpr
     reduced = sum(
         equation.invars[0].aval.shape[-1]
-        for equation in equations
+        for equation in equations(program)
         if equation.primitive.name == "reduce_sum"
         and equation.invars[0].aval.ndim == 5  # groups, images, height, width, channels
     )
