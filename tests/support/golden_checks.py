@@ -245,18 +245,34 @@ def _spacing(net: nnx.Module, before: dict, after: dict) -> dict:
 def trajectory(run, variables, batches, optimizer):
     """Trains on each batch in turn, with a function of `forward_backward`.
 
+    optimizer: treats all parameters alike, as the update is that of one vector.
     Returns the loss of each step, the norm of all parameters after it, and the
     variables at the end.
     """
-    state, update = run_once(optimizer.init)(variables["params"]), updater(optimizer)
-    losses, norms = [], []
+    # One vector of all parameters compiles in 0.1 s, 500 tensors in 8 s.
+    params, update = _ravel(variables["params"]), updater(optimizer)
+    state, losses, norms = run_once(optimizer.init)(params), [], []
     for x in batches:
         (loss, (_, statistics)), (gradients, _) = run(variables, x)
-        params, state, norm = update(variables["params"], state, gradients)
-        variables = variables | {"params": params, "stats": statistics}
+        params, state, norm = update(params, state, _ravel(gradients))
+        tensors = _unravel(params, variables["params"])
+        variables = variables | {"params": tensors, "stats": statistics}
         losses.append(loss)
         norms.append(norm)
     return losses, norms, variables
+
+
+def _ravel(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _unravel(vector, like):
+    """Returns a tree like another from the result of `_ravel`."""
+    leaves, structure = jax.tree.flatten(like)
+    parts = np.split(np.asarray(vector), np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return structure.unflatten(
+        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
 
 
 def updater(optimizer):
