@@ -118,12 +118,12 @@ _lend.defvjp(
 _read.defvjp(lambda *args: (_weighted_sum(*args), args[1:]), _read_gradients)
 
 
-def _cpp_sum(maps, weights, shift):
+def _sum_in_cpp(maps, weights, shift):
     y = calls.weighted_sum(_flatten(maps, weights), weights, shift)
     return y.reshape(maps[0].shape)
 
 
-@calls.by_kernel(_cpp_sum)
+@calls.use_kernel(_sum_in_cpp)
 def _weighted_sum(maps, weights, shift):
     # Stacking the maps, or looping over a buffer of them, takes 1.5 to 2.6 times the
     # memory of a sum of products (benchmarks/results/cross_layer-*.csv).
@@ -134,13 +134,13 @@ def _weighted_sum(maps, weights, shift):
     return y.astype(maps[0].dtype).reshape(maps[0].shape)
 
 
-def _cpp_gradients(x, weights, dys):
+def _gradients_in_cpp(x, weights, dys):
     flat, *dys = _flatten([x, *dys], weights)
     dx, dweights = calls.weights_gradients(flat, weights, dys)
     return dx.reshape(x.shape), dweights
 
 
-@calls.by_kernel(_cpp_gradients)
+@calls.use_kernel(_gradients_in_cpp)
 def _products_gradients(x, weights, dys):
     """Returns the gradients of x and weights. dys: those of the products."""
     flat, *dys = _flatten([x, *dys], weights)

@@ -19,13 +19,9 @@ from nets.layers.conv import GroupedConv, he_fan_in
 from nets.layers.cpu import calls
 from nets.layers.lowerings import Shape, convolution
 
-# Forward pass and both gradients on two cores, ms, of `mix_as_matrix` / `mix` /
-# `mix_in_cpp`. Batches of 64, 2 groups: 48 channels at 32x32 6.9 / 13.5 / 9.2, 96 at
-# 16x16 7.7 / 7.0 / 6.0, 192 at 8x8 7.0 / 4.8 / 4.9; 8 groups: 32 channels at 32x32 4 /
-# 8.7 / 3.6, 128 at 8x8 3.3 / 2.4 / 1.2. Batches of 8, 2 groups: 200 channels at 56x56
-# 39 / 47 / 29, 400 at 28x28 40 / 24 / 26.
-MATRIX_CHANNELS = 256
-CPP_CHANNELS = 64
+# Of the forms that "auto" selects on a CPU; docs/speed.md has the measurements.
+MAX_CHANNELS = 256
+MIN_CPP_CHANNELS = 64
 
 
 def permute(x: jax.Array, branches: int) -> jax.Array:
@@ -83,12 +79,12 @@ def mix_in_cpp(
     x: jax.Array, kernel: jax.Array, primary_groups: int, secondary_groups: int
 ) -> jax.Array:
     """Computes `mix_literally` over the connected pairs of channels, in C++."""
-    size, outputs = x.shape[-1], kernel.shape[2]
+    size = x.shape[-1]
     values = _axes(kernel, primary_groups, secondary_groups).transpose(1, 2, 0, 3)
     # Input (l, g, c) is connected to the outputs (k, g) for all k.
     inputs = np.arange(size).reshape(values.shape[:3])[..., None]
     group = np.arange(secondary_groups)[:, None, None]
-    edges = inputs * size + np.arange(outputs) * secondary_groups + group
+    edges = inputs * size + np.arange(values.shape[3]) * secondary_groups + group
     matrix = jax.ShapeDtypeStruct((1, 1, size, size), values.dtype)
     return calls.sparse_convolution(
         x,
@@ -99,16 +95,16 @@ def mix_in_cpp(
 
 
 def _axes(kernel: jax.Array, primary_groups: int, secondary_groups: int) -> jax.Array:
-    """(1, 1, q, C) -> (r, L, groups, q); each group has q inputs and q outputs."""
+    """(1, 1, q, C) -> (c, l, g, k): a group has q inputs (l, c) and q outputs k."""
     return kernel.reshape(-1, primary_groups, secondary_groups, kernel.shape[2])
 
 
 class SecondaryConv(nnx.Module):
     """1x1 convolution of (N, H, W, C), whose groups cross the primary groups.
 
-    The lowering "auto" avoids the permutations: by `mix_in_cpp` or `mix_as_matrix` on
-    CPU if the matrix is small, else by `mix`. A named lowering computes the grouped
-    convolution of `mix_literally`.
+    The lowering "auto" avoids the permutations: with at most 256 channels on a CPU it
+    is `mix_in_cpp` or `mix_as_matrix`, otherwise `mix`. A named lowering computes the
+    grouped convolution of `mix_literally`.
     """
 
     def __init__(
@@ -134,14 +130,15 @@ class SecondaryConv(nnx.Module):
         if self.lowering != "auto":
             y = mix_literally(x, kernel, *self.groups, self.lowering)
         else:
-            y = self._form(x)(x, kernel, *self.groups)
+            y = self._choose_mix(x)(x, kernel, *self.groups)
         return checkpoint_name(y, "convolution")
 
-    def _form(self, x: jax.Array) -> Callable:
-        channels, few = x.shape[-1], self.groups[1] > 2
-        if jax.default_backend() != "cpu" or channels > MATRIX_CHANNELS:
+    def _choose_mix(self, x: jax.Array) -> Callable:
+        channels = x.shape[-1]
+        if jax.default_backend() != "cpu" or channels > MAX_CHANNELS:
             return mix
-        in_cpp = (few or channels >= CPP_CHANNELS) and calls.usable(x)
+        sparse = self.groups[1] > 2  # at most a third of the pairs are connected
+        in_cpp = (sparse or channels >= MIN_CPP_CHANNELS) and calls.usable(x)
         return mix_in_cpp if in_cpp else mix_as_matrix
 
 

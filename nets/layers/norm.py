@@ -1,8 +1,7 @@
 """Batch normalisation, with an option for each difference between the originals."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -40,7 +39,8 @@ class BatchNorm(nnx.Module):
     runs of images with separate statistics ("ghost" batch norm, for originals trained
     on that many GPUs). Statistics cover all devices of `axis_name`, or only this device
     if None. One of the numbers of groups and devices must divide the other. Statistics
-    are at least float32; the output has the dtype of the input.
+    are at least float32; the output has the dtype of the input. In training there is no
+    forward-mode derivative (jax.jvp).
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class BatchNorm(nnx.Module):
         """Returns x with its batch statistics, for this and other norms that read it.
 
         x: the last channels of this norm's input, or all of them.
-        One pass over x is 2.5 times faster than two (docs/speed.md). Shifting x by the
+        One pass over x is 2.5 times faster than two. Shifting x by the
         running mean limits the cancellation in E[x^2] - E[x]^2. In float64, which
         serves parity rather than speed, the batch mean is the shift.
         """
@@ -121,7 +121,7 @@ class BatchNorm(nnx.Module):
         return Measured(x, mean, var)
 
     def _apply(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-        if self.use_running_average:
+        if self.use_running_average:  # scale and shift have no groups
             return (x * scale + shift).astype(x.dtype)
         return _affine(self._split_into_groups(x), scale, shift).reshape(x.shape)
 
@@ -174,22 +174,34 @@ def _sum(*maps: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(x, axes, keepdims=True) for x in maps])
 
 
-def _sum_in_cpp(kernel: Callable, x: jax.Array, other: jax.Array) -> jax.Array:
-    flat = x.reshape(len(x), -1, x.shape[-1])
-    sums = kernel(flat, other.reshape(flat.shape if other.ndim == x.ndim else -1))
-    return sums.swapaxes(0, 1).reshape(2, len(x), *[1] * (x.ndim - 2), x.shape[-1])
+def _flatten(x: jax.Array) -> jax.Array:
+    """Returns x as (groups, pixels, C)."""
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
-@calls.by_kernel(functools.partial(_sum_in_cpp, calls.map_moments))
+def _unflatten(sums: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshapes sums (2, groups, C) over the pixels of x."""
+    return sums.reshape(2, len(x), *[1] * (x.ndim - 2), x.shape[-1])
+
+
+def _moments_in_cpp(x, reference):
+    return _unflatten(calls.map_moments(_flatten(x), reference.reshape(-1)), x)
+
+
+@calls.use_kernel(_moments_in_cpp)
 def _sum_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """Sums x - reference, and its square."""
+    """Returns the sums of x - reference and of its square."""
     centred = x.astype(reference.dtype) - reference
     return _sum(centred, jnp.square(centred))
 
 
-@calls.by_kernel(functools.partial(_sum_in_cpp, calls.gradient_moments))
+def _gradients_in_cpp(x, dy):
+    return _unflatten(calls.gradient_moments(_flatten(x), _flatten(dy)), x)
+
+
+@calls.use_kernel(_gradients_in_cpp)
 def _sum_gradients(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Sums dy and dy x."""
+    """Returns the sums of dy and of dy x: the gradients of shift and scale."""
     return _sum(dy, dy * x)
 
 

@@ -33,22 +33,23 @@ def max_of_windows(x: jax.Array, size: int, stride: int, padding: int) -> jax.Ar
 
 
 def max_of_slices(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
-    """Computes `max_pool` from strided slices, along the rows and then the columns.
+    """Computes `max_pool` from strided slices, first within rows, then across them.
 
     On CPU the gradient of `max_of_windows` takes 10 times as long for 2x2 windows (43
     instead of 4.4 ms for 64 maps of 32x32x64), 6 times for overlapping 3x3 windows.
-    One slice per pixel of a 3x3 window kept eight more maps (ResNet-18: 336 MiB instead
-    of 219).
+    One slice per pixel of a 3x3 window would keep eight more maps for the gradient
+    (ResNet-18: 336 instead of 219 MiB).
     """
     edges = (padding, padding, 0)
     x = jax.lax.pad(
         x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), edges, edges, (0, 0, 0))
     )
-    # In this order, the first of equal values in a window is the one in the first row.
+    # Columns before rows, so that the first of equal values in row-major order receives
+    # the gradient, as in `max_of_windows`.
     for axis in (2, 1):
-        end = x.shape[axis] - size + 1
+        length = x.shape[axis] - size + 1
         slices = [
-            jax.lax.slice_in_dim(x, i, i + end, stride, axis) for i in range(size)
+            jax.lax.slice_in_dim(x, i, i + length, stride, axis) for i in range(size)
         ]
         x = functools.reduce(_larger, slices)
     return x

@@ -25,8 +25,14 @@ from absl import logging
 
 SOURCES = pathlib.Path(__file__).parent
 CALLS = (
-    *("convolve", "kernel_gradient", "sparse_convolve", "values_gradient"),
-    *("weighted_sum", "weights_gradients", "map_moments", "gradient_moments"),
+    "convolve",
+    "kernel_gradient",
+    "sparse_convolve",
+    "values_gradient",
+    "weighted_sum",
+    "weights_gradients",
+    "map_moments",
+    "gradient_moments",
 )
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (

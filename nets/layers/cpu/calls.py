@@ -1,7 +1,8 @@
 """The C++ kernels of this folder, called through jax.ffi.
 
 A convolution is linear in its input and in its weights, so each of its derivatives, of
-any order, is again one of the three functions that the kernels compute.
+any order, is again one of three functions, all of which are kernels. The sums
+(`weighted_sum`, `map_moments` and so on) have no derivatives here: see `use_kernel`.
 """
 
 import dataclasses
@@ -32,25 +33,25 @@ def usable(x: jax.Array) -> bool:
 
 
 def usable_in_float32(x: jax.Array) -> bool:
-    """Returns whether the kernels that take only float32 can compute with x here.
+    """Returns whether x is float32 and the kernels can compute with it here.
 
-    They would need a copy of a bfloat16 map.
+    For kernels that take only float32: a bfloat16 map would have to be copied.
     """
     return x.dtype == jnp.float32 and usable(x)
 
 
-def by_kernel(kernel: Callable) -> Callable:
-    """Returns a decorator: a function becomes `kernel` where its arrays are usable.
+def use_kernel(kernel: Callable) -> Callable:
+    """Returns a decorator that computes a function by `kernel` wherever that is usable.
 
-    They are, if the first one is float32 and usable. Derivatives are always those of
-    the decorated function.
+    It is if all arrays are float32 and `usable`. Derivatives are always those of the
+    decorated function; there is no forward mode.
     """
 
     def decorate(function):
         @jax.custom_vjp
         @functools.wraps(function)
         def compute(*args):
-            fits = usable_in_float32(jax.tree.leaves(args)[0])
+            fits = all(map(usable_in_float32, jax.tree.leaves(args)))
             return kernel(*args) if fits else function(*args)
 
         def backward(args, gradient):
@@ -106,19 +107,19 @@ def weights_gradients(x: jax.Array, weights: jax.Array, dys: Sequence[jax.Array]
 
 
 def map_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """Sums x (G, P, C) - reference (C,), and its square, over pixels: (G, 2, C).
+    """Returns the sums over pixels of x - reference and of its square: (2, G, C).
 
-    All arrays are float32. Has no derivative.
+    x: (G, P, C). reference: (C,). All arrays are float32. Has no derivative.
     """
-    return _kernel("map_moments", (len(x), 2, x.shape[-1]))(x, reference)
+    return _kernel("map_moments", (2, len(x), x.shape[-1]))(x, reference)
 
 
 def gradient_moments(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Sums dy and dy x, both (G, P, C), over pixels: (G, 2, C).
+    """Returns the sums over pixels of dy and of dy x, all (G, P, C): (2, G, C).
 
     All arrays are float32. Has no derivative.
     """
-    return _kernel("gradient_moments", (len(x), 2, x.shape[-1]))(x, dy)
+    return _kernel("gradient_moments", (2, len(x), x.shape[-1]))(x, dy)
 
 
 def _differentiable(convolve, input_gradient, weight_gradient):

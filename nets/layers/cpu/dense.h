@@ -293,8 +293,12 @@ inline void kernel_gradient(ffi::ThreadPool& pool, const Convolution& shape, con
     for (Index p = piece * parts.count / count; p < (piece + 1) * parts.count / count; p++) {
       const Part part(shape, parts, p);
       part.pad(shape, parts, x, in);
-      // The last vector of the last pixel may reach beyond dy, but not beyond a copy.
-      const bool inside = outputs % kLanes == 0 || p + 1 < parts.count;
+      // The last vector of a part near the end of dy may reach beyond it, but not beyond
+      // a copy.
+      const Index beyond = (part.image + part.images - 1) * shape.out_size() +
+                           (part.row + part.rows) * dy_row;
+      const bool inside =
+          outputs % kLanes == 0 || beyond + kLanes <= shape.images * shape.out_size();
       if (!inside) part.copy_outputs(shape, parts, dy, copied);
       const float* gradient =
           inside ? dy + part.image * shape.out_size() + part.row * dy_row : copied;

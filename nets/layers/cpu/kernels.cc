@@ -11,6 +11,7 @@
 #include "grouped.h"
 #include "moments.h"
 #include "sparse.h"
+#include "sums.h"
 
 namespace {
 
@@ -263,10 +264,10 @@ ffi::Error WeightsGradients(ffi::ThreadPool pool, Array x, Array weights,
   });
 }
 
-// x (groups, pixels, channels); totals (groups, 2, channels)
+// x (groups, pixels, channels), totals (2, groups, channels)
 sums::Shape moments_shape(ffi::Span<const int64_t> x, ffi::Span<const int64_t> totals) {
   require(x.size() == 3 && totals.size() == 3);
-  require(totals[0] == x[0] && totals[1] == 2 && totals[2] == x[2]);
+  require(totals[0] == 2 && totals[1] == x[0] && totals[2] == x[2]);
   return {x[0], x[1], x[2]};
 }
 
@@ -274,7 +275,6 @@ ffi::Error MapMoments(ffi::ThreadPool pool, Array x, Array reference, Result tot
   return guarded([&] {
     const auto shape = moments_shape(x.dimensions(), totals->dimensions());
     require(reference.dimensions().size() == 1 && reference.dimensions()[0] == shape.channels);
-    if (!x.element_count()) return zero(totals->typed_data(), static_cast<Index>(totals->element_count()));
     moments::of_map(pool, shape, x.typed_data(), reference.typed_data(), totals->typed_data());
   });
 }
@@ -283,7 +283,6 @@ ffi::Error GradientMoments(ffi::ThreadPool pool, Array x, Array dy, Result total
   return guarded([&] {
     const auto shape = moments_shape(x.dimensions(), totals->dimensions());
     require(dy.dimensions() == x.dimensions());
-    if (!x.element_count()) return zero(totals->typed_data(), static_cast<Index>(totals->element_count()));
     moments::of_gradient(pool, shape, x.typed_data(), dy.typed_data(), totals->typed_data());
   });
 }

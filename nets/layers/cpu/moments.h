@@ -12,11 +12,15 @@ struct Pair {
   Vector first, second;
 };
 
+// The functions f(i, c) below return a Pair for the vector of channels that begins with
+// channel c and element i of the map. If there are fewer channels than lanes, the other
+// lanes are ignored.
+
 constexpr int kVectors = 4;  // number of vectors of channels that are summed together
 
-// sums (2, step) = the sums of f(i, c) over pixels, for N vectors from channel c on.
+// out (2, step) = the sums of f over pixels, for N vectors from channel c on.
 template <int N, typename F>
-void add_vectors(const F& f, Index offset, Index pixels, Index channels, Index c, float* sums,
+void add_vectors(const F& f, Index offset, Index pixels, Index channels, Index c, float* out,
                  Index step) {
   Pair total[N] = {};
   for (Index p = 0; p < pixels; p++, offset += channels)
@@ -26,44 +30,39 @@ void add_vectors(const F& f, Index offset, Index pixels, Index channels, Index c
       total[n].second += value.second;
     }
   UNROLL for (int n = 0; n < N; n++) {
-    store(sums + c + n * kLanes, total[n].first);
-    store(sums + step + c + n * kLanes, total[n].second);
+    store(out + c + n * kLanes, total[n].first);
+    store(out + step + c + n * kLanes, total[n].second);
   }
 }
 
-// totals (groups, 2, channels) = the sums over pixels of f(i, c), a Pair for the vector of
-// channels that begins with channel c and element i of the map. If there are fewer channels
-// than lanes, the other lanes are ignored.
+// totals (2, groups, channels) = the sums of f over pixels.
 template <typename F>
 void add_up(ffi::ThreadPool& pool, const Shape& shape, const F& f, float* totals) {
-  const Index channels = shape.channels, vectors = channels / kLanes;
-  const Index size = 2 * channels, chunks = shape.chunks();
-  const Index parts = pieces(chunks, shape.groups * size);
-  const Index step = std::max<Index>(channels, kLanes);
-  Floats all(parts * shape.groups * size);
+  const Index channels = shape.channels, size = 2 * shape.groups * channels;
+  if (!shape.pixels || !size) return zero(totals, size);
+  const Index parts = pieces(shape.chunks(), size), step = std::max<Index>(channels, kLanes);
+  Floats all(parts * size);
   parallel(pool, parts * shape.groups, [&](Index item, Index) {
-    const Index piece = item / shape.groups, group = item % shape.groups;
-    Floats sums(2 * step);
-    float* total = all.data() + item * size;
-    zero(total, size);
-    for (Index i = piece * chunks / parts; i < (piece + 1) * chunks / parts; i++) {
-      const Index first = i * shape.chunk();
-      const Index pixels = std::min(shape.chunk(), shape.pixels - first);
-      const Index offset = (group * shape.pixels + first) * channels;
-      in_parts<kVectors>(0, vectors, [&](auto n, Index v) {
-        add_vectors<n>(f, offset, pixels, channels, v * kLanes, sums.data(), step);
+    Floats chunk(2 * step);
+    float* first = all.data() + item / shape.groups * size + item % shape.groups * channels;
+    float* second = first + shape.groups * channels;
+    zero(first, channels);
+    zero(second, channels);
+    sums::for_each_chunk(shape, parts, item, [&](Index offset, Index pixels) {
+      in_parts<kVectors>(0, channels / kLanes, [&](auto n, Index v) {
+        add_vectors<n>(f, offset, pixels, channels, v * kLanes, chunk.data(), step);
       });
       // The last vector overlaps the one before.
       const Index last = std::max<Index>(0, channels - kLanes);
-      if (channels % kLanes) add_vectors<1>(f, offset, pixels, channels, last, sums.data(), step);
+      if (channels % kLanes) add_vectors<1>(f, offset, pixels, channels, last, chunk.data(), step);
       for (Index c = 0; c < channels; c++) {
-        total[c] += sums[c];
-        total[channels + c] += sums[step + c];
+        first[c] += chunk[c];
+        second[c] += chunk[step + c];
       }
-    }
+    });
   });
-  add_pieces(pool, all.data(), parts, shape.groups * size);
-  copy(totals, all.data(), shape.groups * size);
+  add_pieces(pool, all.data(), parts, size);
+  copy(totals, all.data(), size);
 }
 
 // Sums x - reference (channels,) and its square.

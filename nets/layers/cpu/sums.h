@@ -37,6 +37,18 @@ inline void for_each_vector(Index pixels, Index channels, const F& f) {
   }
 }
 
+// Calls f(offset, pixels) for each chunk in one of `parts` parts of a group: offset is that
+// of its first element. item: part * groups + group.
+template <typename F>
+inline void for_each_chunk(const Shape& shape, Index parts, Index item, const F& f) {
+  const Index part = item / shape.groups, group = item % shape.groups;
+  for (Index i = part * shape.chunks() / parts; i < (part + 1) * shape.chunks() / parts; i++) {
+    const Index first = i * shape.chunk();
+    f((group * shape.pixels + first) * shape.channels,
+      std::min(shape.chunk(), shape.pixels - first));
+  }
+}
+
 constexpr int kMaps = 4;  // number of maps read at the same time
 
 // y (pixels, channels) += the sum of N maps, each times its weights (channels,).
@@ -97,24 +109,21 @@ void add_gradients(const float* x, const float* const* maps, Index offset,
 inline void gradients(ffi::ThreadPool& pool, const Shape& shape, const float* x,
                       const float* weights, const Maps& dy, float* dx, float* dweights) {
   const Index count = static_cast<Index>(dy.size()), channels = shape.channels;
-  const Index size = count * channels, chunks = shape.chunks();
-  const Index parts = pieces(chunks, shape.groups * size);
+  const Index size = count * channels;
+  const Index parts = pieces(shape.chunks(), shape.groups * size);
   Floats totals(parts * shape.groups * size);
   parallel(pool, parts * shape.groups, [&](Index item, Index) {
-    const Index piece = item / shape.groups, group = item % shape.groups;
+    const float* factors = weights + item % shape.groups * size;
     float* total = totals.data() + item * size;
     zero(total, size);
-    for (Index i = piece * chunks / parts; i < (piece + 1) * chunks / parts; i++) {
-      const Index first = i * shape.chunk();
-      const Index pixels = std::min(shape.chunk(), shape.pixels - first);
-      const Index offset = (group * shape.pixels + first) * channels;
+    for_each_chunk(shape, parts, item, [&](Index offset, Index pixels) {
       zero(dx + offset, pixels * channels);
       in_parts<kMaps>(0, count, [&](auto n, Index m) {
         add_gradients<n>(x + offset, &dy[static_cast<size_t>(m)], offset,
-                         weights + (group * count + m) * channels, pixels, channels,
-                         dx + offset, total + m * channels);
+                         factors + m * channels, pixels, channels, dx + offset,
+                         total + m * channels);
       });
-    }
+    });
   });
   add_pieces(pool, totals.data(), parts, shape.groups * size);
   copy(dweights, totals.data(), shape.groups * size);

@@ -124,9 +124,9 @@ inline void pad(const float* image, const Map& map, Index first, Index rows, Ind
 
 // Gradients of parameters are summed in as many pieces as the shapes alone determine,
 // so that they do not depend on the number of threads.
-inline Index pieces(Index images, Index size) {
+inline Index pieces(Index count, Index size) {
   const Index most = std::max<Index>(1, (Index{1} << 22) / std::max<Index>(size, 1));
-  return std::min({images, most, Index{16}});
+  return std::min({count, most, Index{16}});
 }
 
 // Adds all pieces of `size` floats to the first.
