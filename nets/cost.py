@@ -45,7 +45,7 @@ class LayerCost(Cost):
 
 def build(net_config: Mapping) -> nnx.Module:
     """Returns the net of a configuration's `net` section: shapes, no arrays."""
-    # Drawing the graphs would take half of the time; counts do not depend on them.
+    # Counts do not depend on the graphs, and drawing them can take most of the time.
     config = dict(net_config) | {"graph_seed": None}
     return nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
 

@@ -19,7 +19,8 @@ from nets.layers.conv import GroupedConv, he_fan_in
 from nets.layers.cpu import calls
 from nets.layers.lowerings import Shape, convolution
 
-# Of the forms that "auto" selects on a CPU; docs/speed.md has the measurements.
+# On a CPU, wider layers use `mix`, and layers of two groups that are narrower than
+# MIN_CPP_CHANNELS use `mix_as_matrix` (measured in docs/speed.md).
 MAX_CHANNELS = 256
 MIN_CPP_CHANNELS = 64
 
@@ -134,6 +135,7 @@ class SecondaryConv(nnx.Module):
         return checkpoint_name(y, "convolution")
 
     def _choose_mix(self, x: jax.Array) -> Callable:
+        """Returns the fastest form for maps like x."""
         channels = x.shape[-1]
         if jax.default_backend() != "cpu" or channels > MAX_CHANNELS:
             return mix

@@ -99,9 +99,9 @@ class BatchNorm(nnx.Module):
         """Returns x with its batch statistics, for this and other norms that read it.
 
         x: the last channels of this norm's input, or all of them.
-        One pass over x is 2.5 times faster than two. Shifting x by the
-        running mean limits the cancellation in E[x^2] - E[x]^2. In float64, which
-        serves parity rather than speed, the batch mean is the shift.
+        Both moments are sums, so that x is read once. Shifting x by the running mean
+        limits the cancellation in E[x^2] - E[x]^2. In float64, which serves parity
+        rather than speed, the batch mean is the shift.
         """
         if self.use_running_average:
             return Measured(x)
@@ -201,13 +201,16 @@ def _gradients_in_cpp(x, dy):
 
 @calls.use_kernel(_gradients_in_cpp)
 def _sum_gradients(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Returns the sums of dy and of dy x: the gradients of shift and scale."""
+    """Returns the sums of dy and of dy * x: the gradients of shift and scale."""
     return _sum(dy, dy * x)
 
 
 @jax.custom_vjp
 def _affine(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Computes scale x + shift, both (groups, 1, ..., C), in the dtype of x."""
+    """Returns scale * x + shift in the dtype of x.
+
+    scale, shift: (groups, 1, ..., C).
+    """
     return (x * scale + shift).astype(x.dtype)
 
 

@@ -691,7 +691,6 @@ import hashlib, os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import jax, numpy as np
 from nets.layers.cpu import build, calls
-from nets.layers.interleaved import SecondaryConv, mix_literally
 from nets.layers.lowerings import Shape
 if len(sys.argv) > 2:
     assert build.load(("-O0", *sys.argv[2:]))
@@ -717,7 +716,7 @@ for result in (
     *calls.weights_gradients(maps[0], weights, [*maps]),
 ):
     digest.update(np.asarray(result).tobytes())
-# Parts of a single row, so that vectors of the last but one reach beyond the last.
+# Parts of a single row of 8 floats: the last vector of the last but one ends after dy.
 x, k = normal((1, 8, 8, 2000)), normal((3, 3, 2000, 1))
 shape = Shape.of(x, k, 1, 1, 1)
 dk = jax.vjp(lambda k: calls.convolution(x, k, shape), k)[1](normal((1, 8, 8, 1)))

@@ -43,8 +43,8 @@ def usable_in_float32(x: jax.Array) -> bool:
 def use_kernel(kernel: Callable) -> Callable:
     """Returns a decorator that computes a function by `kernel` wherever that is usable.
 
-    It is if all arrays are float32 and `usable`. Derivatives are always those of the
-    decorated function; there is no forward mode.
+    It is usable if all arrays satisfy `usable_in_float32`. Derivatives are always those
+    of the decorated function; there is no forward mode.
     """
 
     def decorate(function):
@@ -115,9 +115,9 @@ def map_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def gradient_moments(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Returns the sums over pixels of dy and of dy x, all (G, P, C): (2, G, C).
+    """Returns the sums over pixels of dy and of dy * x: (2, G, C).
 
-    All arrays are float32. Has no derivative.
+    x, dy: (G, P, C). All arrays are float32. Has no derivative.
     """
     return _kernel("gradient_moments", (2, len(x), x.shape[-1]))(x, dy)
 

@@ -79,7 +79,7 @@ inline void of_map(ffi::ThreadPool& pool, const Shape& shape, const float* x,
   add_up(pool, shape, pair, totals);
 }
 
-// Sums dy and dy x.
+// Sums dy and dy * x.
 inline void of_gradient(ffi::ThreadPool& pool, const Shape& shape, const float* x,
                         const float* dy, float* totals) {
   const Index size = shape.groups * shape.pixels * shape.channels;
