@@ -53,13 +53,15 @@ def one_device():
 
 @pytest.mark.slow
 def test_smaller_batches_are_the_same_on_both_paths(npz, tmp_path):
+    """The last bits of the losses may differ: XLA compiles two programs."""
     rows = {}
     for pipeline in ("device", "tf.data"):
         config = configured(npz, data__pipeline=pipeline, train__last_batch="partial")
         with one_device():
             train.train_and_evaluate(config, tmp_path / pipeline)
         rows[pipeline] = read_rows(tmp_path / pipeline / "metrics.csv")
-    assert rows["device"] == rows["tf.data"]
+    for device, host in zip(rows["device"], rows["tf.data"], strict=True):
+        assert device == pytest.approx(host, rel=1e-5)
 
 
 def test_averaged_weights_follow_the_formula(npz):
