@@ -20,7 +20,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
-# The C++ kernels are compiled and used by the tests of nets/layers/cpu only.
+# In this process, only the tests of nets/layers/cpu use the C++ kernels.
 os.environ["CXX"] = "none"
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
@@ -36,17 +36,18 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> pathlib.Path:
-    """The cache directory of all processes that the tests of all workers start."""
+    """The cache directory of all workers and of all processes that tests start."""
     folder = tmp_path_factory.getbasetemp()
     in_worker = "PYTEST_XDIST_WORKER" in os.environ
     return (folder.parent if in_worker else folder) / "cache"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_programs(cache) -> None:
-    """Compiles each program once per session, over all workers."""
+def compile_once(cache) -> None:
+    """Compiles each program and the C++ kernels once per session, over all workers."""
     import jax
 
+    os.environ["XDG_CACHE_HOME"] = str(cache)
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

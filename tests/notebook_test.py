@@ -154,11 +154,10 @@ def test_a_new_enough_jax_is_left_alone(colab):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_notebook_runs(name, cache, monkeypatch):
+def test_the_notebook_runs(name, monkeypatch):
     """In a kernel, as a reader runs it: compiled in full, with the C++ kernels."""
     for variable in ("XLA_FLAGS", "CXX"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(CHECKS[name]))
     resources = {"metadata": {"path": str(NOTEBOOKS)}}

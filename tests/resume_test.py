@@ -142,17 +142,13 @@ def test_accumulated_gradients_are_not_lost(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_a_kill_with_the_cpp_kernels(tmp_path, cache):
-    options = dict(env={"CXX": "", "XDG_CACHE_HOME": str(tmp_path / "cache")})
+def test_a_kill_without_the_cpp_kernels(tmp_path, cache):
+    options = dict(env={"CXX": "none"})
     whole, workdir = tmp_path / "whole", tmp_path / "run"
-    said = complete(arguments(whole), cache, **options)
-    if "no C++ kernels" in said:
-        pytest.skip("the C++ kernels could not be compiled here")
-    assert "compiled C++ kernels" in said
+    assert "no C++ kernels" in complete(arguments(whole), cache, **options)
     process = start(arguments(workdir), cache, **options)
     assert kill_when(process, after_steps(workdir, 18))
     launch.finish(process)
-    assert 0 < last(workdir) < TOTAL
     complete(arguments(workdir), cache, **options)
     assert_same_end(workdir, whole)
 

@@ -38,8 +38,11 @@ def arguments(workdir, config=CONFIG, *more, **fields) -> list[str]:
 
 
 def start(arguments, cache, command=("main.py",), **popen) -> subprocess.Popen:
-    """A process of one CPU device that shares compiled programs with the others."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    """A process of one CPU device that shares compiled programs with the others.
+
+    Unlike the tests themselves, it optimizes its programs and uses the C++ kernels.
+    """
+    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "XLA_FLAGS")}
     env |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
     env |= popen.pop("env", {})
