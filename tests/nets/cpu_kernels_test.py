@@ -347,15 +347,17 @@ def test_secondary_convolutions_compute_with_connected_pairs(
 
 
 MOMENTS = {"map_moments", "gradient_moments"}
+# Shape of the input, groups of images, and where the input is split into maps.
 BATCH_NORMS = {
-    "whole vectors": ((4, 17, 19, 32), 1),
-    "an overlapping vector": ((4, 5, 3, 36), 2),
-    "fewer channels than lanes": ((6, 4, 5, 5), 3),
-    "no spatial axes": ((8, 10), 1),
+    "whole vectors": ((4, 17, 19, 32), 1, []),
+    "an overlapping vector": ((4, 5, 3, 36), 2, []),
+    "fewer channels than lanes": ((6, 4, 5, 5), 3, []),
+    "no spatial axes": ((8, 10), 1, []),
+    "three maps": ((4, 5, 3, 60), 2, [36, 41]),
 }
 
 
-def normalise(x, groups):
+def normalise(x, groups, splits):
     """Returns the kernels that the program of a BatchNorm calls, and its results.
 
     They are y, the running mean and variance, the gradients of x and of the parameters,
@@ -368,7 +370,7 @@ def normalise(x, groups):
 
     def apply(params, x):
         norm = nnx.merge(graphdef, params, rest, copy=True)
-        y = norm(x)
+        y = norm([norm.measure(part) for part in jnp.split(x, splits, axis=-1)])
         return jnp.sum(jnp.sin(y)), (y, norm.mean[...], norm.var[...])
 
     def slope(params, x):
@@ -388,12 +390,12 @@ def normalise(x, groups):
 
 @pytest.mark.parametrize("case", BATCH_NORMS)
 def test_batch_norm_and_its_gradients_equal_xlas(kernels, monkeypatch, case):
-    shape, groups = BATCH_NORMS[case]
-    called, found = normalise(normal(shape), groups)
+    shape, groups, splits = BATCH_NORMS[case]
+    called, found = normalise(normal(shape), groups, splits)
     assert called == MOMENTS
     monkeypatch.setattr(calls, "usable", lambda x: False)
     jax.clear_caches()
-    called, expected = normalise(normal(shape), groups)
+    called, expected = normalise(normal(shape), groups, splits)
     assert not called
     assert_equal(*map(jax.tree.leaves, (found, expected)))
 
@@ -403,7 +405,7 @@ def test_batch_norm_keeps_nan_in_its_channel(kernels, channels):
     shape = (2, 3, 4, channels)
     for channel in (0, channels - 1):
         x = normal(shape).at[1, 2, 3, channel].set(np.nan)
-        _, results = normalise(x, 1)
+        _, results = normalise(x, 1, [])
         for result in results[:4]:
             has_nan = np.isnan(result).reshape(-1, channels).any(0)
             np.testing.assert_array_equal(has_nan, np.arange(channels) == channel)
@@ -461,20 +463,21 @@ def test_a_sum_that_does_not_fit_is_an_error(kernels, maps, weights, shift):
 
 
 @pytest.mark.parametrize(
-    ("name", "x", "other", "result"),
+    ("name", "first", "second", "result"),
     [
         ("map_moments", (1, 6, 4), (5,), (2, 1, 4)),
         ("map_moments", (1, 6, 4), (4,), (2, 2, 4)),
         ("map_moments", (6, 4), (4,), (2, 1, 4)),
         ("gradient_moments", (1, 6, 4), (1, 5, 4), (2, 1, 4)),
+        ("gradient_moments", (1, 6, 4), (1, 6, 3), (2, 1, 4)),
         ("gradient_moments", (1, 6, 4), (1, 6, 4), (1, 1, 4)),
     ],
 )
-def test_moments_that_do_not_fit_are_an_error(kernels, name, x, other, result):
+def test_moments_that_do_not_fit_are_an_error(kernels, name, first, second, result):
     result = jax.ShapeDtypeStruct(result, jnp.float32)
     call = jax.ffi.ffi_call(build.load() + name, result, vmap_method="sequential")
     with pytest.raises(jax.errors.JaxRuntimeError, match="arrays do not fit"):
-        jax.block_until_ready(call(normal(x), normal(other)))
+        jax.block_until_ready(call(normal(first), normal(second)))
 
 
 @pytest.mark.parametrize("edge", [-1, 48])
@@ -723,7 +726,8 @@ dk = jax.vjp(lambda k: calls.convolution(x, k, shape), k)[1](normal((1, 8, 8, 1)
 digest.update(np.asarray(dk[0]).tobytes())
 for channels in (5, 16, 20):
     x, dy = normal((2, 3, 700, channels))
-    for result in (calls.map_moments(x, x[0, 0]), calls.gradient_moments(x, dy)):
+    maps = [x[..., :3], x[..., 3:]]
+    for result in (calls.map_moments(x, x[0, 0]), calls.gradient_moments(maps, dy)):
         digest.update(np.asarray(result).tobytes())
 print(digest.hexdigest())
 """

@@ -114,12 +114,13 @@ def map_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
     return _kernel("map_moments", (2, len(x), x.shape[-1]))(x, reference)
 
 
-def gradient_moments(x: jax.Array, dy: jax.Array) -> jax.Array:
+def gradient_moments(maps: Sequence[jax.Array], dy: jax.Array) -> jax.Array:
     """Returns the sums over pixels of dy and of dy * x: (2, G, C).
 
-    x, dy: (G, P, C). All arrays are float32. Has no derivative.
+    maps: (G, P, ...), whose concatenation along the last axis is x. dy: (G, P, C). All
+    arrays are float32. Has no derivative.
     """
-    return _kernel("gradient_moments", (2, len(x), x.shape[-1]))(x, dy)
+    return _kernel("gradient_moments", (2, len(dy), dy.shape[-1]))(dy, *maps)
 
 
 def _differentiable(convolve, input_gradient, weight_gradient):

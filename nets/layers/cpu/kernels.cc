@@ -279,11 +279,22 @@ ffi::Error MapMoments(ffi::ThreadPool pool, Array x, Array reference, Result tot
   });
 }
 
-ffi::Error GradientMoments(ffi::ThreadPool pool, Array x, Array dy, Result totals) {
+ffi::Error GradientMoments(ffi::ThreadPool pool, Array dy, ffi::RemainingArgs arrays,
+                           Result totals) {
   return guarded([&] {
-    const auto shape = moments_shape(x.dimensions(), totals->dimensions());
-    require(dy.dimensions() == x.dimensions());
-    moments::of_gradient(pool, shape, x.typed_data(), dy.typed_data(), totals->typed_data());
+    const auto shape = moments_shape(dy.dimensions(), totals->dimensions());
+    std::vector<moments::Part> parts;
+    Index channels = 0;
+    for (size_t i = 0; i < arrays.size(); i++) {
+      const auto array = arrays.get<Array>(i);
+      require(array.has_value());
+      const auto size = array->dimensions();
+      require(size.size() == 3 && size[0] == shape.groups && size[1] == shape.pixels);
+      parts.push_back({array->typed_data(), size[2]});
+      channels += size[2];
+    }
+    require(channels == shape.channels);
+    moments::of_gradient(pool, shape, parts, dy.typed_data(), totals->typed_data());
   });
 }
 
@@ -346,4 +357,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     gradient_moments, GradientMoments,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().RemainingArgs().Ret<Array>());

@@ -12,20 +12,19 @@ struct Pair {
   Vector first, second;
 };
 
-// The functions f(i, c) below return a Pair for the vector of channels that begins with
-// channel c and element i of the map. If there are fewer channels than lanes, the other
-// lanes are ignored.
+// The functions f(p, c) below return a Pair for the vector of channels that begins with
+// channel c of pixel p, counted over all groups. If there are fewer channels than lanes,
+// the other lanes are ignored.
 
 constexpr int kVectors = 4;  // number of vectors of channels that are summed together
 
 // out (2, step) = the sums of f over pixels, for N vectors from channel c on.
 template <int N, typename F>
-void add_vectors(const F& f, Index offset, Index pixels, Index channels, Index c, float* out,
-                 Index step) {
+void add_vectors(const F& f, Index first, Index pixels, Index c, float* out, Index step) {
   Pair total[N] = {};
-  for (Index p = 0; p < pixels; p++, offset += channels)
+  for (Index p = first; p < first + pixels; p++)
     UNROLL for (int n = 0; n < N; n++) {
-      const Pair value = f(offset + c + n * kLanes, c + n * kLanes);
+      const Pair value = f(p, c + n * kLanes);
       total[n].first += value.first;
       total[n].second += value.second;
     }
@@ -50,11 +49,12 @@ void add_up(ffi::ThreadPool& pool, const Shape& shape, const F& f, float* totals
     zero(second, channels);
     sums::for_each_chunk(shape, parts, item, [&](Index offset, Index pixels) {
       in_parts<kVectors>(0, channels / kLanes, [&](auto n, Index v) {
-        add_vectors<n>(f, offset, pixels, channels, v * kLanes, chunk.data(), step);
+        add_vectors<n>(f, offset / channels, pixels, v * kLanes, chunk.data(), step);
       });
       // The last vector overlaps the one before.
       const Index last = std::max<Index>(0, channels - kLanes);
-      if (channels % kLanes) add_vectors<1>(f, offset, pixels, channels, last, chunk.data(), step);
+      if (channels % kLanes)
+        add_vectors<1>(f, offset / channels, pixels, last, chunk.data(), step);
       for (Index c = 0; c < channels; c++) {
         first[c] += chunk[c];
         second[c] += chunk[step + c];
@@ -72,22 +72,38 @@ inline void of_map(ffi::ThreadPool& pool, const Shape& shape, const float* x,
   copy(padded.data(), reference, shape.channels);
   zero(padded.data() + shape.channels, kLanes);
   const Index size = shape.groups * shape.pixels * shape.channels;
-  const auto pair = [&](Index i, Index c) -> Pair {
+  const auto pair = [&](Index p, Index c) -> Pair {
+    const Index i = p * shape.channels + c;
     const Vector centred = sums::load(x + i, size - i) - load(padded.data() + c);
     return {centred, centred * centred};
   };
   add_up(pool, shape, pair, totals);
 }
 
-// Sums dy and dy * x.
-inline void of_gradient(ffi::ThreadPool& pool, const Shape& shape, const float* x,
-                        const float* dy, float* totals) {
-  const Index size = shape.groups * shape.pixels * shape.channels;
-  const auto pair = [&](Index i, Index) -> Pair {
-    const Vector gradient = sums::load(dy + i, size - i);
-    return {gradient, gradient * sums::load(x + i, size - i)};
-  };
-  add_up(pool, shape, pair, totals);
+// A part of the channels of a map, as an array (groups, pixels, channels) of its own.
+struct Part {
+  const float* x;
+  Index channels;
+};
+
+// Sums dy and dy * x. parts: the concatenation of their channels is x.
+inline void of_gradient(ffi::ThreadPool& pool, const Shape& shape,
+                        const std::vector<Part>& parts, const float* dy, float* totals) {
+  const Index pixels = shape.groups * shape.pixels, size = pixels * shape.channels;
+  Index first = 0;
+  for (const Part& part : parts) {
+    const Index width = part.channels, part_size = pixels * width;
+    const auto pair = [&](Index p, Index c) -> Pair {
+      const Index i = p * shape.channels + first + c, j = p * width + c;
+      const Vector gradient = sums::load(dy + i, size - i);
+      return {gradient, gradient * sums::load(part.x + j, part_size - j)};
+    };
+    Floats sums(2 * shape.groups * width);
+    add_up(pool, {shape.groups, shape.pixels, width}, pair, sums.data());
+    for (Index row = 0; row < 2 * shape.groups; row++)
+      copy(totals + row * shape.channels + first, sums.data() + row * width, width);
+    first += width;
+  }
 }
 
 }  // namespace moments
