@@ -32,13 +32,10 @@ from tests.support.stepping import (
 )
 
 # Compiling a step of every net takes long: one of them always, the others in CI.
-EVERY_NET = pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "densenet" else pytest.param(name, marks=pytest.mark.slow)
-        for name in nets.names()
-    ],
-)
+EVERY_NET = [
+    name if name == "densenet" else pytest.param(name, marks=pytest.mark.slow)
+    for name in nets.names()
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +43,27 @@ def npz(tmp_path_factory):
     return save_images(tmp_path_factory.mktemp("data") / "small.npz", 8)
 
 
-@pytest.fixture
-def images(npz, name, tmp_path):
-    """Returns a set of small images if the net supports them."""
-    if name in ("cfmz_resnet", "densenet", "resnet"):
-        return npz
-    return save_images(tmp_path / "larger.npz", tiny.image_size(name))
+@pytest.fixture(scope="module", params=EVERY_NET)
+def run(request, npz, tmp_path_factory):
+    """Returns (devices, groups) -> (the run after some steps, their losses).
+
+    All tests of a net share its runs, because most of their time is compilation.
+    """
+    name, images = request.param, npz
+    if name not in ("cfmz_resnet", "densenet", "resnet"):  # these support small images
+        path = tmp_path_factory.mktemp("data") / "larger.npz"
+        images = save_images(path, tiny.image_size(name))
+
+    @functools.cache
+    def trained(devices, groups=1):
+        # With seed 0, one of AlexNet's ReLUs gets an input that is zero up to rounding:
+        # its derivative is 0 or 1.
+        fields = dict(seed=1, train__batch_norm_groups=groups, **SLOWLY)
+        steps = Steps(configured(images, name, **fields), devices)
+        # More, and four images a group multiply rounding.
+        return steps, steps.losses(4 if groups == 1 else 2)
+
+    return trained
 
 
 def assert_close(trees, rtol):
@@ -61,39 +73,25 @@ def assert_close(trees, rtol):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
-@EVERY_NET
-def test_eight_devices_equal_one(images, name):
-    one, eight = (Steps(configured(images, name, **SLOWLY), n) for n in (1, 8))
-    np.testing.assert_allclose(one.losses(), eight.losses(), rtol=1e-4)
-    variables = one.state.variables(), eight.state.variables()
-    assert_close(variables, rtol=1e-3)
+def test_eight_devices_equal_one(run):
+    (one, losses), (eight, others) = run(1), run(8)
+    np.testing.assert_allclose(losses, others, rtol=1e-4)
+    assert_close((one.state.variables(), eight.state.variables()), rtol=1e-3)
 
 
-@EVERY_NET
-def test_statistics_per_device_are_those_of_groups(images, name):
+def test_statistics_per_device_are_those_of_groups(run):
     """Each device alone normalises as one device does that has groups of as many."""
-    options = [
-        {"train__batch_norm_groups": 0},
-        {"train__batch_norm_groups": 4},
-    ]
-    # With seed 0, one of AlexNet's ReLUs gets an input that is zero up to rounding:
-    # its derivative is 0 or 1.
-    fixed = dict(seed=1, **SLOWLY)
-    alone, groups, together = (
-        Steps(configured(images, name, **fields, **fixed), devices)
-        for fields, devices in zip([*options, {}], (4, 1, 1), strict=True)
-    )
-    losses = alone.losses(2)  # more, and four images a group multiply rounding
-    np.testing.assert_allclose(losses, groups.losses(2), rtol=1e-4)
+    (alone, losses), (groups, others), (_, together) = run(4, 0), run(1, 4), run(1)
+    np.testing.assert_allclose(losses, others, rtol=1e-4)
     assert_close((alone.state.variables(), groups.state.variables()), rtol=1e-3)
-    assert not np.allclose(losses, together.losses(2), rtol=1e-3)
+    assert not np.allclose(losses, together[:2], rtol=1e-3)
 
 
-@EVERY_NET
-def test_synchronised_statistics_cost_two_sums_a_layer(images, name):
-    steps = Steps(configured(images, name, **SLOWLY), 8)  # compiled above already
+def test_synchronised_statistics_cost_two_sums_a_layer(run):
+    steps, _ = run(8)
     layers = len(jax.tree.leaves(steps.state.stats)) // 2
-    sums = 3 if name == "gunn" else 2  # its backward pass computes the units again
+    # The backward pass of GUNN computes the units again.
+    sums = 3 if steps.program.config.net.name == "gunn" else 2
     assert compiling.collectives(steps.compiled).keys() == {"all-reduce"}
     assert compiling.collectives(steps.compiled)["all-reduce"] <= sums * layers + 3
 
