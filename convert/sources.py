@@ -185,9 +185,13 @@ def assign(
     variables = dict(nnx.to_flat_state(nnx.state(net)))
     for path, source in sources.items():
         value = source.join(*(np.asarray(tensors[name]) for name in source.shapes))
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        variables[path] = variables[path].replace(jnp.asarray(value))
+        dtype = value.dtype
+        if jnp.issubdtype(dtype, jnp.floating):
+            dtype = jnp.promote_types(dtype, jnp.float32)
+        # jnp.asarray would compile a program for each shape. device_put may share the
+        # memory of its argument, so it gets a copy.
+        value = jax.device_put(value.astype(dtype))
+        variables[path] = variables[path].replace(value)
     nnx.update(net, nnx.from_flat_state(variables))
 
 
