@@ -385,9 +385,9 @@ def test_a_net_learns_the_classes_of_the_folders(config, tmp_path):
     trained.data.update(config.data)
     trained.data.flip = False  # a mirrored wave belongs to another class
     trained.net.update(depth=8, num_classes=4)
-    trained.train.update(batch_size=40, epochs=24.0, tensorboard=False)
-    trained.optimizer.update(learning_rate=0.05, drop_epochs=(18.0,))
-    trained.eval.update(batch_size=24, every_epochs=12.0)
+    trained.train.update(batch_size=24, epochs=12.0, tensorboard=False)
+    trained.optimizer.update(learning_rate=0.05, drop_epochs=(9.0,))
+    trained.eval.update(batch_size=24, every_epochs=6.0)
     result = train.train_and_evaluate(trained, tmp_path / "run")
     assert result["test_accuracy"] > 0.6  # chance: 0.25
     table = csv.DictReader((tmp_path / "run" / "per_class.csv").open())
