@@ -1,5 +1,7 @@
 """Counts from shapes, against arithmetic by hand and counts of the originals."""
 
+import dataclasses
+import functools
 import json
 import re
 
@@ -88,6 +90,13 @@ def test_counts_of_an_abstract_net_compile_nothing():
     assert layers == concrete
 
 
+def _classless(entry) -> str:
+    """Sorts nets that differ only in their classes together, so that one is counted."""
+    return "{}-{rule}-{transition}".format(
+        re.sub(r"-c\d+$", "", entry["name"]), **entry
+    )
+
+
 def _recorded():
     """The counted nets of the originals; tracing the large ones is slow."""
     if not COUNTS.exists():
@@ -101,7 +110,7 @@ def _recorded():
             ),
             marks=() if entry["macs_dense_equivalent"] < 1e9 else pytest.mark.slow,
         )
-        for entry in json.loads(COUNTS.read_text())["models"]
+        for entry in sorted(json.loads(COUNTS.read_text())["models"], key=_classless)
     ]
 
 
@@ -146,11 +155,33 @@ def _config(recorded):
     return config
 
 
+def _layers(config, size) -> list[cost.LayerCost]:
+    """Counts a net for CIFAR-100 as that for CIFAR-10 with a larger classifier."""
+    if config["num_classes"] != 100:
+        return _count(json.dumps(config), size)
+    *layers, classifier = _count(json.dumps(config | {"num_classes": 10}), size)
+    counts = [field.name for field in dataclasses.fields(cost.Cost)]
+    larger = {name: 10 * getattr(classifier, name) for name in counts}
+    return [*layers, dataclasses.replace(classifier, **larger, output_shape=(1, 100))]
+
+
+@functools.cache
+def _count(config: str, size: int) -> list[cost.LayerCost]:
+    return cost.of(json.loads(config), (size, size, 3))
+
+
+@pytest.mark.parametrize("wiring", ["dense", "grouped", "expander"])
+def test_the_number_of_classes_changes_nothing_but_the_classifier(wiring):
+    config = dict(name="densenet", depth=10, growth=8, wiring=dict(kind=wiring))
+    config["num_classes"] = 100
+    assert _layers(config, 32) == cost.of(config, (32, 32, 3))
+
+
 @pytest.mark.parametrize("recorded", _recorded())
 def test_counts_of_the_original(recorded):
     size = recorded["input"]
     config = _config(recorded)
-    total = cost.total(cost.of(config, (size, size, 3)))
+    total = cost.total(_layers(config, size))
     assert total.parameters == recorded["params_effective"]
     assert total.macs == recorded["macs_nonzero"]
     if config.get("wiring", {}).get("kind") != "grouped":
