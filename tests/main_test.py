@@ -49,14 +49,14 @@ REFUSED = {
 # The same for runs in an existing workdir.
 REFUSED_THERE = {
     "damaged config": "damaged/config.json delete",
-    "other net": "other/checkpoints/180 other/config.json params/blocks/0/0/conv1",
+    "other net": "other/checkpoints/144 other/config.json params/blocks/0/0/conv1",
     "lost rows": "metrics.csv --mode=eval",
     "damaged rows": "metrics.csv delete",
-    "eval 181": "'181' last best 174 180 whole/checkpoints",
-    "eval first": "'first' last best 174 180 whole/checkpoints",
+    "eval 145": "'145' last best 135 144 whole/checkpoints",
+    "eval first": "'first' last best 135 144 whole/checkpoints",
     "eval nothing": "nothing/config.json exist --workdir",
     "changed": "complete train.log_every_steps=9 10 --workdir init_from",
-    "fewer epochs": "holds step 180 step 36 train.epochs=0.4 --workdir",
+    "fewer epochs": "holds step 144 step 36 train.epochs=0.4 --workdir",
 }
 
 
@@ -102,7 +102,7 @@ def results(cache, tmp_path_factory):
         runs["quiet"] = arguments(copy("quiet"), DIGITS, "--verbosity=-1")
         defaults = dict(data__pipeline="auto", train__tensorboard=True)
         runs["short"] = arguments(folder / "short", train__epochs=0.1, **defaults)
-        for which in ("last", "best", 180, 181, "first"):
+        for which in ("last", "best", 144, 145, "first"):
             # Fields that affect training only are not checked.
             flags = ["--mode=eval", "--config.train.batch_size=2000"]
             flags.append(f"--config.eval.checkpoint={which}")
@@ -175,14 +175,14 @@ def test_a_quiet_run_logs_nothing(results):
 def test_eval_takes_the_requested_checkpoint(results, cache):
     rows = read_rows(launch.reference(cache) / "metrics.csv")
     best = max(rows, key=lambda row: row["test_accuracy"])
-    wanted = {"best": best} | dict.fromkeys(("last", "180", "own", "other"), rows[-1])
+    wanted = {"best": best} | dict.fromkeys(("last", "144", "own", "other"), rows[-1])
     for name, row in wanted.items():  # "own": without --config
         result = results[f"eval {name}"]
         assert result["code"] == 0
         said = f"{row['test_accuracy']:.2%} (step {row['step']})"
         assert said in result["out"]
         assert f"{row['test_loss']:.4f}" in result["out"]
-    assert "the net of the run: net.depth=10 (not 16)" in results["eval other"]["err"]
+    assert "the net of the run: net.depth=7 (not 16)" in results["eval other"]["err"]
 
 
 WITHOUT_TENSORFLOW = """
