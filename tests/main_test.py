@@ -196,6 +196,9 @@ class Hiding:  # as if TensorFlow were not installed, even for find_spec
         if name.partition(".")[0] not in ("tensorflow", "tensorboard"):
             return self.finder.find_spec(name, path, target)
 
+    def __getattr__(self, name):  # find_distributions
+        return getattr(self.finder, name)
+
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 sys.argv[0] = "main.py"
 runpy.run_path("main.py", run_name="__main__")
