@@ -101,7 +101,7 @@ def results(cache, tmp_path_factory):
         runs["fewer epochs"] = arguments(copy("fewer"), train__epochs=0.4)
         runs["quiet"] = arguments(copy("quiet"), DIGITS, "--verbosity=-1")
         defaults = dict(data__pipeline="auto", train__tensorboard=True)
-        runs["short"] = arguments(folder / "short", train__epochs=0.1, **defaults)
+        runs["short"] = arguments(folder / "short", train__epochs=0.4, **defaults)
         for which in ("last", "best", 144, 145, "first"):
             # Fields that affect training only are not checked.
             flags = ["--mode=eval", "--config.train.batch_size=2000"]
