@@ -188,8 +188,8 @@ def assign(
         dtype = value.dtype
         if jnp.issubdtype(dtype, jnp.floating):
             dtype = jnp.promote_types(dtype, jnp.float32)
-        # jnp.asarray would compile a program for each shape. device_put may share the
-        # memory of its argument, so it gets a copy.
+        # jnp.asarray would compile a program for each shape. device_put may alias its
+        # argument; astype makes a copy.
         value = jax.device_put(value.astype(dtype))
         variables[path] = variables[path].replace(value)
     nnx.update(net, nnx.from_flat_state(variables))

@@ -196,7 +196,7 @@ class Hiding:  # as if TensorFlow were not installed, even for find_spec
         if name.partition(".")[0] not in ("tensorflow", "tensorboard"):
             return self.finder.find_spec(name, path, target)
 
-    def __getattr__(self, name):  # find_distributions
+    def __getattr__(self, name):  # such as find_distributions, for importlib.metadata
         return getattr(self.finder, name)
 
 sys.meta_path[:] = map(Hiding, sys.meta_path)

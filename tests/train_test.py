@@ -45,12 +45,12 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=EVERY_NET)
 def run(request, npz, tmp_path_factory):
-    """Returns (devices, groups) -> (the run after some steps, their losses).
+    """Returns a function (devices, groups) -> (Steps after training, their losses).
 
     All tests of a net share its runs, because most of their time is compilation.
     """
     name, images = request.param, npz
-    if name not in ("cfmz_resnet", "densenet", "resnet"):  # these support small images
+    if name not in ("cfmz_resnet", "densenet", "resnet"):  # need larger images
         path = tmp_path_factory.mktemp("data") / "larger.npz"
         images = save_images(path, tiny.image_size(name))
 
@@ -60,7 +60,7 @@ def run(request, npz, tmp_path_factory):
         # its derivative is 0 or 1.
         fields = dict(seed=1, train__batch_norm_groups=groups, **SLOWLY)
         steps = Steps(configured(images, name, **fields), devices)
-        # More, and four images a group multiply rounding.
+        # More steps, or groups of only four images, amplify rounding errors.
         return steps, steps.losses(4 if groups == 1 else 2)
 
     return trained
@@ -80,7 +80,7 @@ def test_eight_devices_equal_one(run):
 
 
 def test_statistics_per_device_are_those_of_groups(run):
-    """Each device alone normalises as one device does that has groups of as many."""
+    """Statistics per device equal those of as many groups on one device."""
     (alone, losses), (groups, others), (_, together) = run(4, 0), run(1, 4), run(1)
     np.testing.assert_allclose(losses, others, rtol=1e-4)
     assert_close((alone.state.variables(), groups.state.variables()), rtol=1e-3)

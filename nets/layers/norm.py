@@ -14,10 +14,10 @@ from nets.layers.cpu import calls
 
 
 class Measured(NamedTuple):
-    """A map (N, ..., C) with its batch statistics (2, groups, 1, ..., C).
+    """A map (N, ..., C) with its batch statistics.
 
-    They are the mean and the biased variance. Evaluation, which uses running averages,
-    has none.
+    statistics: the mean and the biased variance, (2, groups, 1, ..., C). None in
+      evaluation, which uses running averages.
     """
 
     x: jax.Array
@@ -69,8 +69,9 @@ class BatchNorm(nnx.Module):
         scale, shift = self.coefficients(maps)
         maps = [each.x for each in maps]
         if not self.use_running_average:
-            return _apply(maps, scale, shift)
-        x = _concatenate(maps)  # scale and shift have no groups
+            return _scale_and_shift(maps, scale, shift)
+        # In evaluation, scale and shift are (C,).
+        x = _concatenate(maps)
         return (x * scale + shift).astype(x.dtype)
 
     def coefficients(self, maps: Sequence[Measured]) -> tuple[jax.Array, jax.Array]:
@@ -161,7 +162,7 @@ class BatchNorm(nnx.Module):
 
 
 def _sum(*maps: jax.Array) -> jax.Array:
-    """Adds up the pixels of two maps (groups, N, ..., C)."""
+    """Sums each map (groups, N, ..., C) over its pixels and stacks the results."""
     axes = tuple(range(1, maps[0].ndim - 1))
     return jnp.stack([jnp.sum(x, axes, keepdims=True) for x in maps])
 
@@ -181,7 +182,7 @@ def _flatten(x: jax.Array, groups: int) -> jax.Array:
 
 
 def _unflatten(sums: jax.Array, dimensions: int) -> jax.Array:
-    """Reshapes sums (2, groups, C) to those of a map with this many dimensions."""
+    """Reshapes (2, groups, C) to (2, groups, 1, ..., C) with 1 + `dimensions` axes."""
     return sums.reshape(*sums.shape[:2], *[1] * (dimensions - 1), sums.shape[-1])
 
 
@@ -211,12 +212,15 @@ def _sum_gradients(maps: Sequence[jax.Array], dy: jax.Array) -> jax.Array:
     return _sum(dy, dy * _group(_concatenate(maps), len(dy)))
 
 
-# Normalising each map before the concatenation makes the program of a DenseNet twice as
-# large. The backward pass concatenates again, rather than keep the concatenation.
+# Normalising each map before the concatenation gave X-DenseNet-121-2 1.4 times as many
+# operations, which took 2.4 times as long to compile. The backward pass keeps only the
+# maps; without the C++ kernel, it concatenates them again.
 
 
 @jax.custom_vjp
-def _apply(maps: Sequence[jax.Array], scale: jax.Array, shift: jax.Array) -> jax.Array:
+def _scale_and_shift(
+    maps: Sequence[jax.Array], scale: jax.Array, shift: jax.Array
+) -> jax.Array:
     """Returns scale * x + shift in the dtype of x, the concatenated maps (N, ..., C).
 
     scale, shift: (groups, 1, ..., C).
@@ -226,7 +230,7 @@ def _apply(maps: Sequence[jax.Array], scale: jax.Array, shift: jax.Array) -> jax
     return y.astype(x.dtype).reshape(x.shape)
 
 
-def _apply_gradients(residuals, dy):
+def _gradients(residuals, dy):
     maps, scale = residuals
     grouped = _group(dy, len(scale)).astype(scale.dtype)
     dshift, dscale = _sum_gradients(maps, grouped)
@@ -235,9 +239,9 @@ def _apply_gradients(residuals, dy):
     return jnp.split(dx, ends, axis=-1), dscale, dshift
 
 
-_apply.defvjp(
-    lambda maps, scale, shift: (_apply(maps, scale, shift), (maps, scale)),
-    _apply_gradients,
+_scale_and_shift.defvjp(
+    lambda maps, scale, shift: (_scale_and_shift(maps, scale, shift), (maps, scale)),
+    _gradients,
 )
 
 

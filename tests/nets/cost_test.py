@@ -91,7 +91,10 @@ def test_counts_of_an_abstract_net_compile_nothing():
 
 
 def _classless(entry) -> str:
-    """Sorts nets that differ only in their classes together, so that one is counted."""
+    """Sort key that puts nets which differ only in their classes side by side.
+
+    They usually run in the same process, which then counts only one of them.
+    """
     return "{}-{rule}-{transition}".format(
         re.sub(r"-c\d+$", "", entry["name"]), **entry
     )
@@ -156,7 +159,7 @@ def _config(recorded):
 
 
 def _layers(config, size) -> list[cost.LayerCost]:
-    """Counts a net for CIFAR-100 as that for CIFAR-10 with a larger classifier."""
+    """Derives counts for CIFAR-100 from those for CIFAR-10: ten times the classes."""
     if config["num_classes"] != 100:
         return _count(json.dumps(config), size)
     *layers, classifier = _count(json.dumps(config | {"num_classes": 10}), size)

@@ -52,14 +52,16 @@ def together(cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["device", "tf.data"])
 def test_two_processes_equal_one(tmp_path, cache, together, pipeline):
-    """That one gets its batches on the device."""
+    """The one process takes its batches from the images on the device."""
+    folder = together
     if pipeline == "tf.data":
-        together = tmp_path
-        complete(together, cache, data__pipeline=pipeline, train__epochs=0.8)
+        folder = tmp_path
+        complete(folder, cache, data__pipeline=pipeline, train__epochs=0.8)
     two, one = (
         read_rows(folder / "metrics.csv")[:2]
-        for folder in (together, launch.reference(cache))
+        for folder in (folder, launch.reference(cache))
     )
+    assert len(two) == 2
     for ours, wanted in zip(two, one, strict=True):
         assert ours.keys() == wanted.keys()
         for loss in ("train_loss", "test_loss"):
@@ -78,8 +80,8 @@ def test_sigterm_to_either_and_a_kill_do_not_change_the_result(
 
     for target in range(2):
         processes, before = start_both(tmp_path, cache), rows()
-        row = lambda before=before: rows() > before
-        killed = kill_when(processes[target], row, number=signal.SIGTERM)
+        new_row = lambda before=before: rows() > before
+        killed = kill_when(processes[target], new_row, number=signal.SIGTERM)
         codes, errors = finish_both(processes)
         assert killed, errors
         assert codes == [128 + signal.SIGTERM] * 2, errors

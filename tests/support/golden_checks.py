@@ -116,8 +116,9 @@ def network(golden: Golden) -> Comparison:
     noise = 0.0
     if any(_relative_error(statistics[k], v) > ROUNDED for k, v in running.items()):
         # Some files hold the statistics of a float32 run of the original. After a
-        # hundred layers their error exceeds one rounding. Measuring on our net what
-        # the rounding of its weights does avoids a wider tolerance for all files.
+        # hundred layers their error exceeds one rounding. Instead of widening the
+        # tolerance for all files, we perturb our weights by one float32 rounding and
+        # allow the change that this causes.
         nudged = variables | {"params": _nudge(variables["params"], 2.0**-24)}
         moved = by_reference(net, sources, nudged, run(nudged, images))
         moved = _statistics_after(golden, tensors, moved)
@@ -146,9 +147,9 @@ def _statistics_after(golden: Golden, tensors, trained: dict) -> dict:
 
 
 def _nudge(tree, share: float, seed: int = 0):
-    """Makes each value larger or smaller by a share of it."""
-    signs = np.random.RandomState(seed)
-    nudge = lambda x: x * (1 + share * signs.choice([-1, 1], x.shape))
+    """Multiplies each value by 1 + share or 1 - share, at random."""
+    rng = np.random.RandomState(seed)
+    nudge = lambda x: x * (1 + share * rng.choice([-1, 1], x.shape))
     return jax.tree.map(nudge, jax.device_get(tree))
 
 
@@ -170,10 +171,11 @@ def _sgd_steps(facts, run, variables, images, comparison) -> None:
     found = results(images)
     allowed = np.zeros_like(expected) + [[_tolerance(row)] for row in expected]
     if (abs(found / expected - 1) > allowed).any():
-        # Steps of a deep net multiply rounding errors, until a ReLU opens for some of
-        # them and not for others: then the last bit of the images decides.
+        # Rounding errors grow over the steps of a deep net until the input of a ReLU
+        # changes its sign, so the last bit of the images can decide.
         nudged = [results(_nudge(images, 2.0**-52, seed)) for seed in range(8)]
-        allowed += np.max([abs(each / found - 1) for each in nudged], axis=0)
+        noise = np.max([abs(each / found - 1) for each in nudged], axis=0)
+        allowed += np.minimum(noise, 10 * EXACT)
     for step in range(expected.shape[1]):
         for row, group in enumerate(("sgd losses", "sgd norms")):
             values = (found[row, step], expected[row, step], allowed[row, step])

@@ -25,8 +25,11 @@ TINY = {
     "train.epochs": 1.6,
     "train.log_every_steps": 10,
     "train.tensorboard": False,
-    "optimizer.learning_rate": 0.001,  # steps do not blow up rounding
-    "optimizer.drop_epochs": "(0.2,0.4)",  # a run of 0.4 epochs is the same program
+    "optimizer.learning_rate": 0.001,  # small, so that rounding errors do not grow
+    "optimizer.min_learning_rate": 0.0,
+    # After the first kills, and early enough for runs of 0.4 epochs: a later drop would
+    # be moved to their end, and they would compile another program.
+    "optimizer.drop_epochs": "(0.3,0.4)",
     "eval.every_epochs": 0.4,
     "checkpoint.every_steps": 9,
 }
@@ -82,9 +85,9 @@ def kill_when(process, ready, timeout=120, number=signal.SIGKILL) -> bool:
 
 
 def copy_when(process, ready, source, target) -> bool:
-    """Copies a workdir as soon as `ready()` holds: the files that a kill would leave.
+    """Copies a workdir once `ready()` holds, with the files that a kill would leave.
 
-    The process is stopped meanwhile. False if it ended before.
+    The process is stopped meanwhile. Returns False if it ended before.
     """
     stopped = kill_when(process, ready, number=signal.SIGSTOP)
     if stopped:

@@ -117,8 +117,8 @@ def map_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
 def gradient_moments(maps: Sequence[jax.Array], dy: jax.Array) -> jax.Array:
     """Returns the sums over pixels of dy and of dy * x: (2, G, C).
 
-    maps: (G, P, ...), whose concatenation along the last axis is x. dy: (G, P, C). All
-    arrays are float32. Has no derivative.
+    maps: arrays (G, P, channels), whose concatenation is x. dy: (G, P, C). All arrays
+    are float32. Has no derivative.
     """
     return _kernel("gradient_moments", (2, len(dy), dy.shape[-1]))(dy, *maps)
 

@@ -283,18 +283,18 @@ ffi::Error GradientMoments(ffi::ThreadPool pool, Array dy, ffi::RemainingArgs ar
                            Result totals) {
   return guarded([&] {
     const auto shape = moments_shape(dy.dimensions(), totals->dimensions());
-    std::vector<moments::Part> parts;
+    std::vector<moments::Slice> slices;
     Index channels = 0;
     for (size_t i = 0; i < arrays.size(); i++) {
       const auto array = arrays.get<Array>(i);
       require(array.has_value());
       const auto size = array->dimensions();
       require(size.size() == 3 && size[0] == shape.groups && size[1] == shape.pixels);
-      parts.push_back({array->typed_data(), size[2]});
+      slices.push_back({array->typed_data(), size[2]});
       channels += size[2];
     }
     require(channels == shape.channels);
-    moments::of_gradient(pool, shape, parts, dy.typed_data(), totals->typed_data());
+    moments::of_gradient(pool, shape, slices, dy.typed_data(), totals->typed_data());
   });
 }
 

@@ -13,7 +13,7 @@ struct Pair {
 };
 
 // The functions f(p, c) below return a Pair for the vector of channels that begins with
-// channel c of pixel p, counted over all groups. If there are fewer channels than lanes,
+// channel c of pixel p, an index over all groups. If there are fewer channels than lanes,
 // the other lanes are ignored.
 
 constexpr int kVectors = 4;  // number of vectors of channels that are summed together
@@ -80,29 +80,29 @@ inline void of_map(ffi::ThreadPool& pool, const Shape& shape, const float* x,
   add_up(pool, shape, pair, totals);
 }
 
-// A part of the channels of a map, as an array (groups, pixels, channels) of its own.
-struct Part {
+// One of the arrays (groups, pixels, channels) that make up a concatenated map.
+struct Slice {
   const float* x;
   Index channels;
 };
 
-// Sums dy and dy * x. parts: the concatenation of their channels is x.
+// Sums dy and dy * x, of which x is the concatenation of slices.
 inline void of_gradient(ffi::ThreadPool& pool, const Shape& shape,
-                        const std::vector<Part>& parts, const float* dy, float* totals) {
+                        const std::vector<Slice>& slices, const float* dy, float* totals) {
   const Index pixels = shape.groups * shape.pixels, size = pixels * shape.channels;
-  Index first = 0;
-  for (const Part& part : parts) {
-    const Index width = part.channels, part_size = pixels * width;
+  Index start = 0;  // the first channel of the slice
+  for (const Slice& slice : slices) {
+    const Index width = slice.channels, slice_size = pixels * width;
     const auto pair = [&](Index p, Index c) -> Pair {
-      const Index i = p * shape.channels + first + c, j = p * width + c;
+      const Index i = p * shape.channels + start + c, j = p * width + c;
       const Vector gradient = sums::load(dy + i, size - i);
-      return {gradient, gradient * sums::load(part.x + j, part_size - j)};
+      return {gradient, gradient * sums::load(slice.x + j, slice_size - j)};
     };
-    Floats sums(2 * shape.groups * width);
-    add_up(pool, {shape.groups, shape.pixels, width}, pair, sums.data());
+    Floats pairs(2 * shape.groups * width);
+    add_up(pool, {shape.groups, shape.pixels, width}, pair, pairs.data());
     for (Index row = 0; row < 2 * shape.groups; row++)
-      copy(totals + row * shape.channels + first, sums.data() + row * width, width);
-    first += width;
+      copy(totals + row * shape.channels + start, pairs.data() + row * width, width);
+    start += width;
   }
 }
 
