@@ -93,7 +93,9 @@ def test_evaluation_uses_averaged_weights(npz, tmp_path):
         rows[ema] = train.train_and_evaluate(config, tmp_path / str(ema))
         again = train.evaluate_checkpoint(config, tmp_path / str(ema))
         assert again["test_loss"] == rows[ema]["test_loss"]
-    assert rows[0.0]["train_loss"] == rows[0.999]["train_loss"]
+    # The last bits may differ: XLA compiles two programs.
+    expected = pytest.approx(rows[0.999]["train_loss"], rel=1e-5)
+    assert rows[0.0]["train_loss"] == expected
     assert rows[0.0]["test_loss"] != rows[0.999]["test_loss"]
 
 

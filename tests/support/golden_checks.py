@@ -115,14 +115,7 @@ def network(golden: Golden) -> Comparison:
     statistics = _statistics_after(golden, tensors, trained)
     noise = 0.0
     if any(_relative_error(statistics[k], v) > ROUNDED for k, v in running.items()):
-        # Some files hold the statistics of a float32 run of the original. After a
-        # hundred layers their error exceeds one rounding. Instead of widening the
-        # tolerance for all files, we perturb our weights by one float32 rounding and
-        # allow the change that this causes.
-        nudged = variables | {"params": _nudge(variables["params"], 2.0**-24)}
-        moved = by_reference(net, sources, nudged, run(nudged, images))
-        moved = _statistics_after(golden, tensors, moved)
-        noise = max(_relative_error(moved[k], v) for k, v in statistics.items())
+        noise = _single_precision_noise(golden, images, statistics)
     for name, expected in running.items():
         allowed = ROUNDED + noise if _is_float32(expected) else EXACT
         spacing = trained["spacing"].get(name)
@@ -146,11 +139,26 @@ def _statistics_after(golden: Golden, tensors, trained: dict) -> dict:
     }
 
 
-def _nudge(tree, share: float, seed: int = 0):
-    """Multiplies each value by 1 + share or 1 - share, at random."""
-    rng = np.random.RandomState(seed)
-    nudge = lambda x: x * (1 + share * rng.choice([-1, 1], x.shape))
-    return jax.tree.map(nudge, jax.device_get(tree))
+def _single_precision_noise(golden: Golden, images, exact: dict) -> float:
+    """Returns the largest error of our own statistics in float32 arithmetic.
+
+    Some files hold the statistics of a float32 run of the original. After a hundred
+    layers their error exceeds one rounding. Measuring it on our net avoids a wider
+    tolerance for all files.
+    """
+    net = convert.build(golden.facts)
+    tensors = {k: np.asarray(v, np.float32) for k, v in golden.tensors().items()}
+    convert.load(net, tensors)
+    sources = convert.find_sources(net, tensors)
+    definition, variables = nets.split(net)
+    update = run_once(lambda *arguments: definition.apply(*arguments, train=True)[1])
+    statistics = {
+        "statistics": update(variables, np.asarray(images, np.float32)),
+        "statistics before": variables["stats"],
+    }
+    statistics = {k: to_reference(sources, by_path(v)) for k, v in statistics.items()}
+    rounded = _statistics_after(golden, tensors, statistics)
+    return max(_relative_error(rounded[name], value) for name, value in exact.items())
 
 
 def _sgd_steps(facts, run, variables, images, comparison) -> None:
@@ -169,13 +177,17 @@ def _sgd_steps(facts, run, variables, images, comparison) -> None:
 
     expected = np.array([facts["losses"], facts["param_norm_after"]])
     found = results(images)
-    allowed = np.zeros_like(expected) + [[_tolerance(row)] for row in expected]
-    if (abs(found / expected - 1) > allowed).any():
+    errors = abs(found / expected - 1)
+    allowed = np.zeros_like(errors) + [[_tolerance(row)] for row in expected]
+    for seed in range(8):
+        if (errors <= allowed).all():
+            break
         # Rounding errors grow over the steps of a deep net until the input of a ReLU
-        # changes its sign, so the last bit of the images can decide.
-        nudged = [results(_nudge(images, 2.0**-52, seed)) for seed in range(8)]
-        noise = np.max([abs(each / found - 1) for each in nudged], axis=0)
-        allowed += np.minimum(noise, 10 * EXACT)
+        # changes its sign, so the last bit of the images can decide. What it changes
+        # is allowed, within bounds.
+        signs = np.random.RandomState(seed).choice([-1, 1], images.shape)
+        change = abs(results(images * (1 + 2.0**-52 * signs)) / found - 1)
+        allowed = np.maximum(allowed, EXACT + np.minimum(change, 10 * EXACT))
     for step in range(expected.shape[1]):
         for row, group in enumerate(("sgd losses", "sgd norms")):
             values = (found[row, step], expected[row, step], allowed[row, step])
