@@ -50,7 +50,8 @@ def run(request, npz, tmp_path_factory):
     All tests of a net share its runs, because most of their time is compilation.
     """
     name, images = request.param, npz
-    if name not in ("cfmz_resnet", "densenet", "resnet"):  # need larger images
+    # All other nets need larger images.
+    if name not in ("cfmz_resnet", "densenet", "resnet"):
         path = tmp_path_factory.mktemp("data") / "larger.npz"
         images = save_images(path, tiny.image_size(name))
 

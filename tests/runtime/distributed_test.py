@@ -58,8 +58,8 @@ def test_two_processes_equal_one(tmp_path, cache, together, pipeline):
         folder = tmp_path
         complete(folder, cache, data__pipeline=pipeline, train__epochs=0.8)
     two, one = (
-        read_rows(folder / "metrics.csv")[:2]
-        for folder in (folder, launch.reference(cache))
+        read_rows(workdir / "metrics.csv")[:2]
+        for workdir in (folder, launch.reference(cache))
     )
     assert len(two) == 2
     for ours, wanted in zip(two, one, strict=True):
