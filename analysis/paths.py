@@ -30,7 +30,7 @@ from nets.layers.cross_layer import CrossLayer
 from nets.layers.expander import Expander
 from nets.layers.gradual import Gradual
 from nets.layers.interleaved import InterleavedConv, SecondaryConv
-from nets.layers.norm import BatchNorm, Measured
+from nets.layers.norm import Activation, BatchNorm, Measured
 
 LAYERS = (Conv, Linear, Expander, SecondaryConv)
 WHOLE = (Gradual, InterleavedConv)  # count as one layer each
@@ -137,7 +137,10 @@ class Identity(nnx.Module):
 
 
 class Concatenation(nnx.Module):
-    """Replaces a BatchNorm: does not normalise, but concatenates measured maps."""
+    """Replaces a BatchNorm: does not normalise, but concatenates and adds maps.
+
+    There are no negative values, so a ReLU would change nothing.
+    """
 
     def measure(self, x: jax.Array) -> Measured:
         return Measured(x)
@@ -146,10 +149,15 @@ class Concatenation(nnx.Module):
         channels = sum(each.x.shape[-1] for each in maps)
         return jnp.ones(channels), jnp.zeros(channels)
 
-    def __call__(self, x: jax.Array | Sequence[Measured]) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array | Sequence[Measured],
+        activation: Activation = None,
+        shortcut: jax.Array | None = None,
+    ) -> jax.Array:
         if isinstance(x, Sequence):
-            return jnp.concatenate([each.x for each in x], axis=-1)
-        return x
+            x = jnp.concatenate([each.x for each in x], axis=-1)
+        return x if shortcut is None else x + shortcut
 
 
 @functools.partial(jax.jit, static_argnums=2)

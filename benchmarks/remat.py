@@ -7,7 +7,6 @@ that the compiled program allocates for them and for everything else.
 """
 
 import argparse
-import math
 import statistics
 
 import jax
@@ -17,6 +16,7 @@ from flax import nnx
 
 import benchmarks
 import nets
+from benchmarks import saved
 from nets import remat
 from runtime import processes
 
@@ -52,15 +52,10 @@ def measure(variant: str, rounds: int) -> list[dict]:
             logits, stats = definition.apply(variables, x, train=True)
             return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[:, 0]), stats
 
-        def saved(variables, x, forward=forward):
-            lossy = lambda params: forward(params, variables, x)[0]
-            return jax.vjp(lossy, variables["params"])[1]
-
         arguments = (variables["params"], variables, x)
         step = jax.jit(jax.value_and_grad(forward, has_aux=True))
         compiled = step.lower(*arguments).compile()
-        leaves = jax.tree.leaves(jax.eval_shape(saved, variables, x))
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        size = saved.kept_bytes(net, x.shape)
         temporary = compiled.memory_analysis().temp_size_in_bytes
         programs[level] = lambda run=compiled, args=arguments: run(*args)
         rows[level] = {

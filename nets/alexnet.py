@@ -84,7 +84,7 @@ class AlexNet(nnx.Module):
             zip(self.convs, CONVOLUTIONS, strict=True)
         ):
             x = conv(x)
-            x = nnx.relu(x if self.conv_norms is None else self.conv_norms[i](x))
+            x = _normalise_relu(x, self.conv_norms, i)
             x = max_pool(x, 3, stride=2) if pooled else x
             x = checkpoint_name(x, "block")
         # Flattened as (C, H, W), the order of the original's weights.
@@ -96,7 +96,7 @@ class AlexNet(nnx.Module):
             )
         for i, linear in enumerate(self.linears[:-1]):
             x = linear(x if self.dropout is None else self.dropout(x))
-            x = nnx.relu(x if self.linear_norms is None else self.linear_norms[i](x))
+            x = _normalise_relu(x, self.linear_norms, i)
         # Logits are at least float32.
         return self.linears[-1](x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
@@ -114,3 +114,8 @@ def _last_map(image_size: int) -> int:
     if rows < 1:
         raise ValueError(f"AlexNet needs image_size of at least 63, got {image_size}")
     return rows
+
+
+def _normalise_relu(x: jax.Array, norms: nnx.List | None, i: int) -> jax.Array:
+    """Returns the ReLU of x, after its normalisation if the net has one."""
+    return nnx.relu(x) if norms is None else norms[i](x, "relu")

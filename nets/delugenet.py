@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear
-from nets.layers.cross_layer import CrossLayer, Source, make_source
+from nets.layers.cross_layer import CrossLayer, Source, make_source, unstack_gains
 from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
@@ -42,9 +42,9 @@ class CompositeLayer(nnx.Module):
 
     def __call__(self, sources: Sequence[Source]) -> jax.Array:
         x = _combine(self.cross, sources)
-        x = self.conv1(nnx.relu(self.norm1(x)))
-        x = self.conv2(nnx.relu(self.norm2(x)))
-        return self.conv3(nnx.relu(self.norm3(x)))
+        x = self.conv1(self.norm1(x, "relu"))
+        x = self.conv2(self.norm2(x, "relu"))
+        return self.conv3(self.norm3(x, "relu"))
 
 
 class Transition(nnx.Module):
@@ -110,10 +110,11 @@ class Block(nnx.Module):
             return [Source(x)]
         readers = [layer.cross for layer in self.layers if layer.cross is not None]
         readers.append(reader)
-        sources = [make_source(x, self.norms[0], 0, readers)]
+        gains = unstack_gains(readers)
+        sources = [make_source(x, self.norms[0], 0, gains)]
         for i, layer in enumerate(self.layers, start=1):
             x = checkpoint_name(layer(sources), "block")
-            sources.append(make_source(x, self.norms[i], i, readers))
+            sources.append(make_source(x, self.norms[i], i, gains))
         return sources
 
 
@@ -168,13 +169,13 @@ class DelugeNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
         if self.stem_norm is not None:
-            x = max_pool(nnx.relu(self.stem_norm(x)), 3, stride=2, padding=1)
+            x = max_pool(self.stem_norm(x, "relu"), 3, stride=2, padding=1)
         sources = [Source(x)]
         # For each block, the convolution that reads all its sources.
         readers = [block.opening.cross for block in list(self.blocks)[1:]]
         for block, reader in zip(self.blocks, [*readers, self.cross], strict=True):
             sources = block.sources(sources, reader)
-        x = nnx.relu(self.norm(_combine(self.cross, sources)))
+        x = self.norm(_combine(self.cross, sources), "relu")
         return self.classifier(global_average_pool(x))
 
 

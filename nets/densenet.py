@@ -38,7 +38,7 @@ class BasicLayer(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, maps: Sequence[Measured]) -> jax.Array:
-        return _drop(self.dropout, self.conv1(nnx.relu(self.norm1(maps))))
+        return _drop(self.dropout, self.conv1(self.norm1(maps, "relu")))
 
 
 class BottleneckLayer(nnx.Module):
@@ -64,8 +64,8 @@ class BottleneckLayer(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, maps: Sequence[Measured]) -> jax.Array:
-        x = _drop(self.dropout, self.conv1(nnx.relu(self.norm1(maps))))
-        return _drop(self.dropout, self.conv2(nnx.relu(self.norm2(x))))
+        x = _drop(self.dropout, self.conv1(self.norm1(maps, "relu")))
+        return _drop(self.dropout, self.conv2(self.norm2(x, "relu")))
 
 
 class Transition(nnx.Module):
@@ -88,7 +88,7 @@ class Transition(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, maps: Sequence[Measured]) -> jax.Array:
-        x = self.conv(nnx.relu(self.norm(maps)))
+        x = self.conv(self.norm(maps, "relu"))
         return average_pool(_drop(self.dropout, x), 2)
 
 
@@ -145,7 +145,7 @@ class DenseNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
-        x = nnx.relu(self.norm(_run_blocks(self, x)))
+        x = self.norm(_run_blocks(self, x), "relu")
         return self.classifier(global_average_pool(x))
 
 
@@ -205,9 +205,9 @@ class ImageNetDenseNet(nnx.Module):
         self.classifier = Linear(channels, num_classes, rngs=rngs, **default)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.stem_norm(self.stem(x)))
+        x = self.stem_norm(self.stem(x), "relu")
         x = max_pool(x, 3, stride=2, padding=1)
-        x = nnx.relu(self.norm(_run_blocks(self, x)))
+        x = self.norm(_run_blocks(self, x), "relu")
         return self.classifier(global_average_pool(x))
 
 

@@ -59,8 +59,8 @@ class Bottleneck(nnx.Module):
             self.projection_norm = BatchNorm(out_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm1(self.conv1(x), "relu")
+        y = self.norm2(self.conv2(y), "relu")
         y = self.norm3(self.conv3(y))
         if self.shortcut == "projection":
             return y + self.projection_norm(self.projection(x))
@@ -112,7 +112,7 @@ class Transition(nnx.Module):
         self.norm = BatchNorm(out_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.relu(self.norm(self.conv(x)))
+        return self.norm(self.conv(x), "relu")
 
 
 class Gunn(nnx.Module):
@@ -163,7 +163,7 @@ class Gunn(nnx.Module):
         self.classifier = Linear(previous, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.stem_norm(self.stem(x)))
+        x = self.stem_norm(self.stem(x), "relu")
         x = max_pool(x, 3, stride=2, padding=1) if self.imagenet else x
         for i, layer in enumerate(self.layers):
             x = average_pool(x, 2) if i and self.imagenet else x

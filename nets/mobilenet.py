@@ -55,8 +55,8 @@ class SeparableBlock(nnx.Module):
         self.pointwise_norm = torch_batch_norm(out_channels, norm_scale, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu6(self.depthwise_norm(self.depthwise(x)))
-        return nnx.relu6(self.pointwise_norm(self.pointwise(x)))
+        x = self.depthwise_norm(self.depthwise(x), "relu6")
+        return self.pointwise_norm(self.pointwise(x), "relu6")
 
 
 class MobileNet(nnx.Module):
@@ -110,7 +110,7 @@ class MobileNet(nnx.Module):
         self.classifier = Linear(inputs, num_classes, rngs=rngs, **default)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.stem_norm(self.stem(x)))
+        x = self.stem_norm(self.stem(x), "relu")
         for block in self.blocks:
             x = checkpoint_name(block(x), "block")
         x = global_average_pool(x)

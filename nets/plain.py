@@ -29,13 +29,13 @@ class ConvBlock(nnx.Module):
     def __init__(self, conv: nnx.Module, norm: BatchNorm, *, relu: bool = True):
         self.conv, self.norm, self.relu = conv, norm, relu
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.norm(self.conv(x))
-        return nnx.relu(x) if self.relu else x
+    def __call__(self, x: jax.Array, shortcut: jax.Array | None = None) -> jax.Array:
+        """shortcut: a map that is added before the ReLU."""
+        return self.norm(self.conv(x), "relu" if self.relu else None, shortcut)
 
 
 class Unit(nnx.Module):
-    """Two blocks, the second without ReLU; plus the shortcut; then ReLU.
+    """Two blocks, and the shortcut, which is added before the second ReLU.
 
     The shortcut is the input itself if the widths are equal, else a 1x1 convolution
     with the unit's stride and BN. In interleaved units it is grouped like the primary
@@ -63,7 +63,7 @@ class Unit(nnx.Module):
         )
         self.block1 = ConvBlock(conv, norm(out_channels))
         conv = wiring.conv(out_channels, out_channels, 3, padding=1, **options)
-        self.block2 = ConvBlock(conv, norm(out_channels), relu=False)
+        self.block2 = ConvBlock(conv, norm(out_channels))
         if in_channels == out_channels:
             self.shortcut = None
             return
@@ -76,8 +76,8 @@ class Unit(nnx.Module):
         self.shortcut = ConvBlock(conv, norm(out_channels), relu=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.block2(self.block1(x))
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.block2(self.block1(x), shortcut)
 
 
 class Plain(nnx.Module):
@@ -115,7 +115,10 @@ class Plain(nnx.Module):
         self.classifier = Linear(widths[-1], num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _through(self.stages, self.stem(x))
+        x = self.stem(x)
+        for blocks in self.stages:
+            for block in blocks:
+                x = checkpoint_name(block(x), "block")
         return self.classifier(global_average_pool(x))
 
 
@@ -228,5 +231,5 @@ def _stages(block, channels: int, widths: list[int], counts: list[int]) -> nnx.L
 def _through(stages, x: jax.Array) -> jax.Array:
     for blocks in stages:
         for block in blocks:
-            x = checkpoint_name(block(x), "block")
+            x = block(x)
     return x

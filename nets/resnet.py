@@ -91,9 +91,8 @@ class BasicBlock(nnx.Module):
         self.shortcut = Shortcut(*channels, stride, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        return nnx.relu(y + self.shortcut(x))
+        y = self.norm1(self.conv1(x), "relu")
+        return self.norm2(self.conv2(y), "relu", self.shortcut(x))
 
 
 class BottleneckBlock(nnx.Module):
@@ -123,10 +122,9 @@ class BottleneckBlock(nnx.Module):
         self.shortcut = Shortcut(in_channels, out_channels, stride, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = nnx.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
-        return nnx.relu(y + self.shortcut(x))
+        y = self.norm1(self.conv1(x), "relu")
+        y = self.norm2(self.conv2(y), "relu")
+        return self.norm3(self.conv3(y), "relu", self.shortcut(x))
 
 
 class PreactBasicBlock(nnx.Module):
@@ -158,11 +156,11 @@ class PreactBasicBlock(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x if self.norm1 is None else nnx.relu(self.norm1(x))
+        y = x if self.norm1 is None else self.norm1(x, "relu")
         shortcut = self.shortcut(y if self.activation == "both" else x)
         y = self.conv1(y)
-        y = self.conv2(nnx.relu(self.norm2(y)))
-        return y + shortcut
+        y = self.conv2(self.norm2(y, "relu"))
+        return checkpoint_name(y + shortcut, "block")
 
 
 class PreactBottleneckBlock(nnx.Module):
@@ -194,12 +192,12 @@ class PreactBottleneckBlock(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x if self.norm1 is None else nnx.relu(self.norm1(x))
+        y = x if self.norm1 is None else self.norm1(x, "relu")
         shortcut = self.shortcut(y if self.activation == "both" else x)
         y = self.conv1(y)
-        y = self.conv2(nnx.relu(self.norm2(y)))
-        y = self.conv3(nnx.relu(self.norm3(y)))
-        return y + shortcut
+        y = self.conv2(self.norm2(y, "relu"))
+        y = self.conv3(self.norm3(y, "relu"))
+        return checkpoint_name(y + shortcut, "block")
 
 
 class ResNet(nnx.Module):
@@ -257,12 +255,12 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.stem(x)
-        x = x if self.stem_norm is None else nnx.relu(self.stem_norm(x))
+        x = x if self.stem_norm is None else self.stem_norm(x, "relu")
         x = max_pool(x, 3, stride=2, padding=1) if self.pool else x
         for blocks in self.stages:
             for block in blocks:
-                x = checkpoint_name(block(x), "block")
-        x = x if self.norm is None else nnx.relu(self.norm(x))
+                x = block(x)
+        x = x if self.norm is None else self.norm(x, "relu")
         return self.classifier(global_average_pool(x))
 
 
@@ -317,8 +315,8 @@ class CfmzResNet(nnx.Module):
         self.classifier_norm = NeonBatchNorm(num_classes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.stem_norm(self.stem(x)))
+        x = self.stem_norm(self.stem(x), "relu")
         for blocks in self.stages:
             for block in blocks:
-                x = checkpoint_name(block(x), "block")
+                x = block(x)
         return self.classifier_norm(self.classifier(global_average_pool(x)))

@@ -39,7 +39,7 @@ class ConvBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(x)
-        return nnx.relu(x if self.norm is None else self.norm(x))
+        return nnx.relu(x) if self.norm is None else self.norm(x, "relu")
 
 
 class VGG(nnx.Module):

@@ -30,6 +30,7 @@ BLOCK_CHANNELS, BLOCKS = 64, 4
 CPP_CHANNELS, CPP_PIXELS = 256, 64
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "padding", "groups", "lowering"))
 def convolution(
     x: jax.Array,
     kernel: jax.Array,
@@ -175,6 +176,13 @@ def native(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     )
 
 
+# For the gradients, keeps the arguments of a lowering rather than copies of them.
+_keep_arguments = functools.partial(
+    jax.checkpoint, static_argnums=(2,), prevent_cse=False
+)
+
+
+@_keep_arguments
 def dot(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """1x1: a matrix product over pixels for each group, after subsampling."""
     x = x[:, :: shape.stride, :: shape.stride]
@@ -250,19 +258,17 @@ def taps(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     return y.reshape(*y.shape[:-2], shape.out_channels)
 
 
+@_keep_arguments
 def gathered(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """im2col: one matrix product over copies of x, one per tap. For strided layers."""
-
-    @jax.checkpoint  # saves x for the gradient, not its copies
-    def product(x, kernel):
-        p = shape.padding
-        x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-        copies = _slices(x, shape.window, shape.stride, shape.out_size)
-        return _flat_product(jnp.concatenate([*copies], -1), kernel)
-
-    return product(x, kernel.reshape(-1, shape.out_channels))
+    p = shape.padding
+    x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    copies = _slices(x, shape.window, shape.stride, shape.out_size)
+    kernel = kernel.reshape(-1, shape.out_channels)
+    return _flat_product(jnp.concatenate([*copies], -1), kernel)
 
 
+@_keep_arguments
 def separated(x: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """Stride 1: im2col over the window's columns, shift-and-add over its rows.
 

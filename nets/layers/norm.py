@@ -1,5 +1,6 @@
 """Batch normalisation, with an option for each difference between the originals."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -11,6 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.cpu import calls
+
+LIMITS = {"relu": None, "relu6": 6.0}  # upper limits of the activations' results
+Activation = Literal["relu", "relu6"] | None
 
 
 class Measured(NamedTuple):
@@ -63,16 +67,31 @@ class BatchNorm(nnx.Module):
         self.groups = 1
         self.use_running_average = False  # set by net.train() and net.eval()
 
-    def __call__(self, x: jax.Array | Sequence[Measured]) -> jax.Array:
-        """Normalises x (N, ..., C), or measured maps, which it concatenates."""
+    def __call__(
+        self,
+        x: jax.Array | Sequence[Measured],
+        activation: Activation = None,
+        shortcut: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalises x (N, ..., C), or measured maps, which it concatenates.
+
+        activation: applied to the result. The backward pass computes its derivative
+          from x, so nothing is kept for it.
+        shortcut: a map that is added before the activation, which has to be "relu". The
+          result is the output of a residual unit, a block in nets/remat.py.
+        """
         maps = x if isinstance(x, Sequence) else [self.measure(x)]
         scale, shift = self.coefficients(maps)
         maps = [each.x for each in maps]
+        if shortcut is not None:
+            if activation != "relu":
+                raise ValueError(f'a shortcut requires "relu", got {activation!r}')
+            return _add_relu(_concatenate(maps), shortcut, scale, shift)
         if not self.use_running_average:
-            return _scale_and_shift(maps, scale, shift)
+            return _normalise(maps, scale, shift, activation)
         # In evaluation, scale and shift are (C,).
         x = _concatenate(maps)
-        return (x * scale + shift).astype(x.dtype)
+        return _activate(x * scale + shift, activation).astype(x.dtype)
 
     def coefficients(self, maps: Sequence[Measured]) -> tuple[jax.Array, jax.Array]:
         """Returns the scale and shift that normalise concatenated measured maps.
@@ -84,78 +103,105 @@ class BatchNorm(nnx.Module):
             mean, var = self.mean[...], self.var[...]
         else:
             mean, var = _concatenate([each.statistics for each in maps])
-            self._update_running(mean, var, maps[0].x)
-        scale = jax.lax.rsqrt(var + self.eps)
-        if self.scale is not None:
-            scale = self.scale[...] * scale
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = self.bias[...] + shift
-        return scale, shift
+            self._update_running(mean, var, maps[0].x.shape)
+        gain, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        return _coefficients(mean, var, gain, bias, self.eps)
 
     def measure(self, x: jax.Array) -> Measured:
         """Returns x with its batch statistics, for this and other norms that read it.
 
         x: the last channels of this norm's input, or all of them.
-        Both moments are sums, so that x is read once. Shifting x by the running mean
-        limits the cancellation in E[x^2] - E[x]^2. In float64, which serves parity
-        rather than speed, the batch mean is the shift.
         """
         if self.use_running_average:
             return Measured(x)
-        grouped = self._split_into_groups(x)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        axes = tuple(range(1, grouped.ndim - 1))
         reference = self.mean[...][-x.shape[-1] :]
-        if dtype == jnp.float64:
-            reference = jnp.mean(grouped, axes, keepdims=True)
-            reference = self._over_devices(reference)
-        reference = jax.lax.stop_gradient(reference)
-        pixels = math.prod(grouped.shape[1:-1])
-        means = _sum_moments(grouped, reference) / pixels
-        offset, square = self._over_devices(means)
-        var = jnp.maximum(square - jnp.square(offset), 0.0)
-        statistics = jnp.stack([offset + reference, var])
+        statistics = _measure(x, reference, Sharing(self.groups, self.axis_name))
         return Measured(x, checkpoint_name(statistics, "statistics"))
 
-    def _split_into_groups(self, x: jax.Array) -> jax.Array:
-        """Reshapes this device's (N, ..., C) to (groups, N / groups, ..., C).
-
-        If a smaller last batch is not divisible, uses the next larger number of groups
-        that divides it.
-        """
-        images = x.shape[0]
-        groups = min(images, max(1, self.groups // self._devices()))
-        while images % groups:
-            groups += 1
-        return _group(x, groups)
-
-    def _devices(self) -> int:
-        return jax.lax.axis_size(self.axis_name) if self.axis_name else 1
-
-    def _over_devices(self, x: jax.Array) -> jax.Array:
-        """Averages over the devices that share the images of a group."""
-        share = self._devices() // self.groups
-        if share <= 1:
-            return x
-        together = np.arange(self._devices()).reshape(self.groups, share).tolist()
-        return jax.lax.pmean(x, self.axis_name, axis_index_groups=together)
-
-    def _update_running(self, mean: jax.Array, var: jax.Array, x: jax.Array) -> None:
+    def _update_running(self, mean: jax.Array, var: jax.Array, shape: tuple) -> None:
+        """shape: (N, ..., C), of the map on this device."""
         if self.running_var == "unbiased":
-            images = (
-                x.shape[0] // mean.shape[0] * max(1, self._devices() // self.groups)
-            )
-            count = images * math.prod(x.shape[1:-1])
+            sharing = Sharing(self.groups, self.axis_name)
+            count = math.prod(shape[:-1]) // len(mean) * sharing.devices_per_group()
             # A single value has no unbiased variance; torch raises an error.
             var = var * (count / max(count - 1, 1))
         for running, batch in ((self.mean, mean), (self.var, var)):
-            # Several groups (or devices) contribute their average.
-            batch = batch.reshape(-1, batch.shape[-1]).mean(0)
-            value = self.keep * running[...] + (1 - self.keep) * batch
             # `running[...] = value` searches everything traced so far: it made tracing
             # ResNet-101 take 5.5 s of CPU time instead of 0.5 s.
-            running.set_value(value.astype(running[...].dtype))
+            running.set_value(_move(running[...], batch, self.keep))
+
+
+class Sharing(NamedTuple):
+    """Which images share statistics; see BatchNorm."""
+
+    groups: int
+    axis_name: str | None
+
+    def devices(self) -> int:
+        return jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+
+    def devices_per_group(self) -> int:
+        return max(1, self.devices() // self.groups)
+
+    def groups_per_device(self, images: int) -> int:
+        """Returns the number of groups of `images` images on this device.
+
+        If it does not divide a smaller last batch, the next larger number that does.
+        """
+        groups = min(images, max(1, self.groups // self.devices()))
+        while images % groups:
+            groups += 1
+        return groups
+
+    def over_devices(self, x: jax.Array) -> jax.Array:
+        """Averages over the devices that share the images of a group."""
+        share = self.devices_per_group()
+        if share == 1:
+            return x
+        together = np.arange(self.devices()).reshape(self.groups, share).tolist()
+        return jax.lax.pmean(x, self.axis_name, axis_index_groups=together)
+
+
+# Within jax.jit, layers of equal shapes are traced once. For the train step of
+# ResNet-110, that takes a fifth of the time (nets/layers/lowerings.py does the same).
+
+
+@functools.partial(jax.jit, static_argnames="sharing")
+def _measure(x: jax.Array, reference: jax.Array, sharing: Sharing) -> jax.Array:
+    """Returns the batch statistics (2, groups, 1, ..., C) of x (N, ..., C).
+
+    Both moments are sums, so that x is read once. Shifting x by a reference (C,), the
+    running mean, limits the cancellation in E[x^2] - E[x]^2. In float64, which serves
+    parity rather than speed, the batch mean is the reference.
+    """
+    groups = sharing.groups_per_device(x.shape[0])
+    if x.dtype == jnp.float64:
+        reference = jnp.mean(_group(x, groups), range(1, x.ndim), keepdims=True)
+        reference = sharing.over_devices(reference)
+    size = (groups, *[1] * (x.ndim - 1), x.shape[-1])
+    reference = jax.lax.stop_gradient(jnp.broadcast_to(reference, size))
+    pixels = math.prod(x.shape[:-1]) // groups
+    means = _sum_moments(x, reference) / pixels
+    offset, square = sharing.over_devices(means)
+    var = jnp.maximum(square - jnp.square(offset), 0.0)
+    return jnp.stack([offset + reference, var])
+
+
+@functools.partial(jax.jit, static_argnames="keep")
+def _move(running: jax.Array, batch: jax.Array, keep: float) -> jax.Array:
+    """Returns the next running average (C,) from statistics (groups, 1, ..., C)."""
+    # Several groups (or devices) contribute their average.
+    batch = batch.reshape(-1, batch.shape[-1]).mean(0)
+    return (keep * running + (1 - keep) * batch).astype(running.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def _coefficients(mean, var, gain, bias, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale and shift that normalise and apply gain and bias, if any."""
+    scale = jax.lax.rsqrt(var + eps)
+    scale = scale if gain is None else gain * scale
+    shift = -mean * scale
+    return scale, shift if bias is None else bias + shift
 
 
 # In the functions below, sums over pixels have the shape (2, groups, 1, ..., C).
@@ -186,30 +232,66 @@ def _unflatten(sums: jax.Array, dimensions: int) -> jax.Array:
     return sums.reshape(*sums.shape[:2], *[1] * (dimensions - 1), sums.shape[-1])
 
 
+def _activate(y: jax.Array, activation: Activation) -> jax.Array:
+    return y if activation is None else jnp.clip(y, 0, LIMITS[activation])
+
+
+def _differentiate(activation: Activation, maps, scale, shift, dy) -> jax.Array:
+    """Returns the gradient of the activation's argument scale * x + shift.
+
+    maps: (N, ..., C), whose concatenation is x. dy: (groups, N / groups, ..., C), the
+    gradient of the activation's result.
+    """
+    if activation is None:
+        return dy
+    y = _group(_concatenate(maps), len(dy)) * scale + shift
+    limit = LIMITS[activation]
+    inside = y > 0 if limit is None else (y > 0) & (y < limit)
+    return jnp.where(inside, dy, 0)
+
+
 def _moments_in_cpp(x, reference):
-    sums = calls.map_moments(_flatten(x, len(x)), reference.reshape(-1))
-    return _unflatten(sums, x.ndim - 1)
+    flat, reference = (_flatten(each, len(reference)) for each in (x, reference))
+    return _unflatten(calls.map_moments(flat, reference[:, 0]), x.ndim)
 
 
 @calls.use_kernel(_moments_in_cpp)
 def _sum_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """Returns the sums of x - reference and of its square. x: (groups, N, ..., C)."""
-    centred = x.astype(reference.dtype) - reference
+    """Returns the sums of x - reference and of its square over the pixels of a group.
+
+    x: (N, ..., C). reference: (groups, 1, ..., C).
+    """
+    centred = _group(x, len(reference)).astype(reference.dtype) - reference
     return _sum(centred, jnp.square(centred))
 
 
-def _gradients_in_cpp(maps, dy):
-    maps = [_flatten(x, len(dy)) for x in maps]
-    return _unflatten(calls.gradient_moments(maps, _flatten(dy, len(dy))), dy.ndim - 1)
+@functools.cache
+def _sum_gradients(activation: Activation):
+    """Returns (maps, scale, shift, dy) -> the gradients of shift and scale.
 
-
-@calls.use_kernel(_gradients_in_cpp)
-def _sum_gradients(maps: Sequence[jax.Array], dy: jax.Array) -> jax.Array:
-    """Returns the sums of dy and of dy * x: the gradients of shift and scale.
-
-    maps: (N, ..., C), whose concatenation is x. dy: (groups, N / groups, ..., C).
+    maps, dy: see `_differentiate`.
     """
-    return _sum(dy, dy * _group(_concatenate(maps), len(dy)))
+
+    def in_cpp(maps, scale, shift, dy):
+        flatten = functools.partial(_flatten, groups=len(dy))
+        maps, coefficients, limit = list(map(flatten, maps)), None, math.inf
+        if activation is not None:
+            coefficients = jnp.stack([flatten(each)[:, 0] for each in (scale, shift)])
+            limit = LIMITS[activation] or math.inf
+        sums = calls.gradient_moments(maps, flatten(dy), coefficients, limit)
+        return _unflatten(sums, dy.ndim - 1)
+
+    @calls.use_kernel(in_cpp)
+    def compute(maps, scale, shift, dy):
+        dy = _differentiate(activation, maps, scale, shift, dy)
+        return _sum(dy, dy * _group(_concatenate(maps), len(dy)))
+
+    return compute
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def _normalise(maps, scale, shift, activation: Activation) -> jax.Array:
+    return _scale_and_shift(maps, scale, shift, activation)
 
 
 # Normalising each map before the concatenation gave X-DenseNet-121-2 1.4 times as many
@@ -217,32 +299,84 @@ def _sum_gradients(maps: Sequence[jax.Array], dy: jax.Array) -> jax.Array:
 # maps; without the C++ kernel, it concatenates them again.
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _scale_and_shift(
-    maps: Sequence[jax.Array], scale: jax.Array, shift: jax.Array
+    maps: Sequence[jax.Array],
+    scale: jax.Array,
+    shift: jax.Array,
+    activation: Activation,
 ) -> jax.Array:
-    """Returns scale * x + shift in the dtype of x, the concatenated maps (N, ..., C).
+    """Returns activation(scale * x + shift) in the dtype of x.
 
-    scale, shift: (groups, 1, ..., C).
+    maps: (N, ..., C), whose concatenation is x. scale, shift: (groups, 1, ..., C).
     """
     x = _concatenate(maps)
-    y = _group(x, len(scale)) * scale + shift
+    y = _activate(_group(x, len(scale)) * scale + shift, activation)
     return y.astype(x.dtype).reshape(x.shape)
 
 
-def _gradients(residuals, dy):
-    maps, scale = residuals
+def _forward(maps, scale, shift, activation):
+    y = _scale_and_shift(maps, scale, shift, activation)
+    return y, (maps, scale, shift)
+
+
+def _gradients(activation, residuals, dy):
+    maps, scale, _ = residuals
     grouped = _group(dy, len(scale)).astype(scale.dtype)
-    dshift, dscale = _sum_gradients(maps, grouped)
-    dx = (grouped * scale).astype(dy.dtype).reshape(dy.shape)
+    dshift, dscale = _sum_gradients(activation)(*residuals, grouped)
+    dx = _differentiate(activation, *residuals, grouped) * scale
+    dx = dx.astype(dy.dtype).reshape(dy.shape)
     ends = np.cumsum([x.shape[-1] for x in maps])[:-1]
     return jnp.split(dx, ends, axis=-1), dscale, dshift
 
 
-_scale_and_shift.defvjp(
-    lambda maps, scale, shift: (_scale_and_shift(maps, scale, shift), (maps, scale)),
-    _gradients,
-)
+_scale_and_shift.defvjp(_forward, _gradients)
+
+
+def _unit_in_cpp(x, shortcut, scale, shift):
+    flatten = functools.partial(_flatten, groups=len(scale))
+    maps, scale, shift = [flatten(x), flatten(shortcut)], flatten(scale), flatten(shift)
+    weights = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)
+    return calls.weighted_sum(maps, weights, shift[:, 0], relu=True).reshape(x.shape)
+
+
+@calls.use_kernel(_unit_in_cpp)
+def _compute_unit(x, shortcut, scale, shift):
+    y = (_group(x, len(scale)) * scale + shift).astype(x.dtype)
+    return nnx.relu(y.reshape(x.shape) + shortcut)
+
+
+@jax.custom_vjp
+def _unit(x, shortcut, scale, shift):
+    return _forward_unit(x, shortcut, scale, shift)[0]
+
+
+def _forward_unit(x, shortcut, scale, shift):
+    y = checkpoint_name(_compute_unit(x, shortcut, scale, shift), "block")
+    return y, (x, scale, shift, y)
+
+
+def _unit_gradients(residuals, dy):
+    x, scale, shift, y = residuals
+    dy = jnp.where(y > 0, dy, 0)  # the next convolution keeps y anyway
+    (dx,), dscale, dshift = _gradients(None, ([x], scale, shift), dy)
+    return dx, dy, dscale, dshift
+
+
+_unit.defvjp(_forward_unit, _unit_gradients)
+
+
+@jax.jit
+def _add_relu(x, shortcut, scale, shift) -> jax.Array:
+    """Returns ReLU(scale * x + shift + shortcut) in the dtype of x.
+
+    scale, shift: (groups, 1, ..., C), or (C,) in evaluation.
+    The C++ kernel saves more than its own time: XLA:CPU fuses such a sum with those of
+    the later units of its stage, each of which computes it again.
+    """
+    if scale.ndim == 1:
+        scale, shift = (each.reshape(*[1] * x.ndim, -1) for each in (scale, shift))
+    return _unit(x, shortcut, scale, shift)
 
 
 def torch_batch_norm(channels: int, scale: str, rngs: nnx.Rngs) -> BatchNorm:

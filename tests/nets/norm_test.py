@@ -53,17 +53,17 @@ def test_evaluation_uses_the_running_statistics_unchanged():
     np.testing.assert_array_equal(layer.mean[...], mean)
 
 
-def run(layer, x):
+def run(layer, x, *, train=True):
     """Returns output, running statistics, and gradients of parameters and x."""
     definition, variables = nets.split(layer)
     weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
-    step = jax.jit(training, static_argnums=0)
-    return step(definition.apply, variables, x, weights)
+    step = jax.jit(training, static_argnums=(0, 4))
+    return step(definition.apply, variables, x, weights, train)
 
 
-def training(apply, variables, x, weights):
+def training(apply, variables, x, weights, train=True):
     def loss(params, x):
-        y, stats = apply(variables | {"params": params}, x, train=True)
+        y, stats = apply(variables | {"params": params}, x, train=train)
         return (y * weights).sum(), (y, stats)
 
     gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
@@ -178,3 +178,44 @@ def test_measured_maps_are_normalised_as_their_concatenation(groups):
     maps = [earlier.measure(x[..., :2]), separate.measure(x[..., 2:])]
     np.testing.assert_allclose(separate(maps), together(x), rtol=1e-4, atol=1e-5)
     assert_equal_runs(nnx.state(separate), nnx.state(together))
+
+
+ACTIVATIONS = {"relu": nnx.relu, "relu6": nnx.relu6}
+
+
+class Activated(nnx.Module):
+    """A norm and what follows it, in one call or in separate operations."""
+
+    def __init__(self, activation, shortcut, groups, *, separate):
+        self.norm, self.shortcut = batch_norm(), shortcut
+        self.norm.groups = groups
+        self.norm.scale[...] *= 6  # some values exceed 6
+        self.activation, self.separate = activation, separate
+
+    def __call__(self, x):
+        shortcut = jnp.cos(x) if self.shortcut else None
+        if not self.separate:
+            return self.norm(x, self.activation, shortcut)
+        y = self.norm(x) + (shortcut if self.shortcut else 0)
+        return ACTIVATIONS[self.activation](y)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "shortcut"), [("relu", False), ("relu6", False), ("relu", True)]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_activation_equals_separate_operations(activation, shortcut, groups, train):
+    """The output, the running statistics and all gradients."""
+    x, found = 3 + 2 * normal(4, 3, 3, 5), []
+    for separate in (False, True):
+        net = Activated(activation, shortcut, groups, separate=separate)
+        found.append(run(net, x, train=train))
+    assert np.any(found[0][0] == 0)
+    assert (activation == "relu6") == bool(np.max(found[0][0]) == 6)
+    assert_equal_runs(*found)
+
+
+def test_a_shortcut_requires_a_relu():
+    with pytest.raises(ValueError, match="'relu6'"):
+        batch_norm()(normal(2, 3, 3, 5), "relu6", normal(2, 3, 3, 5))

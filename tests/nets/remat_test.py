@@ -80,6 +80,26 @@ def deluge(layers):
     return dict(name="delugenet", width=0.25, layers=(layers,))
 
 
+def residual(layers):
+    return dict(name="cfmz_resnet", depth=6 * layers + 2)
+
+
+def plain(layers):
+    return dict(name="plain", depth=3 * layers + 2)
+
+
+@pytest.mark.parametrize(("form", "maps"), [(residual, (6, 4, 4)), (plain, (4, 2, 1))])
+def test_only_inputs_and_outputs_of_convolutions_are_kept(form, maps):
+    """Normalisation, ReLU and shortcuts read these maps in their backward passes.
+
+    maps: their number in each stage. The last output of a residual net is kept for the
+    ReLU of its unit, that of a plain net for nothing.
+    """
+    sizes = [32 * 32 * 16, 16 * 16 * 32, 8 * 8 * 64]
+    values = np.dot(maps, sizes) + 32 * 32 * 3  # and the images
+    assert kept_bytes("none", form, 1) == 2 * 4 * values
+
+
 @pytest.mark.parametrize(
     ("level", "form"),
     [

@@ -67,9 +67,13 @@ def load(flags: tuple[str, ...] = ()) -> str | None:
 
 
 def reset() -> None:
-    """Makes the next `load` look for the compiler and the library again."""
+    """Makes the next `load` look for the compiler and the library again.
+
+    Also makes jax trace all functions again, because they may call the library.
+    """
     with _lock:
         _loaded.clear()
+    jax.clear_caches()
 
 
 def build(flags: tuple[str, ...] = ()) -> pathlib.Path:

@@ -90,12 +90,20 @@ def sparse_convolution(x: jax.Array, values: jax.Array, edges: jax.Array, shape)
     return y.reshape(*x.shape[:-1], shape.out_channels)
 
 
-def weighted_sum(maps: Sequence[jax.Array], weights: jax.Array, shift: jax.Array):
+def weighted_sum(
+    maps: Sequence[jax.Array],
+    weights: jax.Array,
+    shift: jax.Array,
+    *,
+    relu: bool = False,
+) -> jax.Array:
     """Adds a shift (G, C) and maps (G, P, C), each times its weights (G, maps, C).
 
+    relu: whether to return the ReLU of the sum.
     All arrays are float32. Has no derivative.
     """
-    return _kernel("weighted_sum", maps[0].shape)(weights, shift, *maps)
+    call = _kernel("weighted_sum", maps[0].shape)
+    return call(weights, shift, *maps, relu=np.int64(relu))
 
 
 def weights_gradients(x: jax.Array, weights: jax.Array, dys: Sequence[jax.Array]):
@@ -109,18 +117,29 @@ def weights_gradients(x: jax.Array, weights: jax.Array, dys: Sequence[jax.Array]
 def map_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
     """Returns the sums over pixels of x - reference and of its square: (2, G, C).
 
-    x: (G, P, C). reference: (C,). All arrays are float32. Has no derivative.
+    x: (G, P, C). reference: (G, C). All arrays are float32. Has no derivative.
     """
     return _kernel("map_moments", (2, len(x), x.shape[-1]))(x, reference)
 
 
-def gradient_moments(maps: Sequence[jax.Array], dy: jax.Array) -> jax.Array:
+def gradient_moments(
+    maps: Sequence[jax.Array],
+    dy: jax.Array,
+    coefficients: jax.Array | None = None,
+    limit: float = math.inf,
+) -> jax.Array:
     """Returns the sums over pixels of dy and of dy * x: (2, G, C).
 
-    maps: arrays (G, P, channels), whose concatenation is x. dy: (G, P, C). All arrays
-    are float32. Has no derivative.
+    maps: arrays (G, P, channels), whose concatenation is x. dy: (G, P, C).
+    coefficients: scale and shift (2, G, C); if given, only those dy are added for which
+      0 < scale * x + shift < limit.
+    All arrays are float32. Has no derivative.
     """
-    return _kernel("gradient_moments", (2, len(dy), dy.shape[-1]))(dy, *maps)
+    size = (2, len(dy), dy.shape[-1])
+    if coefficients is None:
+        coefficients = jnp.zeros((0, *size[1:]))
+    call = _kernel("gradient_moments", size)
+    return call(dy, coefficients, *maps, limit=np.float32(limit))
 
 
 def _differentiable(convolve, input_gradient, weight_gradient):

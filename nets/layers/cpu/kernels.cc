@@ -237,7 +237,7 @@ sums::Maps maps_of(const ffi::RemainingArgs& arrays, const sums::Shape& shape) {
 }
 
 ffi::Error WeightedSum(ffi::ThreadPool pool, Array weights, Array shift,
-                       ffi::RemainingArgs arrays, Result y) {
+                       ffi::RemainingArgs arrays, Result y, int64_t relu) {
   return guarded([&] {
     const auto shape = sums_shape(y->dimensions(), weights.dimensions(), arrays.size());
     const auto maps = maps_of(arrays, shape);
@@ -245,7 +245,7 @@ ffi::Error WeightedSum(ffi::ThreadPool pool, Array weights, Array shift,
     require(size.size() == 2 && size[0] == shape.groups && size[1] == shape.channels);
     if (y->element_count() == 0) return;
     sums::weighted_sum(pool, shape, maps, weights.typed_data(), shift.typed_data(),
-                       y->typed_data());
+                       relu != 0, y->typed_data());
   });
 }
 
@@ -274,27 +274,35 @@ sums::Shape moments_shape(ffi::Span<const int64_t> x, ffi::Span<const int64_t> t
 ffi::Error MapMoments(ffi::ThreadPool pool, Array x, Array reference, Result totals) {
   return guarded([&] {
     const auto shape = moments_shape(x.dimensions(), totals->dimensions());
-    require(reference.dimensions().size() == 1 && reference.dimensions()[0] == shape.channels);
+    const auto size = reference.dimensions();
+    require(size.size() == 2 && size[0] == shape.groups && size[1] == shape.channels);
     moments::of_map(pool, shape, x.typed_data(), reference.typed_data(), totals->typed_data());
   });
 }
 
-ffi::Error GradientMoments(ffi::ThreadPool pool, Array dy, ffi::RemainingArgs arrays,
-                           Result totals) {
+ffi::Error GradientMoments(ffi::ThreadPool pool, Array dy, Array coefficients,
+                           ffi::RemainingArgs arrays, Result totals, float limit) {
   return guarded([&] {
     const auto shape = moments_shape(dy.dimensions(), totals->dimensions());
+    const auto rows = coefficients.dimensions();
+    require(rows.size() == 3 && (rows[0] == 0 || rows[0] == 2));
+    require(rows[1] == shape.groups && rows[2] == shape.channels);
+    const float* scale = rows[0] ? coefficients.typed_data() : nullptr;
+    const Index size = shape.groups * shape.channels;
+    const moments::Activation activation = {scale, scale ? scale + size : nullptr, limit};
     std::vector<moments::Slice> slices;
     Index channels = 0;
     for (size_t i = 0; i < arrays.size(); i++) {
       const auto array = arrays.get<Array>(i);
       require(array.has_value());
-      const auto size = array->dimensions();
-      require(size.size() == 3 && size[0] == shape.groups && size[1] == shape.pixels);
-      slices.push_back({array->typed_data(), size[2]});
-      channels += size[2];
+      const auto slice = array->dimensions();
+      require(slice.size() == 3 && slice[0] == shape.groups && slice[1] == shape.pixels);
+      slices.push_back({array->typed_data(), slice[2]});
+      channels += slice[2];
     }
     require(channels == shape.channels);
-    moments::of_gradient(pool, shape, slices, dy.typed_data(), totals->typed_data());
+    moments::of_gradient(pool, shape, slices, activation, dy.typed_data(),
+                         totals->typed_data());
   });
 }
 
@@ -343,7 +351,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(weighted_sum, WeightedSum,
                                   .Arg<Array>()
                                   .Arg<Array>()
                                   .RemainingArgs()
-                                  .Ret<Array>());
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("relu"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(weights_gradients, WeightsGradients,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -355,6 +364,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(weights_gradients, WeightsGradients,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     map_moments, MapMoments,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    gradient_moments, GradientMoments,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().RemainingArgs().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gradient_moments, GradientMoments,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .RemainingArgs()
+                                  .Ret<Array>()
+                                  .Attr<float>("limit"));

@@ -65,10 +65,10 @@ void add(const float* const* maps, Index offset, const float* weights, Index pix
   });
 }
 
-// y = shift (groups, channels) + the sum of all maps, each times its weights. weights:
-// (groups, maps, channels).
+// y = shift (groups, channels) + the sum of all maps, each times its weights, or the ReLU
+// of that. weights: (groups, maps, channels).
 inline void weighted_sum(ffi::ThreadPool& pool, const Shape& shape, const Maps& maps,
-                         const float* weights, const float* shift, float* y) {
+                         const float* weights, const float* shift, bool relu, float* y) {
   const Index count = static_cast<Index>(maps.size()), channels = shape.channels;
   parallel(pool, shape.groups * shape.chunks(), [&](Index item, Index) {
     const Index group = item / shape.chunks(), first = item % shape.chunks() * shape.chunk();
@@ -80,6 +80,9 @@ inline void weighted_sum(ffi::ThreadPool& pool, const Shape& shape, const Maps& 
       add<n>(&maps[static_cast<size_t>(m)], offset, weights + (group * count + m) * channels,
              pixels, channels, y + offset);
     });
+    if (!relu) return;
+    for (Index i = offset; i < offset + pixels * channels; i++)
+      y[i] = y[i] < 0 ? 0 : y[i];  // nan stays nan
   });
 }
 
