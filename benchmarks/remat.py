@@ -1,9 +1,9 @@
 """Time and memory of the levels of config.net.remat: python -m benchmarks.remat
 
 Runs the forward and backward pass of a net in training mode with each level of
-nets/remat.py, in interleaved rounds of one call, and prints the median. `saved_mib` are
-the bytes that the backward pass reads, from shapes alone; `temporary_mib` is the memory
-that the compiled program allocates for them and for everything else.
+nets/remat.py, in interleaved rounds of one call, and prints the median. `temporary_mib`
+is the memory that the compiled program allocates. benchmarks.saved counts what of it
+the backward pass reads.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from flax import nnx
 
 import benchmarks
 import nets
-from benchmarks import saved
 from nets import remat
 from runtime import processes
 
@@ -55,14 +54,12 @@ def measure(variant: str, rounds: int) -> list[dict]:
         arguments = (variables["params"], variables, x)
         step = jax.jit(jax.value_and_grad(forward, has_aux=True))
         compiled = step.lower(*arguments).compile()
-        size = saved.kept_bytes(net, x.shape)
         temporary = compiled.memory_analysis().temp_size_in_bytes
         programs[level] = lambda run=compiled, args=arguments: run(*args)
         rows[level] = {
             "variant": variant,
             "batch_size": images,
             "remat": level,
-            "saved_mib": round(size / 2**20),
             "temporary_mib": round(temporary / 2**20),
         }
     times = benchmarks.time_rounds(programs, rounds + 1)

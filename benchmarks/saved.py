@@ -48,14 +48,15 @@ def measure(variant: str) -> dict:
 
 
 def kept_bytes(net: nnx.Module, shape: tuple[int, int, int, int]) -> int:
-    """Returns the bytes that the gradients of a net's parameters need of its forward
-    pass, parameters and images (N, H, W, 3) of the given shape excluded.
+    """Returns the bytes that a step saves for the gradients of a net's parameters.
+
+    shape: of the images (N, H, W, 3). They and the parameters do not count.
     """
     definition, variables = nets.split(net)
 
     def loss(params, x):
-        variables_ = variables | {"params": params}
-        logits, _ = definition.apply(variables_, x, train=True)
+        merged = variables | {"params": params}
+        logits, _ = definition.apply(merged, x, train=True)
         labels = np.zeros(len(x), np.int32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

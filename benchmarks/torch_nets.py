@@ -257,15 +257,16 @@ def _through(stages, x):
 
 
 @forward(plain.ConvBlock)
-def _conv_block(self, x):
+def _conv_block(self, x, shortcut=None):
     x = self.norm(self.conv(x))
+    x = x if shortcut is None else x.add_(shortcut)
     return F.relu_(x) if self.relu else x
 
 
 @forward(plain.Unit)
 def _unit(self, x):
-    y = self.block2(self.block1(x))
-    return F.relu_(y.add_(x if self.shortcut is None else self.shortcut(x)))
+    shortcut = x if self.shortcut is None else self.shortcut(x)
+    return self.block2(self.block1(x), shortcut)
 
 
 @forward(plain.Plain, plain.IgcResNet)

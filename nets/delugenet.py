@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.conv import Conv, Linear
-from nets.layers.cross_layer import CrossLayer, Source, make_source, unstack_gains
+from nets.layers.cross_layer import CrossLayer, Source, make_source, unstack_scales
 from nets.layers.norm import BatchNorm
 from nets.layers.pooling import global_average_pool, max_pool
 from nets.layers.wiring import Wiring
@@ -110,7 +110,7 @@ class Block(nnx.Module):
             return [Source(x)]
         readers = [layer.cross for layer in self.layers if layer.cross is not None]
         readers.append(reader)
-        gains = unstack_gains(readers)
+        gains = unstack_scales(readers)
         sources = [make_source(x, self.norms[0], 0, gains)]
         for i, layer in enumerate(self.layers, start=1):
             x = checkpoint_name(layer(sources), "block")

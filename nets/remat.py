@@ -13,8 +13,9 @@ The default is `none`. On two CPU cores no other level is faster, and the memory
 compiled program does not shrink either (benchmarks/results/remat-*). They are meant for
 accelerators, where they have not been measured.
 
-Layers and nets name these maps by jax.ad_checkpoint.checkpoint_name. Batch statistics
-are kept at every level, so devices do not exchange them twice.
+Layers and nets name these maps by jax.ad_checkpoint.checkpoint_name. The output of a
+residual unit that ends in a ReLU is named by its BatchNorm, whose backward pass reads
+it. Batch statistics are kept at every level, so devices do not exchange them twice.
 """
 
 from collections.abc import Callable

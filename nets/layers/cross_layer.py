@@ -72,7 +72,7 @@ def make_source(
 ) -> Source:
     """Measures the output x of a layer for all readers that have a source `index`.
 
-    gains: the rows of each reader's `scale`, from `unstack_gains`.
+    gains: the rows of each reader's `scale`, from `unstack_scales`.
     """
     gains = [rows for rows in gains if len(rows) > index]
     scale, shift = (
@@ -83,11 +83,11 @@ def make_source(
     return Source(x, scale, shift, copies)
 
 
-def unstack_gains(readers: Sequence[CrossLayer]) -> list[Sequence[jax.Array]]:
+def unstack_scales(readers: Sequence[CrossLayer]) -> list[Sequence[jax.Array]]:
     """Returns the rows of each reader's `scale`, once for all its sources.
 
-    Indexing `scale` for each pair of source and reader made the train step of
-    DelugeNet-146 a tenth larger.
+    Indexing `scale` for each pair of source and reader gave the train step of
+    DelugeNet-146 a tenth more operations.
     """
     return [jnp.unstack(reader.scale[...]) for reader in readers]
 
@@ -140,8 +140,8 @@ def _weighted_sum(maps, weights, shift):
     # memory of a sum of products (benchmarks/results/cross_layer-*.csv).
     # Added in the original's order, because a few steps of training amplify rounding
     # errors 10,000 times.
-    each = zip(_unstack(weights), _flatten(maps, weights), strict=True)
-    y = sum(weight * x for weight, x in reversed(list(each))) + shift[:, None]
+    pairs = list(zip(_unstack(weights), _flatten(maps, weights), strict=True))
+    y = sum(weight * x for weight, x in reversed(pairs)) + shift[:, None]
     return y.astype(maps[0].dtype).reshape(maps[0].shape)
 
 

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nets.layers.cpu import calls
 
-LIMITS = {"relu": None, "relu6": 6.0}  # upper limits of the activations' results
 Activation = Literal["relu", "relu6"] | None
+ACTIVATIONS = {None: lambda y: y, "relu": nnx.relu, "relu6": nnx.relu6}
+LIMITS = {"relu": math.inf, "relu6": 6.0}  # an activation passes values from 0 to here
 
 
 class Measured(NamedTuple):
@@ -43,8 +44,8 @@ class BatchNorm(nnx.Module):
     runs of images with separate statistics ("ghost" batch norm, for originals trained
     on that many GPUs). Statistics cover all devices of `axis_name`, or only this device
     if None. One of the numbers of groups and devices must divide the other. Statistics
-    are at least float32; the output has the dtype of the input. In training there is no
-    forward-mode derivative (jax.jvp).
+    are at least float32; the output has the dtype of the input. In training, and with a
+    shortcut, there is no forward-mode derivative (jax.jvp).
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class BatchNorm(nnx.Module):
         activation: applied to the result. The backward pass computes its derivative
           from x, so nothing is kept for it.
         shortcut: a map that is added before the activation, which has to be "relu". The
-          result is the output of a residual unit, a block in nets/remat.py.
+          result ends a residual unit and is named "block" for nets/remat.py.
         """
         maps = x if isinstance(x, Sequence) else [self.measure(x)]
         scale, shift = self.coefficients(maps)
@@ -91,7 +92,7 @@ class BatchNorm(nnx.Module):
             return _normalise(maps, scale, shift, activation)
         # In evaluation, scale and shift are (C,).
         x = _concatenate(maps)
-        return _activate(x * scale + shift, activation).astype(x.dtype)
+        return ACTIVATIONS[activation](x * scale + shift).astype(x.dtype)
 
     def coefficients(self, maps: Sequence[Measured]) -> tuple[jax.Array, jax.Array]:
         """Returns the scale and shift that normalise concatenated measured maps.
@@ -128,7 +129,7 @@ class BatchNorm(nnx.Module):
         for running, batch in ((self.mean, mean), (self.var, var)):
             # `running[...] = value` searches everything traced so far: it made tracing
             # ResNet-101 take 5.5 s of CPU time instead of 0.5 s.
-            running.set_value(_move(running[...], batch, self.keep))
+            running.set_value(_next_average(running[...], batch, self.keep))
 
 
 class Sharing(NamedTuple):
@@ -144,9 +145,10 @@ class Sharing(NamedTuple):
         return max(1, self.devices() // self.groups)
 
     def groups_per_device(self, images: int) -> int:
-        """Returns the number of groups of `images` images on this device.
+        """Returns into how many groups this device splits its images.
 
-        If it does not divide a smaller last batch, the next larger number that does.
+        If that number does not divide a smaller last batch, returns the next larger one
+        that does.
         """
         groups = min(images, max(1, self.groups // self.devices()))
         while images % groups:
@@ -162,8 +164,8 @@ class Sharing(NamedTuple):
         return jax.lax.pmean(x, self.axis_name, axis_index_groups=together)
 
 
-# Within jax.jit, layers of equal shapes are traced once. For the train step of
-# ResNet-110, that takes a fifth of the time (nets/layers/lowerings.py does the same).
+# Within jax.jit, layers of equal shapes are traced once, as in nets/layers/lowerings.py:
+# tracing and lowering the train step of ResNet-110 takes a third of the time.
 
 
 @functools.partial(jax.jit, static_argnames="sharing")
@@ -188,7 +190,7 @@ def _measure(x: jax.Array, reference: jax.Array, sharing: Sharing) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="keep")
-def _move(running: jax.Array, batch: jax.Array, keep: float) -> jax.Array:
+def _next_average(running: jax.Array, batch: jax.Array, keep: float) -> jax.Array:
     """Returns the next running average (C,) from statistics (groups, 1, ..., C)."""
     # Several groups (or devices) contribute their average.
     batch = batch.reshape(-1, batch.shape[-1]).mean(0)
@@ -232,22 +234,20 @@ def _unflatten(sums: jax.Array, dimensions: int) -> jax.Array:
     return sums.reshape(*sums.shape[:2], *[1] * (dimensions - 1), sums.shape[-1])
 
 
-def _activate(y: jax.Array, activation: Activation) -> jax.Array:
-    return y if activation is None else jnp.clip(y, 0, LIMITS[activation])
-
-
-def _differentiate(activation: Activation, maps, scale, shift, dy) -> jax.Array:
+def _through_activation(activation: Activation, maps, scale, shift, dy) -> jax.Array:
     """Returns the gradient of the activation's argument scale * x + shift.
 
     maps: (N, ..., C), whose concatenation is x. dy: (groups, N / groups, ..., C), the
-    gradient of the activation's result.
+    gradient of the activation's result. The C++ kernel may round the argument
+    differently, which matters only within a rounding error of a limit.
     """
     if activation is None:
         return dy
     y = _group(_concatenate(maps), len(dy)) * scale + shift
-    limit = LIMITS[activation]
-    inside = y > 0 if limit is None else (y > 0) & (y < limit)
-    return jnp.where(inside, dy, 0)
+    passed = y > 0
+    if LIMITS[activation] < math.inf:
+        passed &= y < LIMITS[activation]
+    return jnp.where(passed, dy, 0)
 
 
 def _moments_in_cpp(x, reference):
@@ -269,7 +269,7 @@ def _sum_moments(x: jax.Array, reference: jax.Array) -> jax.Array:
 def _sum_gradients(activation: Activation):
     """Returns (maps, scale, shift, dy) -> the gradients of shift and scale.
 
-    maps, dy: see `_differentiate`.
+    maps, dy: see `_through_activation`.
     """
 
     def in_cpp(maps, scale, shift, dy):
@@ -277,13 +277,13 @@ def _sum_gradients(activation: Activation):
         maps, coefficients, limit = list(map(flatten, maps)), None, math.inf
         if activation is not None:
             coefficients = jnp.stack([flatten(each)[:, 0] for each in (scale, shift)])
-            limit = LIMITS[activation] or math.inf
+            limit = LIMITS[activation]
         sums = calls.gradient_moments(maps, flatten(dy), coefficients, limit)
         return _unflatten(sums, dy.ndim - 1)
 
     @calls.use_kernel(in_cpp)
     def compute(maps, scale, shift, dy):
-        dy = _differentiate(activation, maps, scale, shift, dy)
+        dy = _through_activation(activation, maps, scale, shift, dy)
         return _sum(dy, dy * _group(_concatenate(maps), len(dy)))
 
     return compute
@@ -311,7 +311,7 @@ def _scale_and_shift(
     maps: (N, ..., C), whose concatenation is x. scale, shift: (groups, 1, ..., C).
     """
     x = _concatenate(maps)
-    y = _activate(_group(x, len(scale)) * scale + shift, activation)
+    y = ACTIVATIONS[activation](_group(x, len(scale)) * scale + shift)
     return y.astype(x.dtype).reshape(x.shape)
 
 
@@ -324,7 +324,7 @@ def _gradients(activation, residuals, dy):
     maps, scale, _ = residuals
     grouped = _group(dy, len(scale)).astype(scale.dtype)
     dshift, dscale = _sum_gradients(activation)(*residuals, grouped)
-    dx = _differentiate(activation, *residuals, grouped) * scale
+    dx = _through_activation(activation, *residuals, grouped) * scale
     dx = dx.astype(dy.dtype).reshape(dy.shape)
     ends = np.cumsum([x.shape[-1] for x in maps])[:-1]
     return jnp.split(dx, ends, axis=-1), dscale, dshift
@@ -333,37 +333,37 @@ def _gradients(activation, residuals, dy):
 _scale_and_shift.defvjp(_forward, _gradients)
 
 
-def _unit_in_cpp(x, shortcut, scale, shift):
+def _residual_sum_in_cpp(x, shortcut, scale, shift):
     flatten = functools.partial(_flatten, groups=len(scale))
     maps, scale, shift = [flatten(x), flatten(shortcut)], flatten(scale), flatten(shift)
     weights = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)
     return calls.weighted_sum(maps, weights, shift[:, 0], relu=True).reshape(x.shape)
 
 
-@calls.use_kernel(_unit_in_cpp)
-def _compute_unit(x, shortcut, scale, shift):
+@calls.use_kernel(_residual_sum_in_cpp)
+def _compute_residual_sum(x, shortcut, scale, shift):
     y = (_group(x, len(scale)) * scale + shift).astype(x.dtype)
     return nnx.relu(y.reshape(x.shape) + shortcut)
 
 
 @jax.custom_vjp
-def _unit(x, shortcut, scale, shift):
-    return _forward_unit(x, shortcut, scale, shift)[0]
+def _residual_sum(x, shortcut, scale, shift):
+    return _forward_residual_sum(x, shortcut, scale, shift)[0]
 
 
-def _forward_unit(x, shortcut, scale, shift):
-    y = checkpoint_name(_compute_unit(x, shortcut, scale, shift), "block")
+def _forward_residual_sum(x, shortcut, scale, shift):
+    y = checkpoint_name(_compute_residual_sum(x, shortcut, scale, shift), "block")
     return y, (x, scale, shift, y)
 
 
-def _unit_gradients(residuals, dy):
+def _residual_sum_gradients(residuals, dy):
     x, scale, shift, y = residuals
     dy = jnp.where(y > 0, dy, 0)  # the next convolution keeps y anyway
     (dx,), dscale, dshift = _gradients(None, ([x], scale, shift), dy)
     return dx, dy, dscale, dshift
 
 
-_unit.defvjp(_forward_unit, _unit_gradients)
+_residual_sum.defvjp(_forward_residual_sum, _residual_sum_gradients)
 
 
 @jax.jit
@@ -376,7 +376,7 @@ def _add_relu(x, shortcut, scale, shift) -> jax.Array:
     """
     if scale.ndim == 1:
         scale, shift = (each.reshape(*[1] * x.ndim, -1) for each in (scale, shift))
-    return _unit(x, shortcut, scale, shift)
+    return _residual_sum(x, shortcut, scale, shift)
 
 
 def torch_batch_norm(channels: int, scale: str, rngs: nnx.Rngs) -> BatchNorm:

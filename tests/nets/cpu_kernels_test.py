@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nets.layers.cpu import build, calls
-from nets.layers.cross_layer import CrossLayer, make_source, unstack_gains
+from nets.layers.cross_layer import CrossLayer, make_source, unstack_scales
 from nets.layers.expander import ExpanderConv
 from nets.layers.interleaved import SecondaryConv, mix_literally
 from nets.layers.lowerings import Shape, convolution, native
@@ -284,7 +284,7 @@ class Mixing(nnx.Module):
     def __call__(self, maps):
         pairs = enumerate(zip(maps, self.norms, strict=True))
         sources = [
-            make_source(x, norm, i, unstack_gains(self.readers))
+            make_source(x, norm, i, unstack_scales(self.readers))
             for i, (x, norm) in pairs
         ]
         return [reader(sources[: len(reader.scale)]) for reader in self.readers]
@@ -411,12 +411,14 @@ def test_batch_norm_equals_xlas(kernels, monkeypatch, case, activation):
     assert_equal(*map(jax.tree.leaves, (found, expected)))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "unit"])
 @pytest.mark.parametrize(("channels", "splits"), [(5, []), (36, []), (36, [20])])
-def test_batch_norm_keeps_nan_in_its_channel(kernels, channels, splits):
+def test_batch_norm_keeps_nan_in_its_channel(kernels, channels, splits, activation):
     shape = (2, 3, 4, channels)
     for channel in (0, channels - 1):
         x = normal(shape).at[1, 2, 3, channel].set(np.nan)
-        _, results = normalise(x, 1, splits, None)
+        _, results = normalise(x, 1, splits, activation)
+        # Output, running statistics, gradient of x.
         for result in results[:4]:
             has_nan = np.isnan(result).reshape(-1, channels).any(0)
             np.testing.assert_array_equal(has_nan, np.arange(channels) == channel)

@@ -14,7 +14,7 @@ import nets
 from convert.sources import to_reference
 from nets import cost
 from nets.layers.conv import Conv
-from nets.layers.cross_layer import CrossLayer, make_source, unstack_gains
+from nets.layers.cross_layer import CrossLayer, make_source, unstack_scales
 from nets.layers.expander import ExpanderConv
 from nets.layers.norm import BatchNorm
 from tests.support.compiling import run_once
@@ -43,7 +43,7 @@ def normalised(xs, reader):
     """Returns sources for a reader, with statistics that change nothing."""
     norm = BatchNorm(5, affine=False, eps=0.0)
     norm.eval()
-    return [make_source(x, norm, i, unstack_gains([reader])) for i, x in enumerate(xs)]
+    return [make_source(x, norm, i, unstack_scales([reader])) for i, x in enumerate(xs)]
 
 
 class Mixing(nnx.Module):
@@ -60,7 +60,7 @@ class Mixing(nnx.Module):
     def __call__(self, maps):
         pairs = zip(maps, self.norms, strict=True)
         sources = [
-            make_source(x, norm, i, unstack_gains([self.cross]))
+            make_source(x, norm, i, unstack_scales([self.cross]))
             for i, (x, norm) in enumerate(pairs)
         ]
         x = self.cross(sources)

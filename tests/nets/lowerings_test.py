@@ -98,12 +98,14 @@ def test_lowerings_agree(case, lowering):
 def test_chunks_add_up_for_every_batch_size(monkeypatch, lowering, images):
     case = "3x3 narrows"
     monkeypatch.setattr(lowerings, "CHUNK_ROWS", 3 * 6 * 6)  # at most 3 images
+    jax.clear_caches()  # which do not depend on it
     assert_equal(case, lowering, images)
 
 
 @pytest.mark.parametrize("images", [1, 6, 7, 13])
 def test_pieces_of_a_batch_may_differ_in_size(monkeypatch, images):
     monkeypatch.setattr(lowerings, "PIECE_ROWS", 2 * 6 * 6)
+    jax.clear_caches()  # which do not depend on it
     assert_equal("3x3", "separated", images)
 
 
@@ -174,6 +176,7 @@ def test_second_derivatives_agree(case):
 def test_works_inside_a_loop_of_a_sharded_step(monkeypatch, case):
     """As in a train step: two devices, chunks within a fori_loop."""
     monkeypatch.setattr(lowerings, "CHUNK_ROWS", 64)
+    jax.clear_caches()  # which do not depend on it
     x_shape, kernel_shape, options = sizes(case, images=8)
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.standard_normal(s)) for s in (x_shape, kernel_shape))

@@ -8,7 +8,7 @@ from flax import nnx
 from convert.delugenets import Reader, cross_layers
 from convert.sources import TORCH_LEAVES, assign, by_layer, empty
 from nets.delugenet import Block, CompositeLayer, Transition
-from nets.layers.cross_layer import CrossLayer, Source, make_source, unstack_gains
+from nets.layers.cross_layer import CrossLayer, Source, make_source, unstack_scales
 from nets.layers.norm import BatchNorm
 from nets.layers.wiring import Wiring
 from tests.support.golden_checks import Comparison, evaluate, train
@@ -52,7 +52,7 @@ class Unit(nnx.Module):
         sources = [
             Source(x)
             if reader is None
-            else make_source(x, norm, i, unstack_gains([reader]))
+            else make_source(x, norm, i, unstack_scales([reader]))
             for i, (x, norm) in pairs
         ]
         if not block:

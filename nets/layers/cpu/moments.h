@@ -69,8 +69,8 @@ void add_up(ffi::ThreadPool& pool, const Shape& shape, const F& f, float* totals
   copy(totals, all.data(), size);
 }
 
-// Calls run(load), of which load(from, count) loads a vector from an array that has
-// `count` more elements: with fewer channels than lanes, these may be too few.
+// Calls run(load). load(from, count) loads a vector from an array of which `count`
+// elements are left; only with fewer channels than lanes may these be too few.
 template <typename F>
 void with_load(Index channels, const F& run) {
   if (channels < kLanes)
@@ -86,10 +86,10 @@ inline void of_map(ffi::ThreadPool& pool, const Shape& shape, const float* x,
   with_load(channels, [&](auto load) {
     const auto sums_of = [&](Index group, Index c) {
       const Index row = group * channels + c;
-      const Vector zero = load(reference + row, rows - row);
+      const Vector centre = load(reference + row, rows - row);
       return [=](Index p) -> Pair {
         const Index i = p * channels + c;
-        const Vector centred = load(x + i, rows * shape.pixels - i) - zero;
+        const Vector centred = load(x + i, rows * shape.pixels - i) - centre;
         return {centred, centred * centred};
       };
     };
@@ -103,8 +103,8 @@ struct Slice {
   Index channels;
 };
 
-// An activation: it passes values between 0 and limit. scale, shift: (groups, channels),
-// of the normalisation before it; null if there is no activation.
+// An activation passes values between 0 and limit. scale, shift (groups, channels): of the
+// normalisation before it; null without an activation.
 struct Activation {
   const float *scale, *shift;
   float limit;
@@ -135,8 +135,8 @@ inline void of_gradient(ffi::ThreadPool& pool, const Shape& shape,
       if (!activation.scale)
         return add([=](Index, Index c) {
           return [=](Index p) -> Pair {
-            const Vector dy = gradient(p, c);
-            return {dy, dy * input(p, c)};
+            const Vector value = gradient(p, c);
+            return {value, value * input(p, c)};
           };
         });
       add([=](Index group, Index c) {
@@ -146,9 +146,9 @@ inline void of_gradient(ffi::ThreadPool& pool, const Shape& shape,
         return [=](Index p) -> Pair {
           const Vector x = input(p, c), y = scale * x + shift;
           const Lanes passed = (y > 0) & (y < activation.limit);
-          const Vector dy =
+          const Vector value =
               reinterpret_cast<Vector>(reinterpret_cast<Lanes>(gradient(p, c)) & passed);
-          return {dy, dy * x};
+          return {value, value * x};
         };
       });
     });
