@@ -2,8 +2,8 @@
 
 Runs the forward and backward pass of a net in training mode with each level of
 nets/remat.py, in interleaved rounds of one call, and prints the median. `temporary_mib`
-is the memory that the compiled program allocates. benchmarks.saved counts what of it
-the backward pass reads.
+is the memory that the compiled program allocates. benchmarks.saved counts the bytes
+that the backward pass reads.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """What a training step saves for its gradients: python -m benchmarks.saved
 
-For each net of benchmarks.models and each level of config.net.remat, the bytes of the
-arrays that jax.vjp keeps, from shapes alone; and the bytes that PyTorch saves for the
-same net (torch_nets.py), if PyTorch is installed. Parameters and images do not count,
-because they exist anyway. The choice of lowerings is that of the machine.
+Counts, for each net of benchmarks.models and each level of config.net.remat, the bytes
+of the arrays that jax.vjp keeps, from shapes alone, and, if PyTorch is installed, the
+bytes that it saves for the same net (torch_nets.py). Parameters and images do not
+count, because they exist anyway. Lowerings are chosen for the machine that it runs on.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from nets import remat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", default=list(models.NETS))
+    choices = list(models.NETS)
+    parser.add_argument("--variants", nargs="+", choices=choices, default=choices)
     for variant in parser.parse_args().variants:
         row = measure(variant)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)

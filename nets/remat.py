@@ -15,7 +15,8 @@ accelerators, where they have not been measured.
 
 Layers and nets name these maps by jax.ad_checkpoint.checkpoint_name. The output of a
 residual unit that ends in a ReLU is named by its BatchNorm, whose backward pass reads
-it. Batch statistics are kept at every level, so devices do not exchange them twice.
+it. Every level keeps batch statistics: computing them again would take a second
+exchange between devices.
 """
 
 from collections.abc import Callable

@@ -76,10 +76,10 @@ class BatchNorm(nnx.Module):
     ) -> jax.Array:
         """Normalises x (N, ..., C), or measured maps, which it concatenates.
 
-        activation: applied to the result. The backward pass computes its derivative
-          from x, so nothing is kept for it.
-        shortcut: a map that is added before the activation, which has to be "relu". The
-          result ends a residual unit and is named "block" for nets/remat.py.
+        activation: applied to the result. The backward pass recomputes its derivative
+          from x instead of storing a mask.
+        shortcut: a map to add before the activation, which must then be "relu". The sum
+          is the output of a residual unit, which nets/remat.py knows as a "block".
         """
         maps = x if isinstance(x, Sequence) else [self.measure(x)]
         scale, shift = self.coefficients(maps)

@@ -92,8 +92,8 @@ def plain(layers):
 def test_only_inputs_and_outputs_of_convolutions_are_kept(form, maps):
     """Normalisation, ReLU and shortcuts read these maps in their backward passes.
 
-    maps: their number in each stage. The last output of a residual net is kept for the
-    ReLU of its unit, that of a plain net for nothing.
+    maps: the number of maps kept in each stage. A residual net also keeps the output of
+    its last unit, which the gradient of that unit's ReLU reads.
     """
     sizes = [32 * 32 * 16, 16 * 16 * 32, 8 * 8 * 64]
     values = np.dot(maps, sizes) + 32 * 32 * 3  # and the images
