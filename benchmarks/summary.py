@@ -1,9 +1,9 @@
-"""The table and the figure of docs/speed.md, from the results of benchmarks.models.
+"""The tables and the figure of docs/speed.md, from the results of benchmarks.models.
 
 python -m benchmarks.summary
 
-Prints the table in Markdown and draws docs/speed.png. Reads the rows of --peers that
-were measured on the CPU.
+Prints the tables in Markdown and draws the first to docs/speed.png. Reads the rows of
+--peers that were measured on CPUs.
 """
 
 import pathlib
@@ -14,7 +14,10 @@ import benchmarks
 from benchmarks.models import NETS
 
 RATIO = "of_pytorch"
-RESULTS = "models-x86_64-2cores-jax*.csv"
+RESULTS = {  # by the widest instructions of the processor
+    "AVX-512": "models-x86_64-2cores-jax*.csv",
+    "AVX2": "models-avx2-peers-x86_64-2cores-jax*.csv",
+}
 FIGURE = pathlib.Path(__file__).parents[1] / "docs/speed.png"
 HEADER = (
     *("variant", "batch", "images/s: ours", "regular twin", "PyTorch"),
@@ -24,15 +27,15 @@ HEADER = (
 
 
 def main() -> None:
-    (path,) = benchmarks.RESULTS.glob(RESULTS)
-    nets = read(path)
-    print(markdown(nets))
-    draw(nets)
+    for instructions in RESULTS:
+        print(f"{instructions}\n\n{markdown(read(instructions))}\n")
+    draw(read("AVX-512"))
     print(f"drew {FIGURE}")
 
 
-def read(path: pathlib.Path) -> dict[str, dict[str, dict]]:
+def read(instructions: str) -> dict[str, dict[str, dict]]:
     """Returns the rows by variant, in the order of NETS, and framework."""
+    (path,) = benchmarks.RESULTS.glob(RESULTS[instructions])
     nets = {}
     for row in benchmarks.read(path):
         nets.setdefault(row["variant"], {})[row["framework"]] = row
