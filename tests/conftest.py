@@ -9,15 +9,15 @@ import pytest
 # Before anything imports jax. Tests of one device use the first. Tests spend most of
 # their time compiling, so LLVM's optimizations are off. They are on in the runs of
 # main.py that tests start in processes.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
+UNOPTIMISED = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The older emitters compile these nets 3 times faster. An unknown flag would end
     # the process, and some day they will be removed.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    UNOPTIMISED.append("--xla_cpu_use_fusion_emitters=false")
+FLAGS = ["--xla_force_host_platform_device_count=8", *UNOPTIMISED]
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 # In this process, only the tests of nets/layers/cpu use the C++ kernels.

@@ -202,6 +202,7 @@ def test_autoaugment_applies_the_25_pairs_as_often_as_published(image):
     compare(draws(policies.autoaugment, image, 4000), expected)
 
 
+@pytest.mark.slow
 def test_randaugment_draws_each_operation_equally_often(image):
     magnitude = 20.0
     one = []

@@ -9,7 +9,9 @@ from configs import common
 from configs.data_sets import DATA_SETS
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize(
+    "name", ["digits", pytest.param("cifar10", marks=pytest.mark.slow)]
+)
 def test_facts_are_those_of_the_data(name, request):
     facts, data = DATA_SETS[name], common.base().data
     data.name = name

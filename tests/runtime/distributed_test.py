@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.workdir import read_rows
+from tests.conftest import UNOPTIMISED
 from tests.support import launch
 from tests.support.launch import CONFIG, TOTAL, arguments, finish, kill_when, start
 
@@ -27,6 +28,8 @@ def start_both(workdir, cache, **fields):
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(index),
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            # jax caches no program of the second process, which compiles all anew.
+            "XLA_FLAGS": " ".join(UNOPTIMISED),
         }
         processes.append(start(flags, cache, env=env))
     return processes

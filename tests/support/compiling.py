@@ -13,6 +13,15 @@ def run_once(function):
     return jax.jit(function, compiler_options=options())
 
 
+def run_often(function):
+    """Returns jax.jit of a function that takes longer to run than to optimise."""
+    optimised = {
+        "xla_backend_optimization_level": 1,
+        "xla_llvm_disable_expensive_passes": False,
+    }
+    return jax.jit(function, compiler_options=options() | optimised)
+
+
 @functools.cache
 def options() -> dict:
     """Returns the compiler options of `run_once`."""

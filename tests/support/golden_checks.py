@@ -11,10 +11,12 @@ import optimizers
 from convert.sources import to_reference
 from nets import cost
 from nets.layers.norm import BatchNorm
-from tests.support.compiling import run_once
+from tests.support.compiling import run_often, run_once
 from tests.support.golden_files import Golden
 
 EXACT, ROUNDED = 1e-9, 1e-5
+# A net of few large layers takes longer to run than to optimise: AlexNet 4 times.
+OPTIMISED_MACS_PER_TENSOR = 30e6
 
 
 class Comparison:
@@ -79,6 +81,8 @@ def network(golden: Golden) -> Comparison:
     facts, arrays, comparison = golden.facts, golden.arrays, Comparison()
     net, tensors = convert.build(facts), golden.tensors()
     images, loss = golden.images(), cross_entropy(golden.labels())
+    large = facts["macs"] > OPTIMISED_MACS_PER_TENSOR * len(facts["tensors"])
+    jit = run_often if large else run_once
 
     counts = cost.total(cost.layers(net, images.shape))
     trainable = facts["trainable_params"]
@@ -91,12 +95,12 @@ def network(golden: Golden) -> Comparison:
     # Loaded for each mode, because DelugeNet's import depends on it.
     net.eval()
     convert.load(net, tensors)
-    comparison.add("eval", evaluate(net, images), arrays["logits_eval"])
+    comparison.add("eval", evaluate(net, images, jit=jit), arrays["logits_eval"])
 
     net.train()
     convert.load(net, tensors)
     sources = convert.find_sources(net, tensors)
-    run, variables = forward_backward(net, loss)
+    run, variables = forward_backward(net, loss, jit=jit)
     trained = by_reference(net, sources, variables, run(variables, images))
     comparison.add("train", trained["output"], arrays["logits_train"])
     comparison.add("loss", trained["loss"], arrays["loss_train"])
@@ -194,14 +198,14 @@ def _sgd_steps(facts, run, variables, images, comparison) -> None:
             comparison.add(group, *values, f"step {step}")
 
 
-def evaluate(net: nnx.Module, x, *, train: bool = False) -> np.ndarray:
+def evaluate(net: nnx.Module, x, *, train=False, jit=run_once) -> np.ndarray:
     """Returns the output of a net in eval or train mode."""
     definition, variables = nets.split(net)
-    output = run_once(lambda variables, x: definition.apply(variables, x, train=train))
+    output = jit(lambda variables, x: definition.apply(variables, x, train=train))
     return output(variables, x)[0]
 
 
-def forward_backward(net: nnx.Module, loss, *, train: bool = True):
+def forward_backward(net: nnx.Module, loss, *, train=True, jit=run_once):
     """Returns a compiled function and the variables of the net, its first argument.
 
     (variables, x) -> ((loss, (output, statistics)), (gradients of params and of x))
@@ -213,7 +217,7 @@ def forward_backward(net: nnx.Module, loss, *, train: bool = True):
         output, statistics = definition.apply(variables, x, train=train)
         return loss(output), (output, statistics)
 
-    @run_once
+    @jit
     def compiled(variables, x):
         gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
         return gradient(variables["params"], x, variables)
