@@ -94,7 +94,7 @@ def rows(selected: Sequence[tuple[str, str, str]], *, recount: bool = False) -> 
 
         # disable=None: no bar if standard error is not a terminal
         for key in tqdm(missing, "counting", unit="variant", disable=None):
-            known[key] = _count(*key)
+            known[key] = count(*key)
     return [
         dict(zip(KEY, key, strict=True)) | known[key] | _published(*key)
         for key in selected
@@ -110,7 +110,8 @@ def read_table() -> dict[tuple[str, str, str], dict[str, int]]:
         }
 
 
-def _count(family: str, variant: str, data: str) -> dict[str, int]:
+def count(family: str, variant: str, data: str) -> dict[str, int]:
+    """Returns the COUNTS of a variant for a data set, from its net."""
     from nets import cost
 
     found = layers(load_family(family).get_config(f"{variant},{data}"))

@@ -136,7 +136,7 @@ def markdown(rows: list[dict]) -> str:
         ours = f"{row['error']} ± {row['error_sd']} ({row['seeds']} seeds)"
         cells = [str(row[name]) for name in HEADER]
         table.append([*cells, error, ours if row["error"] else ""])
-    # Columns without an entry are left out.
+    # Omits columns without an entry.
     used = [i for i, cells in enumerate(zip(*table[1:], strict=True)) if any(cells)]
     lines = [[line[i] for i in used] for line in table]
     lines.insert(1, ["---"] * len(used))

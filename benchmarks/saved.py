@@ -1,4 +1,4 @@
-"""What a training step saves for its gradients: python -m benchmarks.saved
+"""The bytes that a training step saves for its gradients: python -m benchmarks.saved
 
 Counts, for each net of benchmarks.models and each level of config.net.remat, the bytes
 of the arrays that jax.vjp keeps, from shapes alone, and, if PyTorch is installed, the

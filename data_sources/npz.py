@@ -93,8 +93,8 @@ def _array(path: pathlib.Path, file: np.lib.npyio.NpzFile, name: str) -> np.ndar
         if "Object arrays" not in str(error):
             raise
         raise DataError(
-            f"{path}: {name} is an array of Python objects, as numpy makes it of "
-            "images of several sizes. Save images of one size as uint8 (N, H, W, 3) "
+            f"{path}: {name} is an array of Python objects, which numpy makes if the "
+            "images differ in size. Save images of one size as uint8 (N, H, W, 3) "
             "and labels as integers (N,); images of several sizes are read from "
             "NAME/{train,test}/CLASS/*.png"
         ) from error

@@ -45,9 +45,27 @@ def parse(argv: Sequence[str]) -> list[str]:
             after = flatten(flags.FLAGS.config)
             changed = [field for field in after if after[field] != before.get(field)]
             check_effects(flags.FLAGS.config, changed)
+    except flags.IllegalFlagValueError as error:
+        sys.exit(f"error: {_explain(str(error))}")
     except (flags.Error, ValueError, TypeError) as error:
         sys.exit(f"error: {error}")
     return argv[:1]
+
+
+EXPECTED = {  # by what Python or absl says about a value
+    "invalid literal for int()": "an integer",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "true or false",
+}
+
+
+def _explain(message: str) -> str:
+    """Returns an error of absl, "flag --NAME=VALUE: REASON", in plainer words."""
+    flag, _, reason = message.partition(": ")
+    for words, expected in EXPECTED.items():
+        if words in reason:
+            return f"{flag}: expected {expected}"
+    return message
 
 
 class ConfigParser(flags.ArgumentParser):
@@ -105,7 +123,9 @@ def load_config_file(value: str) -> ConfigDict:
         near = difflib.get_close_matches(os.path.basename(path), files, n=1)
         ours = min(os.path.relpath(CONFIGS), str(CONFIGS), key=len)
         hint = f"; did you mean {ours}/{near[0]}?" if near else ""
-        kind = "is a directory" if os.path.isdir(path) else "does not exist"
+        kind = "is not a regular file" if os.path.exists(path) else "does not exist"
+        if os.path.isdir(path):
+            kind = "is a directory"
         raise ValueError(
             f"--config: {path or 'the file'} {kind}; {ours}/ has {', '.join(files)}"
             + hint

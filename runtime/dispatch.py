@@ -24,7 +24,7 @@ MAX_IN_FLIGHT = 4
 def use_compilation_cache() -> None:
     """Stores compiled programs in the user's cache directory.
 
-    The user's own settings ($JAX_COMPILATION_CACHE_DIR and its like) have precedence.
+    The user's own settings (such as $JAX_COMPILATION_CACHE_DIR) have precedence.
     """
     if not jax.config.jax_enable_compilation_cache:
         return

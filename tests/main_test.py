@@ -22,8 +22,21 @@ REFUSED = {
     "flat wiring": (DIGITS, {"net.wiring": "grouped"}, "net.wiring net.wiring.kind"),
     "value for a section": (DIGITS, {"data": "{}"}, "data section data.name"),
     "text as config": ("README.md", {}, "README.md get_config()"),
-    "type": (DIGITS, {"train.batch_size": "many"}, "train.batch_size=many int"),
-    "flag type": (DIGITS, {"data.flip": "perhaps"}, "data.flip perhaps"),
+    "type": (
+        DIGITS,
+        {"train.batch_size": "many"},
+        "train.batch_size=many: expected an integer",
+    ),
+    "number": (
+        DIGITS,
+        {"optimizer.learning_rate": "fast"},
+        "optimizer.learning_rate=fast: expected a number",
+    ),
+    "flag type": (
+        DIGITS,
+        {"data.flip": "perhaps"},
+        "data.flip=perhaps: expected true or false",
+    ),
     "no effect": (DIGITS, {"data.image_size": 64}, "data.image_size=64 data.crop"),
     "huge": (DIGITS, {"net.depth": 10**30}, "net.depth 10,000"),
     "no batch": (DIGITS, {"train.batch_size": 0}, "train.batch_size positive 0"),

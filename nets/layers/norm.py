@@ -116,14 +116,18 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             return Measured(x)
         reference = self.mean[...][-x.shape[-1] :]
-        statistics = _measure(x, reference, Sharing(self.groups, self.axis_name))
+        statistics = _measure(x, reference, self._sharing)
         return Measured(x, checkpoint_name(statistics, "statistics"))
+
+    @property
+    def _sharing(self) -> "Sharing":
+        return Sharing(self.groups, self.axis_name)
 
     def _update_running(self, mean: jax.Array, var: jax.Array, shape: tuple) -> None:
         """shape: (N, ..., C), of the map on this device."""
         if self.running_var == "unbiased":
-            sharing = Sharing(self.groups, self.axis_name)
-            count = math.prod(shape[:-1]) // len(mean) * sharing.devices_per_group()
+            devices = self._sharing.devices_per_group()
+            count = math.prod(shape[:-1]) // len(mean) * devices
             # A single value has no unbiased variance; torch raises an error.
             var = var * (count / max(count - 1, 1))
         for running, batch in ((self.mean, mean), (self.var, var)):

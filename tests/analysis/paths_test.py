@@ -149,7 +149,7 @@ class Map(nnx.Variable):
 
 
 class Given(nnx.Module):
-    """Returns a given map, whatever its input."""
+    """Returns a given map and ignores its input."""
 
     def __init__(self, x):
         self.x = Map(x)

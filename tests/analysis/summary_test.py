@@ -171,7 +171,7 @@ def test_update_writes_the_table(monkeypatch, tmp_path):
     text = summary.TABLE.read_text()
     table = summary.read_table()
     monkeypatch.setattr(summary, "TABLE", tmp_path / "variants.csv")
-    monkeypatch.setattr(summary, "_count", lambda *key: table[key])
+    monkeypatch.setattr(summary, "count", lambda *key: table[key])
     run(monkeypatch, "--update")
     assert summary.TABLE.read_text() == text
 

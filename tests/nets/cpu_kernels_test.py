@@ -5,9 +5,11 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -669,6 +671,60 @@ def test_a_truncated_library_is_built_anew(compiler):
         library.write_bytes(whole[:size])
         assert build.build() == library
         assert library.read_bytes() == whole
+
+
+@pytest.fixture
+def start_builds(compiler, tmp_path):
+    """Returns count -> processes that build, once all their compilers have started.
+
+    The compilers write no library before `finish` exists in tmp_path.
+    """
+    compiler(
+        f'case "$*" in *-E*) echo 1; exit;; esac; touch "{tmp_path}/started-$$"; '
+        f'until [ -e "{tmp_path}/finish" ]; do sleep 0.01; done; '
+        'for o; do :; done; echo library > "$o"'
+    )
+    command = "from nets.layers.cpu import build; print(build.build())"
+    options = dict(
+        cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+    def start(count):
+        processes = [
+            subprocess.Popen([sys.executable, "-c", command], **options)
+            for _ in range(count)
+        ]
+        while len(list(tmp_path.glob("started-*"))) < count:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        return processes
+
+    return start
+
+
+def test_processes_that_build_at_the_same_time_share_one_library(
+    start_builds, tmp_path
+):
+    processes = start_builds(2)
+    (tmp_path / "finish").touch()
+    written = {process.communicate()[0].strip() for process in processes}
+    assert written == {str(build.build())}
+    assert len(list((tmp_path / "cache/wirings").iterdir())) == 1
+
+
+def test_a_killed_build_does_not_matter(start_builds, tmp_path):
+    (process,) = start_builds(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    (draft,) = (tmp_path / "cache/wirings").iterdir()
+    (tmp_path / "finish").touch()
+    library = build.build()
+    assert library.read_bytes().startswith(b"library\n")
+    assert draft.exists()  # perhaps of a process that is still building
+    os.utime(draft, (0, 0))
+    library.unlink()
+    assert build.build() == library
+    assert list(library.parent.iterdir()) == [library]
 
 
 def test_a_library_that_cannot_be_loaded_is_not_used(compiler, caplog):

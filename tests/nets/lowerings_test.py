@@ -93,19 +93,31 @@ def test_lowerings_agree(case, lowering):
     assert_equal(case, lowering)
 
 
+@pytest.fixture
+def set_rows(monkeypatch):
+    """Sets a number of rows, CHUNK_ROWS or PIECE_ROWS, for one test.
+
+    What jax has traced with another number must not be used.
+    """
+
+    def set_rows(name, rows):
+        monkeypatch.setattr(lowerings, name, rows)
+        jax.clear_caches()
+
+    yield set_rows
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("images", [1, 6, 7, 13])
 @pytest.mark.parametrize("lowering", ["shifted", "scattered"])
-def test_chunks_add_up_for_every_batch_size(monkeypatch, lowering, images):
-    case = "3x3 narrows"
-    monkeypatch.setattr(lowerings, "CHUNK_ROWS", 3 * 6 * 6)  # at most 3 images
-    jax.clear_caches()  # which do not depend on it
-    assert_equal(case, lowering, images)
+def test_chunks_add_up_for_every_batch_size(set_rows, lowering, images):
+    set_rows("CHUNK_ROWS", 3 * 6 * 6)  # at most 3 images
+    assert_equal("3x3 narrows", lowering, images)
 
 
 @pytest.mark.parametrize("images", [1, 6, 7, 13])
-def test_pieces_of_a_batch_may_differ_in_size(monkeypatch, images):
-    monkeypatch.setattr(lowerings, "PIECE_ROWS", 2 * 6 * 6)
-    jax.clear_caches()  # which do not depend on it
+def test_pieces_of_a_batch_may_differ_in_size(set_rows, images):
+    set_rows("PIECE_ROWS", 2 * 6 * 6)
     assert_equal("3x3", "separated", images)
 
 
@@ -173,10 +185,9 @@ def test_second_derivatives_agree(case):
 
 
 @pytest.mark.parametrize("case", ["3x3 narrows", "3x3 strided", "3x3 pairs"])
-def test_works_inside_a_loop_of_a_sharded_step(monkeypatch, case):
+def test_works_inside_a_loop_of_a_sharded_step(set_rows, case):
     """As in a train step: two devices, chunks within a fori_loop."""
-    monkeypatch.setattr(lowerings, "CHUNK_ROWS", 64)
-    jax.clear_caches()  # which do not depend on it
+    set_rows("CHUNK_ROWS", 64)
     x_shape, kernel_shape, options = sizes(case, images=8)
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.standard_normal(s)) for s in (x_shape, kernel_shape))

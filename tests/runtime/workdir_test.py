@@ -7,6 +7,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
+import train
 from configs import common, delugenets, igcnets, xdensenet
 from input_pipeline import Facts
 from runtime import workdir
@@ -63,7 +64,9 @@ def test_fields_of_one_net_that_an_older_run_lacks_have_its_values(tmp_path):
     assert workdir.changes(config, tmp_path) == []
 
 
-@pytest.mark.parametrize("load", [workdir.load_config, workdir.load_facts])
+@pytest.mark.parametrize(
+    "load", [workdir.load_config, workdir.load_facts, train.restore]
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

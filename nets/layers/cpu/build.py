@@ -43,6 +43,7 @@ FLAGS = (
 # Of the build: ValueError for a $CXX with an open quotation mark, AttributeError for a
 # library without our functions.
 FAILURES = OSError, subprocess.SubprocessError, AttributeError, ValueError
+BUILDING, OLD_SECONDS = "build-", 24 * 3600.0  # a build takes seconds
 _lock, _loaded = threading.Lock(), {}
 
 
@@ -97,8 +98,10 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
         return library
     started = time.perf_counter()
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Processes that build at the same time, or die, leave only whole libraries behind.
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+    _remove_old_builds(library.parent)
+    # Of processes that build at the same time, or are killed, only whole libraries
+    # remain under the final name.
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=BUILDING) as folder:
         output = pathlib.Path(folder) / library.name
         headers = f"-isystem{jax.ffi.include_dir()}"  # no warnings from there
         _run([*command, headers, str(SOURCES / "kernels.cc"), "-o", str(output)])
@@ -152,6 +155,16 @@ def _is_whole(library: pathlib.Path) -> bool:
 
 def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
+
+
+def _remove_old_builds(folder: pathlib.Path) -> None:
+    """Removes what killed builds have left behind."""
+    for path in folder.glob(f"{BUILDING}*"):
+        try:
+            if time.time() - path.stat().st_mtime > OLD_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+        except FileNotFoundError:  # another process has just finished
+            pass
 
 
 def _run(command: list[str]) -> str:

@@ -105,8 +105,8 @@ struct Map {
   Index height, width, channels, top = 0, left = 0;
 };
 
-// Writes rows first ... first + rows - 1 of the padded map, `columns` pixels each. What
-// lies outside of them is left out.
+// Writes rows first ... first + rows - 1 of the padded map, `columns` pixels each.
+// Pixels of the image outside of them are dropped.
 inline void pad(const float* image, const Map& map, Index first, Index rows, Index columns,
                 float* out) {
   const Index c = map.channels;
