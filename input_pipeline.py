@@ -43,7 +43,7 @@ CHOICES = {
     "crop": ("pad", *crops.CROPS),
     "on_error": ("raise", "skip"),
 }
-_ORDER, _AUGMENTATION, _CROPS = 0, 1, 2  # independent random streams of a seed
+_ORDER, _CROP_AND_FLIP, _CROPS = 0, 1, 2  # independent random streams of a seed
 
 
 def load(data: ConfigDict, split: str) -> Split:
@@ -247,7 +247,7 @@ def plan(config: ConfigDict, num_examples: int, step: int) -> Plan:
     if missing and config.train.last_batch == "fill":
         following = _permutation(config.seed, num_examples, epoch + 1)
         index = np.concatenate([index, following[:missing]])
-    random = _random(config.seed, _AUGMENTATION, step)
+    random = _random(config.seed, _CROP_AND_FLIP, step)
     flip = (random.random(len(index)) < 0.5) & data.flip
     if in_memory(data):
         shape = len(index), 2

@@ -136,9 +136,9 @@ def _normalization(config: ConfigDict, facts: input_pipeline.Facts) -> dict:
 def train_step(program: Program, state: TrainState, batch: dict) -> TrainState:
     """Takes one step on this device's share of a batch.
 
-    batch: image (b, H, W, 3) uint8 and label (b,) int32. Runs inside a shard_map over
-    the mesh axis 'data' and returns the same state on all devices; running statistics
-    that differ between devices are averaged.
+    batch: image (b, H, W, 3) uint8, cropped and flipped, and label (b,) int32. Runs
+    inside a shard_map over the mesh axis 'data' and returns the same state on all
+    devices; running statistics that differ between devices are averaged.
     """
     config, device = program.config, jax.lax.axis_index("data")
     keys = jax.random.fold_in(jax.random.key(config.seed), STEPS)
@@ -209,7 +209,7 @@ def train_and_evaluate(
         return [train_and_evaluate(*run) for run in runs(config, workdir)]
     [(config, workdir)], mesh = runs(config, workdir), make_mesh()
     resume.check_agreement(config, workdir)
-    net, data_set = checks.check_config(config, mesh)
+    net, data_set = checks.check_config(config, mesh)  # finds the data, reads none
     old = resume.find(workdir)
     if old:
         old.check(config)

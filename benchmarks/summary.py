@@ -2,8 +2,8 @@
 
 python -m benchmarks.summary
 
-Prints the tables in Markdown and draws the first to docs/speed.png. Reads the rows of
---peers that were measured on CPUs.
+Prints the tables in Markdown and draws the first to docs/speed.png. Reads the files in
+RESULTS, which hold rows of --peers.
 """
 
 import pathlib
@@ -27,9 +27,10 @@ HEADER = (
 
 
 def main() -> None:
-    for instructions in RESULTS:
-        print(f"{instructions}\n\n{markdown(read(instructions))}\n")
-    draw(read("AVX-512"))
+    nets = {instructions: read(instructions) for instructions in RESULTS}
+    for instructions, found in nets.items():
+        print(f"{instructions}\n\n{markdown(found)}\n")
+    draw(nets["AVX-512"])
     print(f"drew {FIGURE}")
 
 
@@ -86,7 +87,7 @@ def draw(nets: dict[str, dict[str, dict]]) -> None:
     axes.set_yticks(range(len(nets)), nets)
     axes.invert_yaxis()
     axes.set_xlim(right=1.1 * axes.get_xlim()[1])
-    axes.set_xlabel("images/s, divided by PyTorch's")
+    axes.set_xlabel("images/s, divided by PyTorch's (AVX-512)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     figure.tight_layout()

@@ -171,7 +171,7 @@ def base() -> ConfigDict:
         # The last batch of an epoch: 'fill' takes the missing images from the next
         # epoch, 'partial' is smaller.
         last_batch="fill",
-        label_smoothing=0.0,  # share of the target spread over all classes
+        label_smoothing=0.0,  # share of a target for all classes alike; 0: off
         ema=0.0,  # decay per step of averaged weights, used in evaluation; 0: off
         epochs=300.0,  # passes over the training images
         steps_per_dispatch=1,  # pipeline='device': train steps per compiled call

@@ -15,7 +15,7 @@ from configs.common import Published, Variant
 from configs.data_sets import DATA_SETS, IMAGENET
 
 README = "IGCNets README: ImageNet validation, single centre crop, epoch 95 of 120"
-PAPER = "IGCNets paper, from memory: unverified"
+PAPER = "IGCNets paper, not verified"
 SVHN = "svhn_cropped_extra"
 DATA = ("cifar10", "cifar100", SVHN)
 

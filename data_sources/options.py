@@ -6,7 +6,10 @@ from ml_collections import ConfigDict
 
 
 def in_memory(data: ConfigDict) -> bool:
-    """Returns whether images are read into memory, not as photographs from disk."""
+    """Returns whether images are read into memory, not as photographs from disk.
+
+    Every config.data.crop except "pad" is one of photographs.
+    """
     return data.crop == "pad"
 
 

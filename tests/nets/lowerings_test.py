@@ -95,16 +95,16 @@ def test_lowerings_agree(case, lowering):
 
 @pytest.fixture
 def set_rows(monkeypatch):
-    """Sets a number of rows, CHUNK_ROWS or PIECE_ROWS, for one test.
+    """Sets CHUNK_ROWS or PIECE_ROWS for one test.
 
-    What jax has traced with another number must not be used.
+    Clears JAX's caches, because traced functions contain the old number.
     """
 
-    def set_rows(name, rows):
+    def set_to(name, rows):
         monkeypatch.setattr(lowerings, name, rows)
         jax.clear_caches()
 
-    yield set_rows
+    yield set_to
     jax.clear_caches()
 
 

@@ -46,7 +46,8 @@ def arguments(workdir, config=CONFIG, *more, **fields) -> list[str]:
 def start(arguments, cache, command=("main.py",), **popen) -> subprocess.Popen:
     """A process of one CPU device that shares compiled programs with the others.
 
-    Unlike the tests themselves, it optimizes its programs and uses the C++ kernels.
+    Unlike the tests themselves, it uses the C++ kernels and, unless popen's `env` sets
+    XLA_FLAGS, optimises its programs.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("CXX", "XLA_FLAGS")}
     env |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}

@@ -43,7 +43,8 @@ FLAGS = (
 # Of the build: ValueError for a $CXX with an open quotation mark, AttributeError for a
 # library without our functions.
 FAILURES = OSError, subprocess.SubprocessError, AttributeError, ValueError
-BUILDING, OLD_SECONDS = "build-", 24 * 3600.0  # a build takes seconds
+DRAFT = "build-"  # prefix of the folder of a build
+OLD_SECONDS = 24 * 3600.0  # a build takes ten
 _lock, _loaded = threading.Lock(), {}
 
 
@@ -98,10 +99,10 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
         return library
     started = time.perf_counter()
     library.parent.mkdir(parents=True, exist_ok=True)
-    _remove_old_builds(library.parent)
-    # Of processes that build at the same time, or are killed, only whole libraries
-    # remain under the final name.
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=BUILDING) as folder:
+    _remove_old_drafts(library.parent)
+    # Renaming a finished draft, so that the final name is always a whole library's,
+    # even if processes build at the same time or are killed.
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=DRAFT) as folder:
         output = pathlib.Path(folder) / library.name
         headers = f"-isystem{jax.ffi.include_dir()}"  # no warnings from there
         _run([*command, headers, str(SOURCES / "kernels.cc"), "-o", str(output)])
@@ -157,9 +158,9 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def _remove_old_builds(folder: pathlib.Path) -> None:
+def _remove_old_drafts(folder: pathlib.Path) -> None:
     """Removes what killed builds have left behind."""
-    for path in folder.glob(f"{BUILDING}*"):
+    for path in folder.glob(f"{DRAFT}*"):
         try:
             if time.time() - path.stat().st_mtime > OLD_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
