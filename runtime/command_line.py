@@ -61,10 +61,10 @@ EXPECTED = {  # by what Python or absl says about a value
 
 def _explain(message: str) -> str:
     """Returns an error of absl, "flag --NAME=VALUE: REASON", in plainer words."""
-    flag, _, reason = message.partition(": ")
     for words, expected in EXPECTED.items():
-        if words in reason:
-            return f"{flag}: expected {expected}"
+        before, found, _ = message.partition(words)
+        if found:
+            return f"{before.rpartition(': ')[0]}: expected {expected}"
     return message
 
 

@@ -24,8 +24,8 @@ REFUSED = {
     "text as config": ("README.md", {}, "README.md get_config()"),
     "type": (
         DIGITS,
-        {"train.batch_size": "many"},
-        "train.batch_size=many: expected an integer",
+        {"train.batch_size": "16: many"},
+        "train.batch_size=16: many: expected an integer",
     ),
     "number": (
         DIGITS,
