@@ -19,7 +19,14 @@ import nets
 from nets import remat
 from runtime import processes
 
-VARIANTS = {"xdensenet:40-24": 64, "igcnets:plain-38-L24M2": 64, "delugenets:146": 32}
+VARIANTS = {  # with the number of images
+    "cfmz:110": 64,
+    "xdensenet:40-24": 64,
+    "igcnets:plain-38-L24M2": 64,
+    "gunn:15": 32,
+    "delugenets:146": 32,
+    "xvgg:16-bn-expander": 64,
+}
 
 
 def main() -> None:
