@@ -12,12 +12,19 @@ from ml_collections import ConfigDict
 from configs import common
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
 def machine(device_kind: str, cores: int | None = None) -> str:
-    """Returns the machine's part of file names: accelerator, or processor and cores."""
+    """Returns the machine's part of file names: accelerator, or processor and cores.
+
+    Ratios depend on the width of vectors, so x86-64 without AVX-512 is "x86_64-avx2".
+    """
     if device_kind.lower() == "cpu":
-        return f"{platform.machine()}-{cores or os.cpu_count()}cores"
+        processor = platform.machine()
+        if processor == "x86_64" and CPU_INFO.exists():
+            processor += "" if "avx512f" in CPU_INFO.read_text() else "-avx2"
+        return f"{processor}-{cores or os.cpu_count()}cores"
     return device_kind.lower().replace(" ", "-")
 
 

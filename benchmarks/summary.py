@@ -16,7 +16,7 @@ from benchmarks.models import NETS
 RATIO = "of_pytorch"
 RESULTS = {  # by the widest instructions of the processor
     "AVX-512": "models-x86_64-2cores-jax*.csv",
-    "AVX2": "models-avx2-peers-x86_64-2cores-jax*.csv",
+    "AVX2": "models-x86_64-avx2-2cores-jax*.csv",
 }
 FIGURE = pathlib.Path(__file__).parents[1] / "docs/speed.png"
 HEADER = (

@@ -14,7 +14,7 @@ UNOPTIMISED = [
     "--xla_llvm_disable_expensive_passes=true",
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The older emitters compile these nets 3 times faster. An unknown flag would end
+    # The older emitters compile these nets 2.5 times faster. An unknown flag would end
     # the process, and some day they will be removed.
     UNOPTIMISED.append("--xla_cpu_use_fusion_emitters=false")
 FLAGS = ["--xla_force_host_platform_device_count=8", *UNOPTIMISED]

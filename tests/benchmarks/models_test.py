@@ -103,3 +103,15 @@ def test_unknown_variants_are_errors_before_any_process_starts(
         models.main()
     assert message in str(stop.value)
     assert not TURNS
+
+
+@pytest.mark.parametrize(("flags", "name"), [("avx512f", ""), ("avx2", "-avx2")])
+def test_results_are_named_after_the_width_of_vectors(
+    flags, name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(benchmarks.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(benchmarks, "CPU_INFO", tmp_path / "cpuinfo")
+    benchmarks.CPU_INFO.write_text(f"flags : fpu avx {flags}\n")
+    assert benchmarks.machine("cpu", 2) == f"x86_64{name}-2cores"
+    benchmarks.CPU_INFO.unlink()  # not on Linux
+    assert benchmarks.machine("cpu", 2) == "x86_64-2cores"
