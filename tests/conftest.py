@@ -35,8 +35,10 @@ def shared() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> pathlib.Path:
+def cache(tmp_path_factory, pytestconfig) -> pathlib.Path:
     """The cache directory of all workers and of all processes that tests start."""
+    if given := pytestconfig.getoption("--shared-cache"):
+        return given.resolve()
     folder = tmp_path_factory.getbasetemp()
     in_worker = "PYTEST_XDIST_WORKER" in os.environ
     return (folder.parent if in_worker else folder) / "cache"
@@ -53,6 +55,12 @@ def compile_once(cache) -> None:
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--shared-cache",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="cache directory, also of later sessions; default: a new one per session",
+    )
     parser.addoption(
         "--golden",
         type=pathlib.Path,

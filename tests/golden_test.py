@@ -21,7 +21,7 @@ from tests.support.golden_files import FORMAT, Golden
 
 OWN = pathlib.Path(__file__).parent / "golden"
 # Compile time grows with the number of tensors: larger networks are slow tests.
-MAX_FAST_TENSORS = 120
+MAX_FAST_TENSORS = 80
 
 
 @functools.cache

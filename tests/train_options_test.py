@@ -130,6 +130,7 @@ def test_augmentation_does_not_depend_on_the_devices(npz):
     assert not np.allclose(losses, Steps(configured(npz, **SLOWLY), 1).losses(2))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_the_groups_of_one_batch(npz):
     """Each batch normalises with its own statistics, so two make two groups."""
     whole = Steps(configured(npz, train__batch_norm_groups=2, **SLOWLY), 1)
@@ -156,6 +157,7 @@ def test_accumulated_batches_are_the_groups_of_one_batch(npz):
         assert not np.allclose(*first, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_within_an_accumulation(npz, tmp_path):
     fields = dict(name="adamw", clip_norm=1.0, accumulate_steps=3)
     fields = {f"optimizer__{name}": value for name, value in fields.items()}

@@ -248,7 +248,7 @@ WIRINGS = {
     "igc_resnet_imagenet": dict(kind="grouped", groups=8),
     "vgg": FEW | dict(compress=64),
 }
-FAST = {"delugenet"}
+FAST = {"resnet"}
 
 
 @pytest.mark.parametrize(

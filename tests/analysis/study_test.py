@@ -345,6 +345,7 @@ def test_a_study_trains_and_resumes(tmp_path, monkeypatch, capsys):
     assert "finished" in run("--dry-run")
 
 
+@pytest.mark.slow
 def test_the_dry_run_estimates_from_measured_steps(capsys):
     run, _ = make_runs(make_study(equal="width", seeds=1), "/nowhere")
     found = study.estimate(run.config)

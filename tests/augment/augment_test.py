@@ -47,7 +47,7 @@ def test_without_augmentation_images_are_only_normalised():
             marks=SLOW,
             id="autoaugment",
         ),
-        pytest.param(dict(jigsaw=True, ricap=0.3), id="jigsaw"),
+        pytest.param(dict(jigsaw=True, ricap=0.3), marks=SLOW, id="jigsaw"),
     ],
 )
 def test_the_number_of_devices_does_not_matter(options):

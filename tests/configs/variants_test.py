@@ -86,13 +86,10 @@ def test_data_sets_of_a_row_differ_in_the_number_of_classes_alone(family, varian
         assert not (config.optimizer.rate_in_velocity and config.optimizer.nesterov)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [
-        pytest.param(*row, marks=pytest.mark.slow if "1202" in row[1] else ())
-        for row in ROWS
-        if FAMILIES[row[0]].VARIANTS[row[1]].published
-    ],
+    [row for row in ROWS if FAMILIES[row[0]].VARIANTS[row[1]].published],
 )
 def test_a_row_has_the_published_number_of_parameters(family, variant):
     """analysis/summary_test.py counts the rows without a published result."""

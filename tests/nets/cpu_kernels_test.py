@@ -353,6 +353,7 @@ def test_secondary_convolutions_compute_with_connected_pairs(
 
 BATCH_NORM_KERNELS = {"map_moments", "gradient_moments", "weighted_sum"}
 # Shape of the input, groups of images, and where the input is split into maps.
+SLOW = pytest.mark.slow
 BATCH_NORMS = {
     "whole vectors": ((4, 17, 19, 32), 1, []),
     "an overlapping vector": ((4, 5, 3, 36), 2, []),
@@ -399,8 +400,18 @@ def normalise(x, groups, splits, activation):
     return called, lowered.compile(compiling.options())(x, params)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "unit"])
-@pytest.mark.parametrize("case", BATCH_NORMS)
+@pytest.mark.parametrize(
+    ("case", "activation"),
+    [
+        pytest.param(
+            case,
+            activation,
+            marks=() if activation == "relu" or case == "three maps" else SLOW,
+        )
+        for case in BATCH_NORMS
+        for activation in (None, "relu", "relu6", "unit")
+    ],
+)
 def test_batch_norm_equals_xlas(kernels, monkeypatch, case, activation):
     shape, *options = *BATCH_NORMS[case], activation
     called, found = normalise(normal(shape), *options)

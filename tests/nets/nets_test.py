@@ -30,8 +30,7 @@ EVERY_NET_RUN = pytest.mark.parametrize(
 )
 WIRINGS = (*KINDS, "blocks")
 # Each pair compiles a train step, which takes seconds: only a few of them are fast.
-FAST_PAIRS = [(name, "expander") for name in ("cfmz_resnet", "densenet", "igc_resnet")]
-FAST_PAIRS.append(("cfmz_resnet", "blocks"))
+FAST_PAIRS = [(name, "expander") for name in ("cfmz_resnet", "densenet")]
 # GUNN's layers run in a loop.
 PAIRS = {(name, "expander") for name in nets.names()} | {("cfmz_resnet", "blocks")}
 PAIRS |= {(x, y) for x in ("densenet", "gunn", "plain", "resnet") for y in WIRINGS}
@@ -94,7 +93,7 @@ def test_every_wiring_trains_on_eight_devices(name, wiring, tmp_path):
     fields = dict(net__wiring__kind=wiring, net__lowering=lowering)
     if wiring == "blocks":
         fields = dict(net__wiring__block=2, net__lowering="blocks")
-    fields |= dict(train__batch_size=32, train__batch_norm_groups=0)
+    fields |= dict(train__batch_size=16, train__batch_norm_groups=0)
     fields |= dict(data__pad=0, data__flip=False, optimizer__weight_decay=0.0)
     steps = Steps(configured(npz, name, **fields), 8)
     found = compiling.collectives(steps.compiled)

@@ -53,6 +53,7 @@ def test_other_batches_continue_from_the_share_that_is_done(
     assert epochs == sorted(set(epochs))
 
 
+@pytest.mark.slow
 def test_a_rate_follows_the_share_that_is_done(npz, finished, tmp_path):
     """The rate drops at epoch 1.5, which is 4 steps after the first epoch, not 7."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
