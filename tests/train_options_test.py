@@ -64,6 +64,7 @@ def test_smaller_batches_are_the_same_on_both_paths(npz, tmp_path):
         assert device == pytest.approx(host, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_averaged_weights_follow_the_formula(npz):
     steps = Steps(configured(npz, train__ema=0.5), 1)
     # Weights and running statistics alike, on the first of each.
@@ -108,6 +109,7 @@ def test_every_step_augments_anew(npz):
         assert (abs(first - second) > 1e-3) == bool(cutout)
 
 
+@pytest.mark.slow
 def test_the_loss_is_smoothed_as_configured(npz):
     fields = dict(train__label_smoothing=0.3, train__batch_norm_groups=0)
     steps = Steps(configured(npz, **fields), 1)

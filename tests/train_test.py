@@ -39,7 +39,7 @@ EVERY_NET = [
 
 
 # GUNN has one module for the norms of many units.
-PER_DEVICE = ["densenet", pytest.param("gunn", marks=pytest.mark.slow)]
+PER_DEVICE = ["densenet", "gunn"]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ def test_eight_devices_equal_one(run):
     assert_close((one.state.variables(), eight.state.variables()), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", PER_DEVICE, indirect=True)
 def test_statistics_per_device_are_those_of_groups(run):
     """Statistics per device equal those of as many groups on one device.
@@ -104,6 +105,7 @@ def test_synchronised_statistics_cost_two_sums_a_layer(run):
     assert compiling.collectives(steps.compiled)["all-reduce"] <= sums * layers + 3
 
 
+@pytest.mark.slow
 def test_groups_over_several_devices_exchange_nothing_but_sums(npz):
     fields = dict(train__batch_norm_groups=4)
     one, eight = (Steps(configured(npz, **fields, **SLOWLY), n) for n in (1, 8))
@@ -137,6 +139,7 @@ def test_state_is_donated(npz):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(steps.state))
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_parameters(npz):
     single = Steps(configured(npz), 1)
     half = Steps(configured(npz, train__dtype="bfloat16"), 1)

@@ -78,6 +78,7 @@ def test_the_number_of_devices_does_not_matter(options):
     assert (x != augment.normalize(images, **NORMALIZATION)).any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_strengths_follow_the_configuration():
     images, labels, key = random_images(4, 16, 16, 3), np.arange(4), jax.random.key(3)
     plain = augment.normalize(images, **NORMALIZATION)

@@ -101,7 +101,7 @@ def _classless(entry) -> str:
 
 
 def _recorded():
-    """The counted nets of the originals; tracing the large ones is slow."""
+    """The counted nets of the originals."""
     if not COUNTS.exists():
         reason = pytest.mark.skip(f"reference material {COUNTS} is not here")
         return [pytest.param({}, id="counts", marks=reason)]
@@ -111,7 +111,6 @@ def _recorded():
             id="-".join(
                 filter(None, (entry["name"], entry["rule"], entry["transition"]))
             ),
-            marks=() if entry["macs_dense_equivalent"] < 1e9 else pytest.mark.slow,
         )
         for entry in sorted(json.loads(COUNTS.read_text())["models"], key=_classless)
     ]
@@ -180,6 +179,7 @@ def test_the_number_of_classes_changes_nothing_but_the_classifier(wiring):
     assert _layers(config, 32) == cost.of(config, (32, 32, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", _recorded())
 def test_counts_of_the_original(recorded):
     size = recorded["input"]

@@ -201,6 +201,7 @@ def test_every_weight_of_every_reader_has_a_gradient():
         assert np.abs(reader["bias"]).max() < 1e-3 * largest.max()
 
 
+@pytest.mark.slow
 def test_without_cross_layer_connections_the_net_is_a_chain():
     """A layer whose output is constant leaves no gradient to the layers before it."""
     net = nets.create(TINY | dict(cross_layer=False), nnx.Rngs(0))

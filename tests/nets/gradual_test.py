@@ -94,8 +94,8 @@ def training(layer, x, forward):
     ("order", "shortcuts"),
     [
         ("gradual", "projection"),
-        ("gradual", "plain"),
-        ("gradual", "two-identity"),
+        pytest.param("gradual", "plain", marks=pytest.mark.slow),
+        pytest.param("gradual", "two-identity", marks=pytest.mark.slow),
         ("simultaneous", "projection"),
     ],
 )

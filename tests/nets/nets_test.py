@@ -20,11 +20,12 @@ from tests.support.compiling import run_once
 from tests.support.stepping import Steps, configured, save_images
 
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
-# Nets with millions of weights, however small their form, are slow.
+# They have millions of weights or many layers, however small their form.
+LARGE = "alexnet delugenet densenet_imagenet gunn igc_resnet_imagenet vgg".split()
 EVERY_NET_RUN = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=pytest.mark.slow if x in ("alexnet", "vgg") else ())
+        pytest.param(x, marks=pytest.mark.slow if x in LARGE else ())
         for x in nets.names()
     ],
 )
@@ -300,6 +301,7 @@ def test_create_rejects_invalid_fields_and_values(fields, message):
         abstract(dict(name="densenet") | fields)
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only_and_by_key():
     net = nets.create(tiny.config("densenet", dropout=0.5), nnx.Rngs(0))
     definition, variables = nets.split(net)

@@ -28,7 +28,7 @@ def loss_and_gradients(definition):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=() if x == "densenet" else pytest.mark.slow)
+        pytest.param(x, marks=() if x == "plain" else pytest.mark.slow)
         for x in nets.names()
     ],
 )

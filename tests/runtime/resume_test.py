@@ -67,6 +67,7 @@ def test_a_rate_follows_the_share_that_is_done(npz, finished, tmp_path):
         assert (row["learning_rate"] == 0.001) == (row["epoch"] - 0.32 >= 1.5)
 
 
+@pytest.mark.slow
 def test_a_training_set_that_grew_is_named_and_normalised_as_before(
     npz, finished, tmp_path, caplog
 ):
