@@ -21,7 +21,14 @@ from tests.support.stepping import Steps, configured, save_images
 
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
 # They have millions of weights or many layers, however small their form.
-LARGE = "alexnet delugenet densenet_imagenet gunn igc_resnet_imagenet vgg".split()
+LARGE = [
+    "alexnet",
+    "delugenet",
+    "densenet_imagenet",
+    "gunn",
+    "igc_resnet_imagenet",
+    "vgg",
+]
 EVERY_NET_RUN = pytest.mark.parametrize(
     "name",
     [
