@@ -12,6 +12,8 @@ import pytest
 UNOPTIMISED = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    # Splitting a program costs more than it gains when every core is busy anyway.
+    "--xla_cpu_parallel_codegen_split_count=1",
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The older emitters compile these nets 2.5 times faster. An unknown flag would end
@@ -46,7 +48,7 @@ def cache(tmp_path_factory, pytestconfig) -> pathlib.Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(cache) -> None:
-    """Compiles each program and the C++ kernels once per session, over all workers."""
+    """Compiles each program and the C++ kernels once per cache, over all workers."""
     import jax
 
     os.environ["XDG_CACHE_HOME"] = str(cache)
@@ -59,7 +61,8 @@ def pytest_addoption(parser):
         "--shared-cache",
         type=pathlib.Path,
         metavar="DIR",
-        help="cache directory, also of later sessions; default: a new one per session",
+        help="cache of programs, kernels and results that sessions of the same code "
+        "share: at first an empty directory; default: a new one for each session",
     )
     parser.addoption(
         "--golden",

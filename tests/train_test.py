@@ -31,15 +31,16 @@ from tests.support.stepping import (
     save_images,
 )
 
-# Compiling a step of every net takes long: one of them always, the others in CI.
+# Compiling a step of every net takes long: only one of them is fast.
 EVERY_NET = [
     name if name == "densenet" else pytest.param(name, marks=pytest.mark.slow)
     for name in nets.names()
 ]
 
 
-# GUNN has one module for the norms of many units.
-PER_DEVICE = ["densenet", "gunn"]
+# DelugeNet's cross-layer convolutions and GUNN's norms of many units have code of their
+# own for groups.
+PER_DEVICE = ["delugenet", "densenet", "gunn"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def run(request, npz, tmp_path_factory):
         # its derivative is 0 or 1.
         fields = dict(seed=1, train__batch_norm_groups=groups, **SLOWLY)
         steps = Steps(configured(images, name, **fields), devices)
-        return steps, steps.losses(2)
+        # More steps, or groups of only four images, amplify rounding errors.
+        return steps, steps.losses(4 if groups == 1 else 2)
 
     return trained
 
@@ -88,12 +90,12 @@ def test_eight_devices_equal_one(run):
 def test_statistics_per_device_are_those_of_groups(run):
     """Statistics per device equal those of as many groups on one device.
 
-    In other nets, nets/nets_test.py shows that the devices exchange no statistics.
+    For the other nets, nets/nets_test.py only shows that devices exchange no statistics.
     """
     (alone, losses), (groups, others), (_, together) = run(4, 0), run(1, 4), run(1)
     np.testing.assert_allclose(losses, others, rtol=1e-4)
     assert_close((alone.state.variables(), groups.state.variables()), rtol=1e-3)
-    assert not np.allclose(losses, together, rtol=1e-3)
+    assert not np.allclose(losses, together[:2], rtol=1e-3)
 
 
 def test_synchronised_statistics_cost_two_sums_a_layer(run):

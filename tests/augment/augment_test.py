@@ -16,7 +16,7 @@ OPTIONS = common.base().augment.to_dict()
 NORMALIZATION = dict(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7))
 COLOUR = dict(hls=(36.0, 50.0, 50.0), jitter=0.4, lighting=0.1)
 DEVICES = 2
-SLOW = pytest.mark.slow  # compiles for 10 s
+SLOW = pytest.mark.slow
 
 
 def run(images, labels, key, first_row=0, **options):
@@ -78,7 +78,7 @@ def test_the_number_of_devices_does_not_matter(options):
     assert (x != augment.normalize(images, **NORMALIZATION)).any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.slow
+@SLOW
 def test_strengths_follow_the_configuration():
     images, labels, key = random_images(4, 16, 16, 3), np.arange(4), jax.random.key(3)
     plain = augment.normalize(images, **NORMALIZATION)

@@ -101,7 +101,7 @@ def _classless(entry) -> str:
 
 
 def _recorded():
-    """The counted nets of the originals."""
+    """Returns the nets counted in the original code, as test parameters."""
     if not COUNTS.exists():
         reason = pytest.mark.skip(f"reference material {COUNTS} is not here")
         return [pytest.param({}, id="counts", marks=reason)]

@@ -352,8 +352,8 @@ def test_secondary_convolutions_compute_with_connected_pairs(
 
 
 BATCH_NORM_KERNELS = {"map_moments", "gradient_moments", "weighted_sum"}
-# Shape of the input, groups of images, and where the input is split into maps.
 SLOW = pytest.mark.slow
+# Shape of the input, groups of images, and where the input is split into maps.
 BATCH_NORMS = {
     "whole vectors": ((4, 17, 19, 32), 1, []),
     "an overlapping vector": ((4, 5, 3, 36), 2, []),

@@ -20,7 +20,7 @@ from tests.support.compiling import run_once
 from tests.support.stepping import Steps, configured, save_images
 
 EVERY_NET = pytest.mark.parametrize("name", nets.names())
-# They have millions of weights or many layers, however small their form.
+# Even their small forms have millions of weights or many layers.
 LARGE = [
     "alexnet",
     "delugenet",
@@ -37,7 +37,7 @@ EVERY_NET_RUN = pytest.mark.parametrize(
     ],
 )
 WIRINGS = (*KINDS, "blocks")
-# Each pair compiles a train step, which takes seconds: only a few of them are fast.
+# Each pair compiles a train step, which takes seconds: only two are fast.
 FAST_PAIRS = [(name, "expander") for name in ("cfmz_resnet", "densenet")]
 # GUNN's layers run in a loop.
 PAIRS = {(name, "expander") for name in nets.names()} | {("cfmz_resnet", "blocks")}
@@ -101,7 +101,7 @@ def test_every_wiring_trains_on_eight_devices(name, wiring, tmp_path):
     fields = dict(net__wiring__kind=wiring, net__lowering=lowering)
     if wiring == "blocks":
         fields = dict(net__wiring__block=2, net__lowering="blocks")
-    fields |= dict(train__batch_size=16, train__batch_norm_groups=0)
+    fields |= dict(train__batch_size=32, train__batch_norm_groups=0)
     fields |= dict(data__pad=0, data__flip=False, optimizer__weight_decay=0.0)
     steps = Steps(configured(npz, name, **fields), 8)
     found = compiling.collectives(steps.compiled)

@@ -99,7 +99,7 @@ def copy_when(process, ready, source, target) -> bool:
 
 
 def once(folder: pathlib.Path, make) -> pathlib.Path:
-    """The folder after make(folder) has succeeded once, over all test workers."""
+    """The folder after make(folder) has succeeded once, over all users of a cache."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     done = folder.with_name(f"{folder.name}.done")
     with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
