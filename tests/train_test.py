@@ -90,7 +90,7 @@ def test_eight_devices_equal_one(run):
 def test_statistics_per_device_are_those_of_groups(run):
     """Statistics per device equal those of as many groups on one device.
 
-    For the other nets, nets/nets_test.py only shows that devices exchange no statistics.
+    For other nets, nets/nets_test.py only shows that devices exchange no statistics.
     """
     (alone, losses), (groups, others), (_, together) = run(4, 0), run(1, 4), run(1)
     np.testing.assert_allclose(losses, others, rtol=1e-4)
