@@ -45,7 +45,9 @@ def discover(given: pathlib.Path | None) -> dict[str, list]:
             parameter = _parameter(root, path, _marks(root, facts))
             found["network"].append(parameter)
         elif golden_layers.is_golden(path, facts):
-            found["recorded"].append(_parameter(root, path))
+            # Those with steps train a whole net.
+            marks = pytest.mark.slow if "steps" in facts else ()
+            found["recorded"].append(_parameter(root, path, marks))
     if given and not any(found.values()):
         raise pytest.UsageError(f"--golden={given}: no golden file in this directory")
     return found

@@ -100,6 +100,7 @@ def test_evaluation_uses_averaged_weights(npz, tmp_path):
     assert rows[0.0]["test_loss"] != rows[0.999]["test_loss"]
 
 
+@pytest.mark.slow
 def test_every_step_augments_anew(npz):
     still = dict(optimizer__learning_rate=0.0, optimizer__weight_decay=0.0)
     for cutout in (0, 4):

@@ -181,7 +181,8 @@ def gradients(silent=None):
     return gradient(jax.tree.map_with_path(silenced, params))["blocks"]
 
 
-@pytest.mark.parametrize("silent", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [1, 2])
 def test_cross_layer_convolutions_have_no_shortcut(silent):
     """The weights of a layer without readers have no gradient."""
     layers = gradients(silent)[0]["layers"]
