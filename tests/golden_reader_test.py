@@ -127,6 +127,7 @@ def record(folder, origin: str, in_channels: int, stride: int):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", NAMES)
 @pytest.mark.parametrize(("in_channels", "stride"), [(8, 1), (4, 2)])
 def test_an_imagenet_unit_by_itself_is_compared(tmp_path, origin, in_channels, stride):

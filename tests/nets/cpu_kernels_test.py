@@ -424,7 +424,10 @@ def test_batch_norm_equals_xlas(kernels, monkeypatch, case, activation):
     assert_equal(*map(jax.tree.leaves, (found, expected)))
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "unit"])
+@pytest.mark.parametrize(
+    "activation",
+    [pytest.param(None, marks=SLOW), "relu", pytest.param("unit", marks=SLOW)],
+)
 @pytest.mark.parametrize(("channels", "splits"), [(5, []), (36, []), (36, [20])])
 def test_batch_norm_keeps_nan_in_its_channel(kernels, channels, splits, activation):
     shape = (2, 3, 4, channels)

@@ -41,6 +41,7 @@ NETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", NETS)
 def test_counts_equal_the_originals(variant):
     reference, expected = NETS[variant]

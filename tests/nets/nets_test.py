@@ -185,7 +185,8 @@ def test_the_input_decides_the_precision(name, given, expected):
     assert {s.dtype for s in jax.tree.leaves(stats)} == {np.dtype(expected)}
 
 
-@EVERY_NET_RUN
+@pytest.mark.slow
+@EVERY_NET
 def test_half_precision_follows_single_precision(name):
     net, x = forward(name), images(name, 4)
     (exact, _), (rounded, _) = net(x), net(x.astype(jnp.bfloat16))
@@ -201,7 +202,7 @@ def test_other_image_sizes_and_numbers_of_classes(name):
     assert jax.eval_shape(definition.apply, variables, x)[0].shape == (2, 7)
 
 
-@EVERY_NET
+@EVERY_NET_RUN
 def test_removed_connections_do_not_exist(name):
     """A kernel has taps x edges values, and the sampled side has regular degrees."""
     net = create(name, "expander")
