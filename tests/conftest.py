@@ -12,13 +12,13 @@ import pytest
 UNOPTIMISED = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    # Splitting a program costs more than it gains when every core is busy anyway.
-    "--xla_cpu_parallel_codegen_split_count=1",
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The older emitters compile these nets 2.5 times faster. An unknown flag would end
     # the process, and some day they will be removed.
     UNOPTIMISED.append("--xla_cpu_use_fusion_emitters=false")
+    # Splitting a program costs more than it gains when every core is busy anyway.
+    UNOPTIMISED.append("--xla_cpu_parallel_codegen_split_count=1")
 FLAGS = ["--xla_force_host_platform_device_count=8", *UNOPTIMISED]
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 

@@ -45,7 +45,7 @@ def discover(given: pathlib.Path | None) -> dict[str, list]:
             parameter = _parameter(root, path, _marks(root, facts))
             found["network"].append(parameter)
         elif golden_layers.is_golden(path, facts):
-            # Those with steps train a whole net.
+            # A file with steps trains a whole net, which takes long to compile.
             marks = pytest.mark.slow if "steps" in facts else ()
             found["recorded"].append(_parameter(root, path, marks))
     if given and not any(found.values()):

@@ -36,8 +36,6 @@ EVERY_NET = [
     name if name == "densenet" else pytest.param(name, marks=pytest.mark.slow)
     for name in nets.names()
 ]
-
-
 # DelugeNet's cross-layer convolutions and GUNN's norms of many units have code of their
 # own for groups.
 PER_DEVICE = ["delugenet", "densenet", "gunn"]
