@@ -112,15 +112,19 @@ def read_table() -> dict[tuple[str, str, str], dict[str, int]]:
 
 def count(family: str, variant: str, data: str) -> dict[str, int]:
     """Returns the COUNTS of a variant for a data set, from its net."""
+    return add_up(layers(load_family(family).get_config(f"{variant},{data}")))
+
+
+def add_up(layers: Sequence) -> dict[str, int]:
+    """Returns the COUNTS of a net, given the nets.cost.LayerCost of each layer."""
     from nets import cost
 
-    found = layers(load_family(family).get_config(f"{variant},{data}"))
-    total = cost.total(found)
+    total = cost.total(layers)
     return dict(
         parameters=total.parameters,
         dense=total.dense_parameters,
         macs=total.macs,
-        layers=sum(layer.macs > 0 for layer in found),
+        layers=sum(layer.macs > 0 for layer in layers),
     )
 
 

@@ -1,6 +1,7 @@
 """The tables agree with the nets and the published figures."""
 
 import csv
+import functools
 import re
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 
 from analysis import summary
 from configs import cfmz
+from configs.data_sets import DATA_SETS
+from tests.support.counting import with_classes
 from tests.support.families import FAMILIES
 
 
@@ -35,38 +38,26 @@ def test_the_table_has_every_variant_with_its_parameters():
     assert {key: counts["parameters"] for key, counts in table.items()} == parameters
 
 
-def check_counts(keys):
-    keys, table = list(keys), summary.read_table()
-    for row in summary.rows(keys, recount=True):
-        key = tuple(row[name] for name in summary.KEY)
-        assert {name: row[name] for name in summary.COUNTS} == table[key], key
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_holds_the_counts_of_the_smallest_net(family):
-    check_counts([smallest(family)])
-
-
-def first_data_sets(family):
-    """Returns the nets of a family; other data sets change nothing but the classifier.
-
-    The result maps the key of a net in the table to the fields of the net.
-    """
-    variants = FAMILIES[family].VARIANTS.items()
-    return {(family, v, next(iter(row.parameters))): row.net for v, row in variants}
+    key = smallest(family)
+    (row,) = summary.rows([key], recount=True)
+    assert {name: row[name] for name in summary.COUNTS} == summary.read_table()[key]
 
 
 def stacks(family):
-    """Returns lists of (depth, key) of nets that differ only in their depth.
+    """Returns lists of the keys of nets that differ only in their depth, shallow first.
 
     Their stages consist of equal blocks, so that each block costs the same.
     """
     found = {}
-    for key, net in first_data_sets(family).items():
-        blocks = net.get("name") in ("cfmz_resnet", "resnet", "plain", "igc_resnet")
-        if blocks and net.get("form") != "imagenet":
-            rest = {name: x for name, x in net.items() if name != "depth"}
-            found.setdefault(repr(rest), []).append((net["depth"], key))
+    for variant, row in FAMILIES[family].VARIANTS.items():
+        blocks = row.net.get("name") in ("cfmz_resnet", "resnet", "plain", "igc_resnet")
+        if blocks and row.net.get("form") != "imagenet":
+            rest = {name: x for name, x in row.net.items() if name != "depth"}
+            for data in row.parameters:
+                stack = found.setdefault((repr(rest), data), [])
+                stack.append((row.net["depth"], (family, variant, data)))
     return [sorted(stack) for stack in found.values()]
 
 
@@ -84,9 +75,22 @@ def test_counts_are_linear_in_the_number_of_blocks(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_holds_the_counts_of_every_net(family):
-    """Counts the two shallowest nets of a stack, which determine the deeper ones."""
+    """Counts each net for one data set and derives the counts for the others.
+
+    The two shallowest nets of a stack determine the deeper ones.
+    """
+    table = summary.read_table()
     deeper = {key for stack in stacks(family) for _, key in stack[2:]}
-    check_counts(key for key in first_data_sets(family) if key not in deeper)
+    keys = [key for key in table if key[0] == family and key not in deeper]
+    layers = functools.cache(lambda variant, data: count_layers(family, variant, data))
+    for _, variant, data in keys:
+        first = next(iter(FAMILIES[family].VARIANTS[variant].parameters))
+        found = with_classes(layers(variant, first), DATA_SETS[data].num_classes)
+        assert summary.add_up(found) == table[family, variant, data], (variant, data)
+
+
+def count_layers(family, variant, data):
+    return summary.layers(FAMILIES[family].get_config(f"{variant},{data}"))
 
 
 def test_the_dense_column_is_the_dense_twins_for_every_wiring():

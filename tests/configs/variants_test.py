@@ -1,16 +1,12 @@
-"""Every row of every VARIANTS table builds a net with the stated parameters."""
+"""Every row of every VARIANTS table is complete."""
 
-import functools
-import json
-
-import jax
 import pytest
-from flax import nnx
 
 import nets
 import optimizers
 from configs.data_sets import CIFAR, DATA_SETS
 from nets import cost
+from tests.support.counting import with_classes
 from tests.support.families import FAMILIES
 
 ROWS = [
@@ -23,25 +19,6 @@ CIFAR_FAMILIES = [
     for family, module in FAMILIES.items()
     if any(row.parameters.keys() >= {*CIFAR} for row in module.VARIANTS.values())
 ]
-
-
-def count(net: dict, num_classes: int) -> int:
-    """Returns the parameters of a net with another number of classes.
-
-    Only the size of the classifier depends on it, so each net is built once.
-    """
-    total, classifier = _count(json.dumps(net))
-    return total + classifier * (num_classes - net["num_classes"]) // net["num_classes"]
-
-
-@functools.cache
-def _count(net: str) -> tuple[int, int]:
-    parameters = nnx.state(cost.build(json.loads(net)), nnx.Param)
-    total, classifier = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (parameters, parameters.get("classifier", {}))
-    )
-    return total, classifier
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,31 +63,15 @@ def test_data_sets_of_a_row_differ_in_the_number_of_classes_alone(family, varian
         assert not (config.optimizer.rate_in_velocity and config.optimizer.nesterov)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "variant"),
-    [row for row in ROWS if FAMILIES[row[0]].VARIANTS[row[1]].published],
-)
-def test_a_row_has_the_published_number_of_parameters(family, variant):
-    """analysis/summary_test.py counts the rows without a published result."""
-    nets_by_data = {
-        data: config.net.to_dict() for data, config in configs(family, variant).items()
-    }
-    first = next(iter(nets_by_data.values()))
-    counted = {
-        data: count(first, net["num_classes"]) for data, net in nets_by_data.items()
-    }
-    assert counted == dict(FAMILIES[family].VARIANTS[variant].parameters)
-
-
 @pytest.mark.parametrize("family", CIFAR_FAMILIES)
 def test_only_the_classifier_grows_with_the_classes(family):
-    """In the smallest row, the count derived for 100 classes equals the net's."""
+    """analysis/summary_test.py counts each net for one number of classes only."""
     module = FAMILIES[family]
     rows = {n: v.parameters for n, v in module.VARIANTS.items()}
     rows = {n: x["cifar100"] for n, x in rows.items() if x.keys() >= {*CIFAR}}
     smallest = min(rows, key=rows.get)
     ten, hundred = (
-        module.get_config(f"{smallest},{data}").net.to_dict() for data in CIFAR
+        cost.of(module.get_config(f"{smallest},{data}").net, (32, 32, 3))
+        for data in CIFAR
     )
-    assert count(hundred, 100) == count(ten, 100)
+    assert with_classes(ten, 100) == hundred

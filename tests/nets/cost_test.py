@@ -1,6 +1,5 @@
 """Counts from shapes, against arithmetic by hand and counts of the originals."""
 
-import dataclasses
 import functools
 import json
 import re
@@ -16,6 +15,7 @@ from nets.layers.conv import Conv, Linear
 from nets.layers.expander import ExpanderConv
 from nets.layers.norm import BatchNorm
 from tests.conftest import SHARED
+from tests.support.counting import with_classes
 
 COUNTS = SHARED / "golden/xnets/counts.json"
 
@@ -158,13 +158,10 @@ def _config(recorded):
 
 
 def _layers(config, size) -> list[cost.LayerCost]:
-    """Derives counts for CIFAR-100 from those for CIFAR-10: ten times the classes."""
+    """Derives counts for CIFAR-100 from those for CIFAR-10."""
     if config["num_classes"] != 100:
         return _count(json.dumps(config), size)
-    *layers, classifier = _count(json.dumps(config | {"num_classes": 10}), size)
-    counts = [field.name for field in dataclasses.fields(cost.Cost)]
-    larger = {name: 10 * getattr(classifier, name) for name in counts}
-    return [*layers, dataclasses.replace(classifier, **larger, output_shape=(1, 100))]
+    return with_classes(_count(json.dumps(config | {"num_classes": 10}), size), 100)
 
 
 @functools.cache
