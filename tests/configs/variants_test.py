@@ -63,6 +63,7 @@ def test_data_sets_of_a_row_differ_in_the_number_of_classes_alone(family, varian
         assert not (config.optimizer.rate_in_velocity and config.optimizer.nesterov)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CIFAR_FAMILIES)
 def test_only_the_classifier_grows_with_the_classes(family):
     """analysis/summary_test.py counts each net for one number of classes only."""
