@@ -122,12 +122,14 @@ def test_twins_are_sparse_by_the_same_number():
     ("arguments", "named"),
     [
         (["configs/nothing.py"], "configs/ has"),
-        (
-            ["configs/cfmz.py:20", "--config.data.name=mine"],
-            "choose --config.data.name",
+        *(
+            pytest.param(["configs/cfmz.py:20", flag], named, marks=pytest.mark.slow)
+            for flag, named in (
+                ("--config.data.name=mine", "choose --config.data.name"),
+                ("--config.net.wiring.kind=ring", "unknown wiring"),
+                ("--out=figure.txt", "--out=figure.txt"),
+            )
         ),
-        (["configs/cfmz.py:20", "--config.net.wiring.kind=ring"], "unknown wiring"),
-        (["configs/cfmz.py:20", "--out=figure.txt"], "--out=figure.txt"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, named):

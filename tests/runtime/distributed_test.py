@@ -10,7 +10,10 @@ import pytest
 from runtime.workdir import read_rows
 from tests.conftest import UNOPTIMISED
 from tests.support import launch
-from tests.support.launch import CONFIG, TOTAL, arguments, finish, kill_when, start
+from tests.support.launch import CONFIG, arguments, finish, kill_when, start
+
+SHORTER = dict(train__epochs=0.8)
+STEPS = 72
 
 
 def start_both(workdir, cache, **fields):
@@ -41,7 +44,7 @@ def finish_both(processes):
 
 
 def complete(workdir, cache, **fields):
-    codes, errors = finish_both(start_both(workdir, cache, **fields))
+    codes, errors = finish_both(start_both(workdir, cache, **SHORTER | fields))
     assert codes == [0, 0], errors
     assert "step" not in errors[1]  # only process 0 logs
 
@@ -62,7 +65,7 @@ def test_two_processes_equal_one(tmp_path, cache, together, pipeline):
     folder = together
     if pipeline == "tf.data":
         folder = tmp_path
-        complete(folder, cache, data__pipeline=pipeline, train__epochs=0.8)
+        complete(folder, cache, data__pipeline=pipeline)
     two, one = (
         read_rows(workdir / "metrics.csv")[:2]
         for workdir in (folder, launch.reference(cache))
@@ -81,24 +84,24 @@ def test_sigterm_to_either_and_a_kill_do_not_change_the_result(
     def last():
         return max(launch.steps(tmp_path), default=0)
 
-    def rows():
-        return len(read_rows(tmp_path / "metrics.csv"))
+    def start_and_kill(target, **signal):
+        before, processes = last(), start_both(tmp_path, cache, **SHORTER)
+        killed = kill_when(processes[target], lambda: last() > before, **signal)
+        return killed, processes
 
     for target in range(2):
-        processes, before = start_both(tmp_path, cache), rows()
-        new_row = lambda before=before: rows() > before
-        killed = kill_when(processes[target], new_row, number=signal.SIGTERM)
+        killed, processes = start_and_kill(target, number=signal.SIGTERM)
         codes, errors = finish_both(processes)
         assert killed, errors
         assert codes == [128 + signal.SIGTERM] * 2, errors
         assert f"SIGTERM: saved step {last()}" in errors[0]
-    processes, before = start_both(tmp_path, cache), last()
-    assert kill_when(processes[0], lambda: last() > before)
+    killed, processes = start_and_kill(0)
+    assert killed
     processes[1].kill()
     finish_both(processes)
-    assert last() < TOTAL
+    assert last() < STEPS
     complete(tmp_path, cache)
-    launch.assert_same_end(tmp_path, together)
+    launch.assert_same_end(tmp_path, together, STEPS)
 
 
 @pytest.mark.slow
@@ -108,7 +111,7 @@ def test_separate_workdirs_are_an_error(tmp_path, cache, together):
     assert codes == [1, 1], errors
     for err in errors:
         assert "Traceback" not in err
-        assert f"last steps [-1, {TOTAL}" in err
+        assert f"last steps [-1, {STEPS}" in err
         assert "one shared directory" in err
 
 
