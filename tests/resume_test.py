@@ -160,6 +160,7 @@ def test_tf_data_without_the_cpp_kernels(tmp_path, cache):
     assert list(workdir.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_first(tmp_path, cache, reference):
     workdir = tmp_path / "run"
     process = start(arguments(workdir, checkpoint__every_steps=0), cache)

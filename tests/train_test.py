@@ -150,6 +150,7 @@ def test_bfloat16_keeps_float32_parameters(npz):
     assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step(npz):
     """With constant weights and one batch, losses differ by dropout alone."""
     still = dict(optimizer__learning_rate=0.0, optimizer__weight_decay=0.0)

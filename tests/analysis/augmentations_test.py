@@ -43,6 +43,7 @@ def test_shares_are_the_weights_of_the_mixed_images(config):
     assert ((shares > 0).sum(axis=-1) == 2).all()
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_sheet_with_captions(tmp_path):
     out = tmp_path / "sheet.png"
     command = [sys.executable, "-m", "analysis.augmentations", f"--out={out}"]

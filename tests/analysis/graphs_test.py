@@ -129,7 +129,7 @@ def make_layers() -> dict[str, nnx.Module]:
     }
 
 
-@pytest.mark.parametrize("name", make_layers())
+@pytest.mark.parametrize("name", ["conv", "grouped", "linear", "expander", "secondary"])
 def test_an_edge_is_where_the_derivative_is_not_zero(name):
     layer = make_layers()[name]
     ((_, graph),) = graphs.of(layer).values()

@@ -38,7 +38,10 @@ def test_the_table_has_every_variant_with_its_parameters():
     assert {key: counts["parameters"] for key, counts in table.items()} == parameters
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Even the smallest nets of these families have many layers.
+@pytest.mark.parametrize(
+    "family", sorted(FAMILIES.keys() - {"delugenets", "ximagenet"})
+)
 def test_the_table_holds_the_counts_of_the_smallest_net(family):
     key = smallest(family)
     (row,) = summary.rows([key], recount=True)

@@ -34,11 +34,12 @@ ROWS = [
     {"step": step, "epoch": step / 10, "test_loss": 1.5, "test_accuracy": accuracy}
     for step, accuracy in ((20, 0.25), (STEP, 0.625), (40, 0.5))
 ]
-# Nets with millions of weights, however small their form, are slow.
+# Nets with millions of weights or many layers, however small their form, are slow.
+LARGE = ["alexnet", "delugenet", "densenet_imagenet", "igc_resnet_imagenet", "vgg"]
 EVERY_NET = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=pytest.mark.slow if x in ("alexnet", "vgg") else ())
+        pytest.param(x, marks=pytest.mark.slow if x in LARGE else ())
         for x in nets.names()
     ],
 )
@@ -177,7 +178,9 @@ def test_impossible_graphs_are_refused(edges):
         convert.load(net, tensors | {name: wrong})
 
 
-@pytest.mark.parametrize("flags", [["--names=original"], []])
+@pytest.mark.parametrize(
+    "flags", [["--names=original"], pytest.param([], marks=pytest.mark.slow)]
+)
 def test_a_run_returns_through_the_command(tmp_path, workdir, flags):
     (tmp_path / "tiny.py").write_text(TINY)
     path = tmp_path / "out" / "net.safetensors"

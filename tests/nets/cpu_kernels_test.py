@@ -406,7 +406,7 @@ def normalise(x, groups, splits, activation):
         pytest.param(
             case,
             activation,
-            marks=() if activation == "relu" or case == "three maps" else SLOW,
+            marks=() if activation == "relu" else SLOW,
         )
         for case in BATCH_NORMS
         for activation in (None, "relu", "relu6", "unit")
@@ -633,6 +633,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
     assert messages == [f"{NONE}no C++ compiler found (c++, g++, clang++)"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
 def test_without_avx_one_line_says_so(compiler, caplog):
     if shutil.which("g++") is None:

@@ -192,6 +192,7 @@ def test_cross_layer_convolutions_have_no_shortcut(silent):
         assert reached == (i + 1 != silent)
 
 
+@pytest.mark.slow
 def test_every_weight_of_every_reader_has_a_gradient():
     """From the oldest source to the newest."""
     blocks = gradients()
@@ -231,6 +232,7 @@ def abstract(variant):
     return nnx.eval_shape(lambda: nets.create(config, nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "normalisations", "cross_layers", "maps"),
     [

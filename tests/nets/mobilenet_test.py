@@ -36,6 +36,7 @@ def test_the_code_scales_all_widths_except_the_first_and_the_last():
     assert widths(build(width=1.0)) == widths(build(width=1.0, textbook_widths=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compress", "code", "textbook", "printed"),
     [

@@ -216,7 +216,7 @@ def test_removed_connections_do_not_exist(name):
             assert (mask.sum({"input": 1, "output": 0}[side]) == layer.degree).all()
 
 
-@EVERY_NET
+@EVERY_NET_RUN
 def test_graphs_are_a_function_of_seed_and_path(name):
     """They do not depend on the weights' seed, jit or other layers."""
 

@@ -80,11 +80,11 @@ def _rows():
             fields = dict(depth=depth, width=primary * size or size)
             if primary:
                 fields |= dict(wiring=interleaved(primary))
-            marks = pytest.mark.slow if depth > 20 else ()
             label = f"{name}-{depth}-L{primary}M{size}"
-            yield pytest.param(name, fields, *counts, id=label, marks=marks)
+            yield pytest.param(name, fields, *counts, id=label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields", "parameters", "millions"), _rows())
 def test_counts_of_the_originals(name, fields, parameters, millions):
     total = count(abstract(name, **fields), 32)
@@ -92,6 +92,7 @@ def test_counts_of_the_originals(name, fields, parameters, millions):
     assert round(total.macs / 1e6, 2) == millions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "parameters", "billions"), IMAGENET)
 def test_counts_for_imagenet(fields, parameters, billions):
     total = count(abstract("igc_resnet_imagenet", **fields), 224)

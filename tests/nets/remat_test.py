@@ -25,13 +25,8 @@ def loss_and_gradients(definition):
     return jax.grad(loss, has_aux=True)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(x, marks=() if x == "plain" else pytest.mark.slow)
-        for x in nets.names()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", nets.names())
 def test_levels_have_equal_results_and_gradients(name):
     """In float64, since batch norm over two images amplifies rounding errors."""
     wiring = "interleaved" if name == "plain" else "expander"

@@ -133,6 +133,7 @@ def test_no_step_compares_values_across_processes():
         assert "jax.device_put(" not in (launch.ROOT / name).read_text(), name
 
 
+@pytest.mark.slow
 def test_a_missing_coordinator_is_named(tmp_path, cache):
     flags = arguments(tmp_path, CONFIG, "--distributed")
     code, _, err = finish(start(flags, cache))
