@@ -294,7 +294,10 @@ class Mixing(nnx.Module):
 
 @pytest.mark.parametrize(
     ("size", "groups", "channels", "counts", "order"),
-    [((17, 19), 1, 36, (2, 5), 1), ((5, 4), 2, 20, (2, 2), 2)],
+    [
+        ((17, 19), 1, 36, (2, 5), 1),
+        pytest.param((5, 4), 2, 20, (2, 2), 2, marks=pytest.mark.slow),
+    ],
 )
 def test_cross_layer_convolutions_and_gradients_are_xlas(
     kernels, monkeypatch, size, groups, channels, counts, order
@@ -717,6 +720,7 @@ def start_builds(compiler, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_the_same_time_share_one_library(
     start_builds, tmp_path
 ):

@@ -86,6 +86,7 @@ def test_names_are_positions_in_the_original(reference, names):
     assert {f"{name}.weight" for name in names} <= known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", ["projection", "identity"])
 def test_tensors_distinguish_the_two_readings_of_gunn_24(second):
     """GUNN-24 was not published, so its configuration is not enough."""

@@ -188,7 +188,13 @@ def test_a_net_that_cannot_be_interleaved_is_rejected(fields, message):
         abstract(tiny.config("cfmz_resnet", dict(kind="interleaved") | fields))
 
 
-@pytest.mark.parametrize("name", ["cfmz_resnet", "densenet", "plain"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("cfmz_resnet", "densenet")),
+    ],
+)
 def test_every_pair_of_a_backbone_connects_all_channels(name):
     net = nets.create(tiny.config(name, "interleaved"), nnx.Rngs(0))
     pairs = [m for _, m in nnx.iter_modules(net) if isinstance(m, InterleavedConv)]

@@ -98,9 +98,13 @@ def test_only_inputs_and_outputs_of_convolutions_are_kept(form, maps):
 @pytest.mark.parametrize(
     ("level", "form"),
     [
-        *[("norm", dense), ("block", dense)],
-        *[("none", deluge), ("norm", deluge), ("block", deluge)],
-        *[("none", residual), ("norm", residual), ("block", residual)],
+        ("block", dense),
+        *[("none", deluge), ("block", deluge)],
+        *[("none", residual), ("block", residual)],
+        *[
+            pytest.param("norm", form, marks=pytest.mark.slow)
+            for form in (dense, deluge, residual)
+        ],
     ],
 )
 def test_kept_bytes_grow_linearly_with_the_depth(form, level):

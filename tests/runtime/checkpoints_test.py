@@ -360,6 +360,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_checkpoint_of_a_killed_process_is_as_it_was_saved(tmp_path):
     """SIGKILL while writing, replacing and deleting; each process resumes the last."""
     root = pathlib.Path(__file__).parents[2]
