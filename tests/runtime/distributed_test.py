@@ -84,9 +84,9 @@ def test_sigterm_to_either_and_a_kill_do_not_change_the_result(
     def last():
         return max(launch.steps(tmp_path), default=0)
 
-    def start_and_kill(target, **signal):
+    def start_and_kill(target, **options):
         before, processes = last(), start_both(tmp_path, cache, **SHORTER)
-        killed = kill_when(processes[target], lambda: last() > before, **signal)
+        killed = kill_when(processes[target], lambda: last() > before, **options)
         return killed, processes
 
     for target in range(2):

@@ -1,4 +1,4 @@
-"""Counts of a net with another number of classes, without building it."""
+"""Derives the counts of a net with another number of classes without building it."""
 
 import dataclasses
 
