@@ -115,16 +115,16 @@ def count(family: str, variant: str, data: str) -> dict[str, int]:
     return add_up(layers(load_family(family).get_config(f"{variant},{data}")))
 
 
-def add_up(layers: Sequence) -> dict[str, int]:
-    """Returns the COUNTS of a net, given the nets.cost.LayerCost of each layer."""
+def add_up(costs: Sequence) -> dict[str, int]:
+    """Returns the COUNTS of a net from the nets.cost.LayerCost of each layer."""
     from nets import cost
 
-    total = cost.total(layers)
+    total = cost.total(costs)
     return dict(
         parameters=total.parameters,
         dense=total.dense_parameters,
         macs=total.macs,
-        layers=sum(layer.macs > 0 for layer in layers),
+        layers=sum(layer.macs > 0 for layer in costs),
     )
 
 

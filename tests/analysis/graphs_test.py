@@ -115,21 +115,25 @@ def test_the_values_of_a_large_graph_equal_those_of_a_full_svd(monkeypatch):
         assert second == pytest.approx(values[1], abs=1e-10)
 
 
+LAYERS = ("conv", "grouped", "linear", "expander", "secondary")
+
+
 def make_layers() -> dict[str, nnx.Module]:
     rngs = nnx.Rngs(0)
     expander = ExpanderConv(6, 4, 1, degree=2, sampling="per_output", rngs=rngs)
     expander.draw(np.random.default_rng(0))
     groups = dict(primary_groups=2, secondary_groups=2)
-    return {
-        "conv": Conv(4, 6, 1, rngs=rngs),
-        "grouped": Conv(4, 6, 1, groups=2, rngs=rngs),
-        "linear": Linear(4, 6, rngs=rngs),
-        "expander": expander,
-        "secondary": InterleavedConv(8, 8, 1, **groups, rngs=rngs).secondary,
-    }
+    layers = (
+        Conv(4, 6, 1, rngs=rngs),
+        Conv(4, 6, 1, groups=2, rngs=rngs),
+        Linear(4, 6, rngs=rngs),
+        expander,
+        InterleavedConv(8, 8, 1, **groups, rngs=rngs).secondary,
+    )
+    return dict(zip(LAYERS, layers, strict=True))
 
 
-@pytest.mark.parametrize("name", ["conv", "grouped", "linear", "expander", "secondary"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_an_edge_is_where_the_derivative_is_not_zero(name):
     layer = make_layers()[name]
     ((_, graph),) = graphs.of(layer).values()

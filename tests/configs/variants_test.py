@@ -1,4 +1,4 @@
-"""Every row of every VARIANTS table is complete."""
+"""The rows of every VARIANTS table are complete, and their configs agree."""
 
 import pytest
 
