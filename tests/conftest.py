@@ -8,7 +8,7 @@ import pytest
 
 # Before anything imports jax. Tests of one device use the first. Tests spend most of
 # their time compiling, so LLVM's optimizations are off. They are on in the runs of
-# main.py that tests start, except where few steps do not pay for them.
+# main.py that tests start, except where a run has too few steps.
 UNOPTIMISED = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",

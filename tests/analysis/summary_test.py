@@ -37,7 +37,8 @@ def test_the_table_has_every_variant_with_its_parameters():
     assert {key: counts["parameters"] for key, counts in table.items()} == parameters
 
 
-# Counting even the smallest net of the other two families is slow: see the slow test.
+# Counting even the smallest DelugeNet or ImageNet net takes seconds: the slow test
+# below counts them, too.
 @pytest.mark.parametrize(
     "family", sorted(FAMILIES.keys() - {"delugenets", "ximagenet"})
 )
@@ -79,8 +80,8 @@ def test_counts_are_linear_in_the_number_of_blocks(family):
 def test_the_table_holds_the_counts_of_every_net(family):
     """Counts each net for one data set and derives the counts for the others.
 
-    The two shallowest nets of a stack determine the deeper ones without a published
-    error.
+    Of a stack, deeper nets without a published error are not counted, because the two
+    shallowest nets determine them.
     """
     module, table = FAMILIES[family], summary.read_table()
     deeper = {key for stack in stacks(family) for _, key in stack[2:]}
