@@ -252,4 +252,8 @@ def _in_threads(
         while queue:
             yield finish(*queue.popleft())
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Not cancel_futures=True, which fails while the interpreter shuts down.
+        for _, futures in queue:
+            for future in futures:
+                future.cancel()
+        pool.shutdown(wait=False)

@@ -370,13 +370,15 @@ for _ in range(5):
 def test_a_process_ends_while_threads_decode(config):
     root = pathlib.Path(__file__).parents[2]
     for _ in range(3):
-        subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", STOPS_IN_THE_MIDDLE, config.data.dir],
             cwd=root,
             check=True,
             timeout=120,
             capture_output=True,
+            text=True,
         )
+        assert "Traceback" not in process.stderr
 
 
 @pytest.mark.slow
@@ -384,10 +386,11 @@ def test_a_net_learns_the_classes_of_the_folders(config, tmp_path):
     trained = cfmz.get_config("20,cifar10")
     trained.data.update(config.data)
     trained.data.flip = False  # a mirrored wave belongs to another class
+    trained.data.image_size = 16
     trained.net.update(depth=8, num_classes=4)
-    trained.train.update(batch_size=24, epochs=12.0, tensorboard=False)
-    trained.optimizer.update(learning_rate=0.05, drop_epochs=(9.0,))
-    trained.eval.update(batch_size=24, every_epochs=6.0)
+    trained.train.update(batch_size=24, epochs=8.0, tensorboard=False)
+    trained.optimizer.update(learning_rate=0.05, drop_epochs=(6.0,))
+    trained.eval.update(batch_size=24, every_epochs=4.0)
     result = train.train_and_evaluate(trained, tmp_path / "run")
     assert result["test_accuracy"] > 0.6  # chance: 0.25
     table = csv.DictReader((tmp_path / "run" / "per_class.csv").open())
