@@ -23,6 +23,12 @@ from tests.support import tiny
 CLASSES = 10
 
 
+@pytest.fixture(autouse=True)
+def few_digits(monkeypatch):
+    """The counts of these small nets have few digits, and each digit takes time."""
+    monkeypatch.setattr(paths, "FIRST_DIGITS", 4)
+
+
 class Stack(nnx.Module):
     """A dense stem, layers one after another, and a dense classifier."""
 

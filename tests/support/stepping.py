@@ -51,7 +51,7 @@ def configured(npz, name="densenet", **fields):
 class Steps:
     """The steps of a configuration, one by one, over the first `devices`."""
 
-    def __init__(self, config, devices, images=None):
+    def __init__(self, config, devices):
         examples = input_pipeline.load(config.data, "train")
         self.mesh = make_mesh(jax.devices()[:devices])
         self.program, state = train.create_train_state(
