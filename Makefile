@@ -29,7 +29,7 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 	$(PIP) "pip>=25.1"
 	$(PIP) --no-compile -r requirements.txt
-	@echo "compiling the packages (up to half a minute)"
+	@echo "compiling the packages' Python files (up to half a minute)"
 	$(BIN)/python -m compileall -q -j 0 .venv/lib || true
 	touch $@
 

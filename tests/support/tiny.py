@@ -22,6 +22,8 @@ FORMS = {
     "resnet": dict(depth=8, preactivation=True),
     "vgg": dict(depth=11),
 }
+# The forms that accept images of 16 pixels.
+SMALL_IMAGES = FORMS.keys() - {"alexnet", "vgg"}
 
 
 def config(name: str, wiring="dense", **fields) -> dict:
@@ -36,8 +38,7 @@ def config(name: str, wiring="dense", **fields) -> dict:
 
 def image_size(name: str) -> int:
     """Returns the rows and columns of the images that the small form reads."""
-    smallest = {"alexnet": 63, "vgg": 32}
-    return smallest.get(name, 16)
+    return 16 if name in SMALL_IMAGES else config(name).get("image_size", 32)
 
 
 @functools.cache
