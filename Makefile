@@ -23,14 +23,14 @@ lint: .venv/installed-dev
 
 # A stamp is written after its installation, so an interrupted one is repeated.
 # Only pip 25.1 and later shows its progress while it unpacks packages. pip compiles their
-# Python files on one core, compileall on all. Some files are templates that do not compile.
+# Python files on one core, compileall on all. It fails on templates, hence `|| true`.
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14) and "error: Python 3.11, 3.12 or 3.13 required, got %d.%d; choose one with make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
 	$(PIP) "pip>=25.1"
 	$(PIP) --no-compile -r requirements.txt
 	@echo "compiling the packages' Python files (up to half a minute)"
-	$(BIN)/python -m compileall -q -j 0 .venv/lib || true
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed

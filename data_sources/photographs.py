@@ -242,17 +242,23 @@ def _in_threads(
     """
     pool = concurrent.futures.ThreadPoolExecutor(workers, "photographs")
     queue = collections.deque()
-    finish = lambda image, futures: (image, [future.result() for future in futures])
+
+    def take():
+        image, futures = queue[0]
+        results = [future.result() for future in futures]
+        queue.popleft()
+        return image, results
+
     try:
         for image, tasks in batches:
             queue.append((image, [pool.submit(*task) for task in tasks]))
             waiting = sum(len(futures) for _, futures in list(queue)[1:])
             if len(queue) > 2 and waiting >= 4 * workers:
-                yield finish(*queue.popleft())
+                yield take()
         while queue:
-            yield finish(*queue.popleft())
+            yield take()
     finally:
-        # Not cancel_futures=True, which fails while the interpreter shuts down.
+        # At the interpreter's exit, cancel_futures=True would fail here.
         for _, futures in queue:
             for future in futures:
                 future.cancel()

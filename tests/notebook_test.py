@@ -28,7 +28,7 @@ assert fields["stem"].sum() <= 9 < fields["blocks.0.2.conv2"].sum() < 32 * 32
 assert after_three[0] == 0.25 and 0.94 < after_three[1] < 0.96, after_three
 assert layer.kernel.shape == (1, 1, len(outputs)) and max(outputs) == 31
 assert all(result["test_accuracy"] > 0.85 for result in results.values()), results
-assert (logits.argmax(-1) == examples.labels[:10]).sum() > 5
+assert (logits.argmax(-1) == examples.labels[:10]).sum() > 5  # 8 when stored
 assert sorted(groups) == ["DenseNet dense, digits", "X-DenseNet expander, digits"]
 """,
     "weights": """

@@ -60,10 +60,10 @@ def images(name, count, seed=0):
 
 @functools.cache
 def forward(name, train=False):
-    """Returns x -> (logits, statistics), which all tests compile once."""
+    """Returns x -> (logits, statistics), compiled once for all tests."""
     definition, variables = nets.split(create(name))
     apply = run_once(functools.partial(definition.apply, train=train))
-    # An argument: XLA would compute with constants while it compiles.
+    # An argument, because XLA folds constant weights while it compiles.
     return functools.partial(apply, variables)
 
 

@@ -30,7 +30,8 @@ def loss_and_gradients(definition):
 def test_levels_have_equal_results_and_gradients(name):
     """In float64, since batch norm over two images amplifies rounding errors."""
     wiring = "interleaved" if name == "plain" else "expander"
-    size, found = tiny.image_size(name), {}
+    # At 16 pixels, ImageNet forms end in maps of one, whose batch norm has no gradient.
+    size, found = max(tiny.image_size(name), 32), {}
     with jax.enable_x64(True):
         net = nets.create(tiny.config(name, wiring), nnx.Rngs(0))
         x = np.random.default_rng(0).standard_normal((2, size, size, 3))

@@ -1,7 +1,7 @@
 """The smallest form of every registered net, for the tests that run over the registry.
 
 A new net needs no entry here: it is tested in the form of its smallest config row. An
-entry only makes its tests faster.
+entry only makes its tests faster; SMALL_IMAGES, too.
 """
 
 import functools
