@@ -25,7 +25,7 @@ CLASSES = 10
 
 @pytest.fixture(autouse=True)
 def few_digits(monkeypatch):
-    """Starts with 4 digits of 24 bits instead of 16: enough for most nets here."""
+    """Counts start with 4 digits, not 16: faster, and enough for most nets here."""
     monkeypatch.setattr(paths, "FIRST_DIGITS", 4)
 
 

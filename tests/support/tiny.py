@@ -1,7 +1,7 @@
 """The smallest form of every registered net, for the tests that run over the registry.
 
 A new net needs no entry here: it is tested in the form of its smallest config row. An
-entry only makes its tests faster; SMALL_IMAGES, too.
+entry makes its tests faster: a smaller net, on images of 16 pixels.
 """
 
 import functools
@@ -22,7 +22,7 @@ FORMS = {
     "resnet": dict(depth=8, preactivation=True),
     "vgg": dict(depth=11),
 }
-# The forms that accept images of 16 pixels.
+# AlexNet and VGG accept no images of 16 pixels.
 SMALL_IMAGES = FORMS.keys() - {"alexnet", "vgg"}
 
 
